@@ -1,0 +1,554 @@
+"LoRA against peft, and against everything that may happen to a layer between forward and backward."
+import copy, gc, json, math, weakref
+
+import pytest, torch
+from torch import nn
+
+from ftbook.lora import LoRA, LoRALinear, Siblings, low_rank, share_siblings_
+from ftbook.methods import load_adapter, merge_, parts_of, save_adapter, trainable_summary, unmerge_
+
+vocab = 60
+
+
+def llama(tied=False, **kw):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocab, tie_word_embeddings=tied, **kw))
+
+
+def qwen():
+    from transformers import Qwen2Config, Qwen2ForCausalLM      # biases on q, k and v
+    return Qwen2ForCausalLM(Qwen2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=vocab))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel        # Conv1D
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=vocab, n_positions=64, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.))
+
+
+def bert():
+    from transformers import BertConfig, BertForMaskedLM
+    return BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=vocab,
+        hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+    return T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=vocab, dropout_rate=0.,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0))
+
+
+small_models = {"Llama": llama, "Qwen2": qwen, "GPT-2": gpt2, "BERT": bert, "T5": t5}
+
+
+def make(name, seed=0):
+    torch.manual_seed(seed)
+    return small_models[name]().train()
+
+
+def batch(seed=1, n=2, length=12):
+    ids = torch.randint(0, vocab, (n, length), generator=torch.Generator().manual_seed(seed))
+    return dict(input_ids=ids, labels=ids)
+
+
+def peft_twin(model, **config):
+    "The same adapter in peft's form."
+    import peft
+    given = {"target_modules": "all-linear", **config}
+    return peft.get_peft_model(model, peft.LoraConfig(**given))
+
+
+def in_step(ours, theirs, std=.1):
+    "Give both models the same A and B, with B no longer zero; return the pairs."
+    pairs = {n: (ours.get_parameter(n), theirs.get_parameter(f"base_model.model.{n}.default.weight")) for n in ours.ftbook_added}
+    assert sum(p.requires_grad for p in theirs.parameters()) == len(pairs)
+    for n, (p, q) in pairs.items():
+        if n.endswith("B"): nn.init.normal_(p, std=std)
+        q.data.copy_(p.data)
+    return pairs
+
+
+def gap(pairs): return max(float((p - q).detach().abs().max()) for p, q in pairs)
+
+
+def grads(model): return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(ours, theirs, steps=10, lr=1e-3, std=.1):
+    "Largest differences of logits, gradients and, after `steps` of AdamW, weights."
+    pairs, found = in_step(ours, theirs, std), {}
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=lr) for m in (ours, theirs)]
+    for i in range(max(steps, 1)):
+        outs = []
+        for m, o in zip((ours, theirs), optimizers):
+            torch.manual_seed(i)                             # the same dropout masks
+            outs.append(m(**batch(i)))
+            o.zero_grad()
+            outs[-1].loss.backward()
+        if i == 0: found.update(logits=gap([[o.logits for o in outs]]), gradients=gap((p.grad, q.grad) for p, q in pairs.values()))
+        if steps: [o.step() for o in optimizers]
+        if i == 0: assert all(p.grad.abs().max() > 1e-7 for p, _ in pairs.values()), "a comparison of zeros proves nothing"
+    if steps: found["weights"] = gap(pairs.values())
+    return found
+
+
+# Same as the library
+
+cases = [("Llama", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8)), ("Llama", dict(rank=4, alpha=3, use_rslora=True), dict(r=4, lora_alpha=3, use_rslora=True)),
+    ("Llama", dict(rank=4, alpha=8, dropout=.3), dict(r=4, lora_alpha=8, lora_dropout=.3)),
+    ("Llama", dict(rank=4, alpha=8, target_modules=["q_proj", "v_proj"]), dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])),
+    ("Llama", dict(rank=4, alpha=8, target_modules=r".*\.1\..*_proj"), dict(r=4, lora_alpha=8, target_modules=r".*\.1\..*_proj")),
+    ("Qwen2", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8)), ("GPT-2", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8, fan_in_fan_out=True)),
+    ("BERT", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8)), ("T5", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8))]
+
+
+def test_parity_table(capsys):
+    from ftbook.models import load_model
+    rows = []
+    for name, ours, theirs in cases:
+        what = ", ".join(f"{k} {v}" for k, v in ours.items() if k != "rank")
+        rows.append((f"{name}: {what}", compare(LoRA(**ours).apply(make(name)), peft_twin(make(name), **theirs))))
+    a, b = (load_model("smollm2-135m", dtype="float32", device="cpu", attention="eager")[0] for _ in range(2))
+    rows.append(("smollm2-135m: alpha 32, rank 16", compare(LoRA().apply(a), peft_twin(b, r=16, lora_alpha=32), steps=0, std=.01)))
+    with capsys.disabled():
+        print(f"\n{'LoRA against peft, float32':58} {'logits':>9} {'gradients':>9} {'10 steps':>9}")
+        for what, found in rows: print(f"{what:58} " + " ".join(f"{v:9.1e}" for v in found.values()))
+    for what, found in rows: assert all(v < 1e-5 for v in found.values()), what
+
+
+@pytest.mark.parametrize("name", small_models)
+def test_does_nothing_then_counts_like_peft(name):
+    model, data = make(name).requires_grad_(False), batch()  # freezing alone changes how torch rounds T5's products
+    want = model(**data).logits
+    assert torch.equal(LoRA(rank=4).apply(model)(**data).logits, want)
+    s = trainable_summary(model)
+    assert peft_twin(make(name), r=4).get_nb_trainable_parameters() == (s.trained, s.total)
+    assert s.trained == sum(4*(sum(o.lora_A.shape[1:]) + len(o.lora_B)) for o in parts_of(model).values())
+
+
+@pytest.mark.parametrize("name, ours, theirs", cases)
+def test_adapters_cross_the_border(name, ours, theirs, tmp_path):
+    import peft
+    a, b = LoRA(**ours).apply(make(name)).eval(), peft_twin(make(name), **theirs).eval()
+    in_step(a, b)
+    save_adapter(a, tmp_path/"ours")
+    b.save_pretrained(tmp_path/"theirs")
+    there, here = peft.PeftModel.from_pretrained(make(name), tmp_path/"ours").eval(), load_adapter(make(name), tmp_path/"theirs").eval()
+    want = b(**batch()).logits
+    assert gap([(there(**batch()).logits, want), (here(**batch()).logits, want), (a(**batch()).logits, want)]) < 1e-5
+    mine, his = (json.loads((tmp_path/o/"adapter_config.json").read_text()) for o in ("ours", "theirs"))
+    same = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "inference_mode")
+    assert {k: mine[k] for k in same} == {k: his[k] for k in same} and set(mine) <= set(his)
+    assert here.ftbook_method.scaling == a.ftbook_method.scaling
+
+
+def test_weights_in_half_precision_are_read(tmp_path):
+    b = peft_twin(make("Llama"), r=4).bfloat16()
+    b.save_pretrained(tmp_path)
+    model = load_adapter(make("Llama"), tmp_path)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("field, value", [("use_dora", True), ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}), ("modules_to_save", ["lm_head"]), ("bias", "all"),
+    ("lora_bias", True), ("init_lora_weights", "pissa"), ("layers_to_transform", [0]), ("layer_replication", [[0, 2]]), ("exclude_modules", ["q_proj"]), ("target_parameters", ["x"]),
+    ("trainable_token_indices", [1]), ("use_qalora", True), ("a_field_of_next_year", 7)])
+def test_fields_that_would_change_the_result_are_refused(field, value, tmp_path):
+    save_adapter(LoRA(rank=4).apply(make("Llama")), tmp_path)
+    path = tmp_path/"adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=field): load_adapter(make("Llama"), tmp_path)
+
+
+def test_initialisation():
+    from torch.nn.init import kaiming_uniform_
+    torch.manual_seed(5)
+    first = LoRA(rank=4, seed=3).apply(make("Llama"))
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again, other = (LoRA(rank=4, seed=s).apply(llama()) for s in (3, 4))
+    pick = lambda m: torch.cat([o.lora_A.flatten() for o in parts_of(m).values()])
+    assert torch.equal(pick(first), pick(again)) and not torch.equal(pick(again), pick(other))
+    layer = LoRALinear(nn.Linear(400, 300), 100, 1.)
+    like = kaiming_uniform_(torch.empty(100, 400), a=math.sqrt(5))
+    assert (layer.lora_B == 0).all() and abs(layer.lora_A.std()/like.std() - 1) < .02 and layer.lora_A.abs().max() <= 400**-.5
+
+
+def test_own_seed_leaves_the_global_one_alone():
+    model = make("Llama")
+    state = torch.get_rng_state()
+    LoRA(rank=4).apply(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Bad input
+
+@pytest.mark.parametrize("wrong, said", [(dict(rank=0), "at least 1"), (dict(rank=-1), "at least 1"), (dict(rank=1.5), "whole"), (dict(rank=True), "rank=True"), (dict(rank="8"), "rank='8'"),
+    (dict(alpha=0), "alpha"), (dict(alpha=float("nan")), "finite"), (dict(alpha=float("inf")), "finite"), (dict(dropout=1), "below 1"), (dict(dropout=-.1), "at least 0"),
+    (dict(dropout=float("nan")), "dropout"), (dict(target_modules=[]), "empty"), (dict(target_modules=None), "empty")])
+def test_bad_hyperparameters(wrong, said):
+    with pytest.raises(ValueError, match=said): LoRA(**wrong)
+
+
+def test_rank_larger_than_the_layer():
+    with pytest.raises(ValueError, match=r"rank=17 is larger than model\.layers\.0\.self_attn\.k_proj, which maps 32 numbers to 16"): LoRA(rank=17).apply(make("Llama"))
+
+
+# Whatever may happen to a family
+
+def lively(model, **kw):
+    LoRA(**{"rank": 4, "alpha": 8, **kw}).apply(model)
+    torch.manual_seed(7)
+    for o in parts_of(model).values(): nn.init.normal_(o.lora_B, std=.1)
+    return model
+
+
+def lonely(model):
+    "The same model with every layer on its own."
+    for o in parts_of(model).values(): o.leave_()
+    return model
+
+
+def families(model): return {id(o.siblings): o.siblings for o in parts_of(model).values() if o.siblings}.values()
+
+
+def at_rest(model): return all(o.x is None and not o.waiting for o in families(model))
+
+
+@pytest.mark.parametrize("name, sizes", [("Llama", [3, 2]*2), ("Qwen2", [3, 2]*2), ("GPT-2", []), ("BERT", [3]*2), ("T5", [3, 2]*4)])
+def test_who_is_a_sibling(name, sizes):
+    model = lively(make(name))
+    assert sorted(len(o.layers) for o in families(model)) == sorted(sizes)
+    assert not [n for n, o in parts_of(model).items() if "EncDec" in n and o.siblings]
+
+
+@pytest.mark.parametrize("name", small_models)
+def test_together_is_alone(name):
+    model = lively(make(name))
+    model(**batch()).loss.backward()
+    together = grads(model)
+    assert at_rest(model)
+    model.zero_grad()
+    lonely(model)(**batch()).loss.backward()
+    assert gap((g, together[n]) for n, g in grads(model).items()) < 1e-6 and len(together) == len(model.ftbook_added)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["Llama", "T5", "BERT"])
+def test_gradient_checkpointing(name, reentrant):
+    model = lively(make(name))
+    model(**batch()).loss.backward()
+    want = grads(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model(**batch()).loss.backward()
+    assert gap((g, want[n]) for n, g in grads(model).items()) < 1e-6 and len(want) == len(grads(model)) and at_rest(model)
+
+
+def test_checkpointing_each_layer_by_itself():
+    from torch.utils.checkpoint import checkpoint
+    model = lively(make("Llama"))
+    model(**batch()).loss.backward()
+    want = grads(model)
+    model.zero_grad()
+    for o in parts_of(model).values(): o.forward = (lambda f: lambda x: checkpoint(f, x, use_reentrant=False))(o.forward)
+    model(**batch()).loss.backward()
+    assert gap((g, want[n]) for n, g in grads(model).items()) < 1e-6 and at_rest(model)
+
+
+def test_two_forwards_before_a_backward():
+    model = lively(make("Llama"))
+    one, two = model(**batch(1)).loss, model(**batch(2)).loss
+    one.backward()
+    two.backward()
+    want = lonely(copy.deepcopy(model))
+    want.zero_grad()
+    (want(**batch(1)).loss + want(**batch(2)).loss).backward()
+    assert gap((g, grads(model)[n]) for n, g in grads(want).items()) < 1e-6
+
+
+def test_generation_and_modes():
+    model = lively(make("Llama")).eval()
+    ids = batch()["input_ids"]
+    want = lonely(copy.deepcopy(model))
+    say = lambda m: m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(say(model), say(want)) and at_rest(model)
+    logits = want(ids).logits
+    with torch.no_grad(): assert gap([(model(ids).logits, logits)]) < 1e-6
+    with torch.inference_mode(): assert float((model(ids).logits - logits).abs().max()) < 1e-6
+    assert gap([(model(ids).logits, logits)]) < 1e-6 and at_rest(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_like_peft(dtype):
+    ours, theirs = LoRA(rank=4, alpha=8).apply(make("Llama")), peft_twin(make("Llama"), r=4, lora_alpha=8)
+    pairs = in_step(ours, theirs)
+    for m in (ours, theirs):
+        with torch.autocast("cpu", dtype): out = m(**batch())
+        out.loss.backward()
+    assert at_rest(ours)
+    with torch.autocast("cpu", dtype): assert ours.model.layers[0].self_attn.q_proj(torch.randn(2, 32)).dtype == dtype
+    assert all(p.grad.dtype == torch.float32 for p, _ in pairs.values())
+    assert max(float((p.grad - q.grad).norm()/q.grad.norm()) for p, q in pairs.values()) < .05
+
+
+def test_bfloat16_base_keeps_float32_parameters():
+    exact, model = lively(make("Llama")), lively(make("Llama").bfloat16())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    for m in (exact, model): m(**batch()).loss.backward()
+    ours, want = grads(model), grads(exact)
+    assert {g.dtype for g in ours.values()} == {torch.float32}
+    assert max(float((ours[n] - g).norm()/g.norm()) for n, g in want.items()) < .1
+
+
+def test_nothing_is_kept_alive():
+    model = lively(make("Llama"))
+    out = model(**batch())                                    # no backward follows
+    nodes = [weakref.ref(o) for o in (out.logits,)]
+    attention = model.model.layers[0].self_attn
+    seen = []
+    hook = attention.register_forward_pre_hook(lambda m, a, k: seen.append(weakref.ref(k["hidden_states"])), with_kwargs=True)
+    del out
+    model(**batch())
+    gc.collect()
+    assert at_rest(model) and all(r() is None for r in nodes + seen)
+
+
+class Three(nn.Module):
+    def __init__(self, n=16, dropout=0., kind=nn.Linear, bias=False):
+        super().__init__()
+        torch.manual_seed(0)
+        for k, out in zip(("q_proj", "k_proj", "v_proj"), (n, n//2, n//2)):
+            layer = LoRALinear(kind(n, out, bias=bias).requires_grad_(False), 4, 2., dropout)
+            nn.init.normal_(layer.lora_B, std=.1)
+            setattr(self, k, layer)
+    def forward(self, x, order=("q_proj", "k_proj", "v_proj")): return [getattr(self, k)(x) for k in order]
+
+
+def three(**kw):
+    m = Three(**kw)
+    share_siblings_(nn.ModuleDict({"attn": m}))
+    return m, m.q_proj.siblings
+
+
+def test_a_follower_that_is_never_called():
+    m, family = three()
+    x = torch.randn(3, 16, requires_grad=True)
+    q, v = m(x, ("q_proj", "v_proj"))
+    assert not family.waiting and family.x is None
+    (q.sum() + v.sum()).backward()
+    assert m.k_proj.lora_A.grad is None and m.q_proj.lora_A.grad is not None
+    want = x.grad.clone()
+    x.grad = None
+    family.part_()
+    sum(o.sum() for o in m(x, ("q_proj", "v_proj"))).backward()
+    assert (x.grad - want).abs().max() < 1e-5
+
+
+def test_any_order_and_twice():
+    m, family = three()
+    x = torch.randn(3, 16, requires_grad=True)
+    order = ("v_proj", "q_proj", "v_proj", "k_proj", "k_proj")
+    got = m(x, order)
+    assert all((a - getattr(m, k).plain(x)).abs().max() < 1e-5 for a, k in zip(got, order)) and not family.waiting
+
+
+def test_an_error_inside_the_parent():
+    m, family = three()
+    with pytest.raises(AttributeError): m(torch.randn(3, 16), ("q_proj", "nobody"))
+    assert not family.waiting and family.x is None
+
+
+def test_changed_in_place_between_siblings():
+    m, family = three()
+    x = torch.randn(3, 16)
+    m.q_proj(x)
+    x.mul_(2)
+    assert (m.k_proj(x) - m.k_proj.plain(x)).abs().max() < 1e-5
+
+
+def test_a_backward_between_siblings():
+    m, family = three()
+    x = torch.randn(3, 16, requires_grad=True)
+    m.q_proj(x).sum().backward()
+    assert not family.waiting
+    m.k_proj(x).sum().backward()                              # the graph of q is gone; k has its own
+
+
+def test_another_grad_mode_between_siblings():
+    m, family = three()
+    x = torch.randn(3, 16, requires_grad=True)
+    with torch.no_grad(): q = m.q_proj(x)
+    k = m.k_proj(x)
+    with torch.no_grad(): v = m.v_proj(x)
+    assert not q.requires_grad and k.requires_grad and not v.requires_grad
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16), (2, 2, 3, 16)])
+def test_outputs_may_be_changed_in_place(shape, bias):
+    m, _ = three(bias=bias)
+    x = torch.randn(shape, requires_grad=True)
+    want, = torch.autograd.grad(sum((f(o.plain(x))).sum() for f, o in zip((lambda y: y*2, lambda y: y + 1, torch.relu), m.children())), x)
+    q, k, v = m(x)
+    q.mul_(2.); k.add_(1.); v.relu_()
+    (q.sum() + k.sum() + v.sum()).backward()
+    assert (x.grad - want).abs().max() < 1e-5
+
+
+def test_hooks_see_each_layer():
+    m, family = three()
+    x, seen = torch.randn(3, 16), []
+    m.k_proj.register_forward_hook(lambda mod, a, y: seen.append(y.shape))
+    m.v_proj.register_forward_pre_hook(lambda mod, a: (a[0] + 1,))
+    q, k, v = m(x)
+    assert seen == [(3, 8)] and (v - m.v_proj.plain(x + 1)).abs().max() < 1e-5
+
+
+def test_dropout_gives_each_its_own_mask_and_no_family():
+    m, family = three(dropout=.5)
+    x = torch.randn(3, 16)
+    m.q_proj(x)
+    assert not family.waiting
+    a, b = m(x), m(x)
+    assert not torch.equal(a[0], b[0])
+    m.eval()
+    m.q_proj(x)
+    assert len(family.waiting) == 2
+    family.clear()
+
+
+def test_one_member_that_cannot():
+    m, family = three()
+    x = torch.randn(3, 16)
+    m.v_proj.base.weight.requires_grad_(True)                 # somebody trains it: its gradient must not be lost
+    q, k, v = m(x)
+    (q.sum() + v.sum()).backward()
+    assert m.v_proj.base.weight.grad is not None and m.q_proj.lora_B.grad is not None
+
+
+class Quantised(nn.Linear):
+    "Stands for a layer that keeps its weight in another form."
+    def forward(self, x): return super().forward(x).round(decimals=1)
+
+
+def test_a_base_of_another_kind_is_called():
+    m, family = three(kind=Quantised)
+    x = torch.randn(3, 16, requires_grad=True)
+    q, k, v = m(x)
+    low = lambda o: (x @ o.lora_A.t() @ o.lora_B.t())*o.scaling
+    assert (q - (m.q_proj.base(x) + low(m.q_proj))).abs().max() < 1e-6 and not family.waiting
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (0, 16), (2, 3, 16), (2, 1, 3, 16)])
+def test_shapes(shape):
+    m, _ = three(bias=True)
+    x = torch.randn(shape, requires_grad=True)
+    for y, o in zip(m(x), m.children()): assert y.shape == (*shape[:-1], len(o.lora_B)) and torch.allclose(y, o.plain(x), atol=1e-5)
+    m(x)[0].sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_strided_input():
+    m, _ = three()
+    x = torch.randn(16, 5, requires_grad=True)
+    q, k, v = m(x.t())
+    (q.sum() + k.square().sum()).backward()
+    want, x.grad = x.grad, None
+    (m.q_proj.plain(x.t()).sum() + m.k_proj.plain(x.t()).square().sum()).backward()
+    assert (want - x.grad).abs().max() < 1e-4
+
+
+def test_one_frozen_matrix():
+    m, _ = three()
+    m.q_proj.lora_A.requires_grad_(False)
+    sum(y.sum() for y in m(torch.randn(3, 16))).backward()
+    assert m.q_proj.lora_A.grad is None and m.q_proj.lora_B.grad is not None
+
+
+def test_unequal_ranks_and_scalings():
+    layers = []
+    for rank, scaling in ((2, 1.), (5, .5), (3, 4.)):
+        o = LoRALinear(nn.Linear(16, 12).requires_grad_(False), rank, scaling)
+        nn.init.normal_(o.lora_B, std=.1)
+        layers.append(o)
+    x, found = torch.randn(7, 16, requires_grad=True), []
+    for ys in (low_rank(x, layers), [o.plain(x) for o in layers]):
+        found.append(torch.autograd.grad(sum(y.square().sum() for y in ys), [x] + [p for o in layers for p in (o.lora_A, o.lora_B)]))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found))
+
+
+def test_copies_are_families_of_their_own(tmp_path):
+    model = lively(make("Llama"))
+    for other in (copy.deepcopy(model),):
+        q, k = (getattr(other.model.layers[0].self_attn, n) for n in ("q_proj", "k_proj"))
+        assert q.siblings is k.siblings and q.siblings.layers[1] is k and q.siblings is not model.model.layers[0].self_attn.q_proj.siblings
+        other(**batch()).loss.backward()
+        assert at_rest(other) and not grads(model)
+        other.ftbook_method
+    torch.save(model.state_dict(), tmp_path/"s.pt")
+    model.load_state_dict(torch.load(tmp_path/"s.pt", weights_only=True))
+
+
+def test_members_that_were_replaced():
+    m, family = three()
+    m.k_proj = nn.Linear(16, 8)
+    x = torch.randn(3, 16)
+    q, k, v = m(x)
+    assert (k - m.k_proj(x)).abs().max() == 0 and not family.waiting
+
+
+def test_meta_device_costs_nothing():
+    with torch.device("meta"): model = llama()
+    assert trainable_summary(LoRA(rank=4).apply(model)).trained == trainable_summary(LoRA(rank=4).apply(make("Llama"))).trained
+
+
+# Merging
+
+@pytest.mark.parametrize("name", small_models)
+def test_merged_is_unmerged(name):
+    model = lively(make(name)).eval()
+    want, state = model(**batch()).logits, {k: v.clone() for k, v in model.state_dict().items()}
+    merge_(model)
+    assert gap([(model(**batch()).logits, want)]) < 1e-5
+    unmerge_(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and torch.equal(model(**batch()).logits, want)
+
+
+def test_merging_in_bfloat16_rounds_once():
+    model = lively(make("Llama").bfloat16())
+    layer = model.model.layers[0].mlp.up_proj
+    want = (layer.base.weight.float() + layer.delta()).bfloat16()
+    before = layer.base.weight.clone()
+    merge_(model)
+    assert torch.equal(layer.base.weight, want) and layer.base.weight.dtype == torch.bfloat16
+    unmerge_(model)
+    assert torch.equal(layer.base.weight, before)
+
+
+# What it costs
+
+def saved_bytes(model, x):
+    seen, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    def pack(t):
+        s = t.untyped_storage()
+        if s.data_ptr() not in own: seen[s.data_ptr()] = s.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): y = model(**x)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dtype, at_most", [(torch.float32, 1.), (torch.bfloat16, .7)])
+def test_no_more_is_saved_for_backward_than_by_peft(dtype, at_most):
+    data = batch(length=128)
+    for m in (ours := LoRA(rank=4).apply(make("Llama").to(dtype)), theirs := peft_twin(make("Llama").to(dtype), r=4)): m.enable_input_require_grads()
+    assert saved_bytes(ours, data) <= at_most*saved_bytes(theirs, data)
+
+
+def test_no_gradient_for_frozen_weights():
+    from torch.utils.flop_counter import FlopCounterMode
+    layer = LoRALinear(nn.Linear(64, 64, bias=False).requires_grad_(False), 2, 1.)
+    x = torch.randn(100, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter: low_rank(x, [layer])[0].sum().backward()
+    full, thin = 2*100*64*64, 2*100*64*2
+    assert 2*full < counter.get_total_flops() <= 2*full + 6*thin   # y and dx, three products with A and three with B; the weight's gradient would be a third `full`

@@ -1,0 +1,260 @@
+"The protocol: targets, files, errors, and models left as they were."
+import json, os, stat
+from dataclasses import dataclass
+
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ftbook import methods as M
+from ftbook.lora import LoRA
+
+
+def small(vocab=50, width=32, layers=2):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=vocab, tie_word_embeddings=True))
+
+
+def snapshot(model): return {k: v.clone() for k, v in model.state_dict().items()}, [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def untouched(model, before): return list(model.state_dict()) == list(before[0]) and all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items()) \
+    and [n for n, p in model.named_parameters() if p.requires_grad] == before[1] and not hasattr(model, "ftbook_method")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = LoRA(rank=2).apply(small())
+    for p in model.parameters():
+        if p.requires_grad: nn.init.normal_(p, std=.1)
+    M.save_adapter(model, tmp_path/"a")
+    return model, tmp_path/"a"
+
+
+# Targets
+
+def test_targets():
+    model = small()
+    every = M.find_modules(model)
+    assert len(every) == 14 and "lm_head" not in every and M.find_modules(model, "ALL-LINEAR") == every
+    assert M.find_modules(model, ["lm_head"]) == ["lm_head"]
+    assert M.find_modules(model, ("v_proj", "model.layers.0.mlp.up_proj")) == [n for n in every if n.endswith("v_proj") or n == "model.layers.0.mlp.up_proj"]
+    assert M.find_modules(model, r".*\.1\..*") == [n for n in every if ".1." in n]
+
+
+@pytest.mark.parametrize("targets, said", [(["qproj"], "q_proj (2)"), ("q_proj", "matches nothing"), (["q_proj", "embed_tokens"], "Embedding"), (r".*norm", "LlamaRMSNorm")])
+def test_targets_that_match_nothing(targets, said):
+    with pytest.raises(ValueError, match="target_modules") as e: M.find_modules(small(), targets)
+    assert said in str(e.value) and "all-linear" in str(e.value)
+
+
+def test_nothing_to_match(): 
+    with pytest.raises(ValueError, match="no linear layer at all"): M.find_modules(nn.Embedding(2, 2))
+
+
+def test_heads_of_classifiers_are_left_out():
+    from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=30)
+    assert "classifier" not in M.find_modules(BertForSequenceClassification(BertConfig(**sizes)))
+    assert not [n for n in M.find_modules(RobertaForSequenceClassification(RobertaConfig(**sizes))) if n.startswith("classifier")]
+
+
+# Apply, remove
+
+def test_apply_and_remove_leave_no_trace():
+    model = small()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = snapshot(model)
+    ids = torch.randint(0, 50, (2, 5))
+    logits = model(ids).logits
+    LoRA(rank=2).apply(model)
+    assert torch.equal(model(ids).logits, logits)
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    M.remove_(model)
+    assert untouched(model, before) and not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_refused_method_changes_nothing():
+    model = small()
+    before = snapshot(model)
+    for method in (LoRA(rank=20), LoRA(target_modules=["nope"])):
+        with pytest.raises(ValueError): method.apply(model)
+        assert untouched(model, before)
+
+
+def test_twice():
+    model = LoRA(rank=2).apply(small())
+    with pytest.raises(ValueError, match="already has a method.*remove_"): LoRA(rank=2).apply(model)
+    M.remove_(model)
+    assert LoRA(rank=3).apply(model).ftbook_method.rank == 3
+
+
+@pytest.mark.parametrize("act", [lambda m, f: M.save_adapter(m, f), lambda m, f: M.merge_(m), lambda m, f: M.unmerge_(m), lambda m, f: M.remove_(m)])
+def test_no_method(act, tmp_path):
+    with pytest.raises(ValueError, match="no method on it"): act(small(), tmp_path/"x")
+    assert not (tmp_path/"x").exists()
+
+
+def test_summary():
+    model = small()
+    total = sum(p.numel() for p in model.parameters())      # the tied head once
+    assert M.trainable_summary(model).share == 1
+    s = M.trainable_summary(LoRA(rank=2, target_modules=["q_proj", "v_proj"]).apply(model))
+    assert (s.trained, s.total, s.n_bytes, s.by_module) == (2*2*(64 + 48), total + 448, 4*448, {"q_proj": 256, "v_proj": 192})
+    assert "448 of" in repr(s) and "<table" in s._repr_html_()
+    assert "nothing" in repr(M.trainable_summary(nn.Linear(2, 2).requires_grad_(False)))
+
+
+# Merging
+
+def test_merge_and_back(saved):
+    model, _ = saved
+    ids = torch.randint(0, 50, (2, 5))
+    state, logits = snapshot(model)[0], model(ids).logits
+    merged = M.merge_(model)(ids).logits
+    assert (merged - logits).abs().max() < 1e-5 and any(not torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="merged already"): M.merge_(model)
+    M.unmerge_(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and torch.equal(model(ids).logits, logits)
+    with pytest.raises(ValueError, match="not merged"): M.unmerge_(model)
+
+
+def test_merged_model_is_plain_and_loads_without_ftbook(saved, tmp_path):
+    from transformers import AutoModelForCausalLM
+    model, _ = saved
+    ids = torch.randint(0, 50, (2, 5))
+    logits = model(ids).logits
+    M.remove_(M.merge_(model, keep=False))
+    assert not M.parts_of(model)
+    model.save_pretrained(tmp_path/"merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path/"merged")
+    assert (again(ids).logits - logits).abs().max() < 1e-5
+
+
+def test_without_originals_there_is_no_way_back(saved):
+    model, _ = saved
+    M.merge_(model, keep=False)
+    with pytest.raises(ValueError, match="were not kept"): M.unmerge_(model)
+
+
+def test_a_tied_weight_is_not_merged():
+    model = LoRA(rank=2, target_modules=["q_proj", "lm_head"]).apply(small())
+    before = snapshot(model)[0]
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied"): M.merge_(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_method_that_changes_no_weights_cannot_be_merged():
+    @dataclass
+    class Nothing(M.Method):
+        def shapes(self, model): return {}
+        def inject_(self, model): pass
+    with pytest.raises(ValueError, match="cannot be merged"): M.merge_(Nothing().apply(small()))
+
+
+# Files
+
+def test_round_trip(saved, tmp_path):
+    model, folder = saved
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    ids = torch.randint(0, 50, (2, 5))
+    again = M.load_adapter(small(), folder)
+    assert torch.equal(again(ids).logits, model(ids).logits) and again.ftbook_method.rank == 2
+    assert M.trainable_summary(again).trained == M.trainable_summary(model).trained
+    M.merge_(model)                                         # merged or not, the file is the same
+    M.save_adapter(model, tmp_path/"b")
+    assert all((tmp_path/"b"/p.name).read_bytes() == p.read_bytes() for p in folder.iterdir())
+
+
+def test_saving_replaces_and_a_failure_does_not(saved, monkeypatch):
+    model, folder = saved
+    old = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with torch.no_grad(): next(p for p in model.parameters() if p.requires_grad).add_(1)
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(M, "save_file", full)
+    with pytest.raises(OSError, match="cannot save the adapter in .*No space left"): M.save_adapter(model, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
+    monkeypatch.undo()
+    M.save_adapter(model, folder)
+    assert {p.name for p in folder.iterdir()} == set(old) and (folder/M.WEIGHTS).read_bytes() != old[M.WEIGHTS]
+
+
+def test_a_folder_that_is_a_file(saved, tmp_path):
+    (tmp_path/"file").write_text("here")
+    with pytest.raises(OSError, match="cannot save the adapter"): M.save_adapter(saved[0], tmp_path/"file")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(saved, tmp_path):
+    (tmp_path/"ro").mkdir()
+    (tmp_path/"ro").chmod(stat.S_IREAD | stat.S_IEXEC)
+    with pytest.raises(OSError, match="cannot save the adapter"): M.save_adapter(saved[0], tmp_path/"ro"/"a")
+
+
+def refused(folder, said, model=None, error=ValueError):
+    model = model or small()
+    before = snapshot(model)
+    with pytest.raises(error) as e: M.load_adapter(model, folder)
+    assert all(o in str(e.value) for o in ([said] if isinstance(said, str) else said)), str(e.value)
+    assert untouched(model, before)
+
+
+def test_missing_and_broken_files(saved, tmp_path):
+    folder = saved[1]
+    refused(tmp_path, "no adapter_config.json", error=FileNotFoundError)
+    whole = (folder/M.WEIGHTS).read_bytes()
+    for n in (0, 4, 100, len(whole)//2, len(whole) - 1):
+        (folder/M.WEIGHTS).write_bytes(whole[:n])
+        refused(folder, ["adapter_model.safetensors is damaged", f"{n:,} bytes"])
+    (folder/M.WEIGHTS).write_bytes(b"\xff"*len(whole))
+    refused(folder, "is damaged")
+    (folder/M.WEIGHTS).unlink()
+    (folder/"adapter_model.bin").write_bytes(b"x")
+    refused(folder, ["no adapter_model.safetensors", "pickle"], error=FileNotFoundError)
+    (folder/M.CONFIG).write_text('{"peft_type": "LORA",')
+    refused(folder, ["adapter_config.json is not valid JSON", "line 1"])
+    (folder/M.CONFIG).write_text("[]")
+    refused(folder, "no peft_type")
+    (folder/M.CONFIG).write_text('{"peft_type": "VERA"}')
+    refused(folder, ["'VERA' is not known", "LORA"])
+
+
+def test_nan_is_named(saved):
+    model, folder = saved
+    tensors = load_file(folder/M.WEIGHTS)
+    name = list(tensors)[3]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder/M.WEIGHTS)
+    refused(folder, [name, "1 values that are NaN"])
+    with torch.no_grad(): M.adapter_tensors(model)[name][0] = float("inf")
+    with pytest.raises(ValueError, match="not saved.*NaN or infinite"): M.save_adapter(model, folder)
+
+
+def test_another_architecture(saved):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    folder = saved[1]
+    refused(folder, ["does not fit", "q_proj.lora_A.weight is (2, 32) in the file and (2, 48) in the model"], small(width=48))
+    refused(folder, ["has no place for base_model.model.model.layers.1", "and 11 more"], small(layers=1))
+    refused(folder, "q_proj", GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=30)))
+    config = json.loads((folder/M.CONFIG).read_text())
+    (folder/M.CONFIG).write_text(json.dumps({**config, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]}))
+    refused(folder, ["the file lacks base_model.model.model.layers.2", "and 11 more"], small(layers=3))
+    tensors = load_file(folder/M.WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if "up_proj" not in k}, folder/M.WEIGHTS)
+    refused(folder, "the file lacks base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
+
+
+def test_a_list_may_name_more_than_is_there(saved):
+    folder = saved[1]
+    config = json.loads((folder/M.CONFIG).read_text())
+    (folder/M.CONFIG).write_text(json.dumps({**config, "target_modules": config["target_modules"] + ["c_attn"]}))
+    ids = torch.randint(0, 50, (2, 5))
+    assert torch.equal(M.load_adapter(small(), folder)(ids).logits, saved[0](ids).logits)
+
+
+def test_loading_onto_a_method(saved):
+    with pytest.raises(ValueError, match="already has a method"): M.load_adapter(saved[0], saved[1])

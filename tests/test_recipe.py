@@ -1,0 +1,414 @@
+"What the recipe promises: bad input is named, the choice is exact, and a run can be stopped anywhere and gone on with."
+import errno, inspect, json, os, re, shutil, signal
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest, torch, yaml
+from hypothesis import given, settings, strategies as st
+
+from ftbook import recipe as r
+from ftbook.lora import LoRA
+from ftbook.methods import load_adapter
+from ftbook.models import load_model, model_folder
+from ftbook.train import finetune
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A small random model of the Llama family, with the tokenizer and the template of the shipped one."
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=.2, bos_token_id=1, eos_token_id=2, pad_token_id=2)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("smollm2-135m"))
+    tokenizer.model_max_length = 256
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(o if isinstance(o, str) else json.dumps(o) for o in rows) + "\n")
+    return str(path)
+
+
+def good_rows(n=60): return [dict(text=f"the film number {i} was {'fine' if i % 2 else 'dull'}", label="good" if i % 2 else "bad") for i in range(n)]
+
+
+@pytest.fixture
+def make(tiny, tmp_path):
+    "A recipe for the tiny model and a file of good rows; sections given are merged into it."
+    source = write_rows(tmp_path/"rows.jsonl", good_rows())
+    def make(**sections):
+        base = dict(model=dict(name=str(tiny), dtype="float32", device="cpu"), data=dict(source=source, test_size=20), method=dict(rank=4),
+                    train=dict(lr=1e-2, batch_size=4, save_every=2), evaluate=dict(samples=4, max_new_tokens=4), forgetting=dict(texts=["newspaper"], rows=8))
+        for name, given in sections.items(): base[name] = base[name] | given if isinstance(given, dict) else given
+        return r.make_recipe(base)
+    return make
+
+
+# The configuration
+
+def test_train_keys_are_the_arguments_of_finetune():
+    names, known = {f.name for f in fields(r.TrainKeys)}, inspect.signature(finetune).parameters
+    assert names <= set(known)
+    left_out = {"model", "examples", "seed", "eval_examples", "out", "resume", "fast", "callbacks", "progress"}
+    assert set(known) - names == left_out, "a new argument of finetune is a key, or is left out on purpose"
+    for f in fields(r.TrainKeys):
+        if f.name not in ("lr",): assert getattr(r.TrainKeys(), f.name) == known[f.name].default, f.name
+
+
+def test_method_keys_are_the_arguments_of_lora():
+    assert {f.name for f in fields(r.MethodKeys)} - {"type"} == set(inspect.signature(LoRA).parameters) - {"seed"}
+
+
+def test_defaults_obey_their_own_rules():
+    found = r.make_recipe(yaml.safe_load(r.recipe_yaml(r.Recipe())))
+    assert found == r.Recipe()
+
+
+@pytest.mark.parametrize("text, says", [
+    ("model: {nmae: x}", "unknown key model.nmae; did you mean model.name?"),
+    ("rank: 8", "unknown key rank; did you mean method.rank?"),
+    ("method: {rank: 0}", "method.rank must be a whole number, 1 or more, not 0"),
+    ("method: {rank: 2.5}", "method.rank must be a whole number"),
+    ("method: {rank: true}", "method.rank must be a whole number"),
+    ("method: {dropout: 1}", "method.dropout must be a number, at least 0 and below 1, not 1.0"),
+    ("train: {lr: .nan}", "train.lr must be"), ("train: {lr: .inf}", "train.lr must be"), ("train: {lr: -1e-3}", "not -0.001"),
+    ("train: {schedule: liner}", "one of linear, cosine, constant, not 'liner'"),
+    ("train: [1, 2]", "train must be a section with keys (lr, epochs"),
+    ("- 1", "a recipe must be a section"),
+    ("data: {source: movie, labels: [yes, no]}", "put them in quotes"),
+    ("data: {source: movie, labels: [a, b], cuts: [1, 2]}", "data.cuts has 2 cuts, so data.labels must name 3"),
+    ("data: {source: movie, labels: [a, b, c], cuts: [2, 1]}", "data.cuts must rise"),
+    ("data: {source: movie, labels: [a, a]}", "names a label twice"), ("data: {source: movie, labels: [a, null]}", "has a null"),
+    ("data: {source: movie, test_size: 2.5}", "data.test_size must be a share below 1 or a whole number"),
+    ("model: {dtype: bfloat16}\nmethod: {type: full}\ndata: {source: movie}", "too coarse to train every weight in"),
+    ("model: {device: gpu}", "model.device must be text or null, cpu, cuda, mps or xpu"),
+    ("seed: 1", "data.source is missing"), ("", "data.source is missing"),
+    ("data: {source: movie", "is not YAML"), ("data:\n\tsource: movie", "is not YAML"), ("!!python/object/apply:os.getcwd []", "is not YAML"),
+])
+def test_a_bad_configuration_is_named(tmp_path, text, says):
+    (tmp_path/"it.yaml").write_text(text)
+    with pytest.raises(ValueError) as e: r.load_recipe(tmp_path/"it.yaml")
+    assert says in str(e.value) and "it.yaml" in str(e.value)
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no configuration"): r.load_recipe(tmp_path/"gone.yaml")
+    (tmp_path/"bytes.yaml").write_bytes(b"data: {source: \xff\xfe}")
+    with pytest.raises(ValueError, match="bytes.yaml"): r.load_recipe(tmp_path/"bytes.yaml")
+
+
+junk = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda o: st.lists(o, max_size=3) | st.dictionaries(st.text(max_size=5), o, max_size=3), max_leaves=6)
+
+@given(st.dictionaries(st.sampled_from([k["key"] for k in r.list_keys()]), junk, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_any_values_make_a_recipe_or_a_message(given):
+    tree = {}
+    for key, value in given.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    try: made = r.make_recipe(tree)
+    except ValueError as e: assert any(k in str(e) for k in given)
+    else:
+        assert r.make_recipe(yaml.safe_load(r.recipe_yaml(made))) == made
+        r._contradiction(made)
+
+
+def test_paths_start_from_the_file(tmp_path):
+    (tmp_path/"there").mkdir()
+    (tmp_path/"there/it.yaml").write_text("data: {source: rows.jsonl, test_source: movie}\nforgetting: {texts: [newspaper, other.csv]}")
+    made = r.load_recipe(tmp_path/"there/it.yaml")
+    assert made.data.source == str(tmp_path/"there/rows.jsonl") and made.data.test_source == "movie"
+    assert made.forgetting.texts == ["newspaper", str(tmp_path/"there/other.csv")]
+
+
+# The checks
+
+def errors(recipe, out=None): return [(f.where, f.message) for f in r.check(recipe, out).errors]
+
+
+def test_a_good_recipe_has_no_errors(make, tmp_path):
+    assert errors(make(), tmp_path/"new") == [] and not (tmp_path/"new").exists()
+
+
+@pytest.mark.parametrize("rows, sections, where, says", [
+    (good_rows() + ["{'broken': 1}"], {}, "data.source", "rows.jsonl:61: broken JSON"),
+    (good_rows() + [{"text": "no label"}], {}, "data.source", "row 60: no field 'label'; it has 'text'"),
+    (good_rows() + [{"text": 5, "label": "bad"}], {}, "data.source", "row 60: field 'text' must be text, not 5"),
+    (good_rows() + [{"text": "  ", "label": "bad"}], {}, "data.source", "row 60: the text to classify is empty"),
+    (good_rows() + [{"text": "a", "label": None}], {}, "data.source", "row 60: 'label' is empty"),
+    ([dict(prompt=f"q{i}", completion="" if i < 3 else "a") for i in range(9)], dict(data=dict(test_size=2)), "data.source", "'completion' is empty"),
+    ([dict(prompt=f"q{i}", completion=i) for i in range(9)], dict(data=dict(test_size=2)), "data.source", "must be strings, or both lists of messages"),
+    ([dict(messages=[dict(role="user", content=f"q{i}")]) for i in range(9)], dict(data=dict(test_size=2)), "data.source", "needs a question and an answer"),
+    ([dict(question="q")], {}, "data.source", "the rows have the fields 'question'; wanted are messages"),
+    ([dict(text=f"t{i}", label="same") for i in range(40)], {}, "data.labels", "every training row has the label 'same'"),
+    ([dict(text=f"t{i}", label=str(i)) for i in range(60)], {}, "data.source", "has 60 different values"),
+    (good_rows(20), {}, "data.test_size", "20 usable rows cannot give 20 to hold out"),
+    ([dict(prompt="same", completion="a")]*40, {}, "data.test_size", "1 usable rows cannot give 20"),
+    ([dict(prompt="word "*300 + str(i), completion="a") for i in range(9)], dict(data=dict(test_size=2)), "data.source", "the model's limit is 256: set data.max_length to 256"),
+    ([dict(prompt="word "*300 + str(i), completion="a") for i in range(9)], dict(data=dict(test_size=2, max_length=200)), "data.source", "every label is masked"),
+    (good_rows(), dict(data=dict(max_length=999)), "data.max_length", "999 tokens are more than"),
+    (good_rows(), dict(method=dict(target_modules=["nope"])), "method", "matches nothing. These would match: q_proj (2)"),
+    (good_rows(), dict(method=dict(rank=64)), "method", "rank=64 is larger than"),
+    (good_rows(), dict(model=dict(dtype="float16")), "model.dtype", "float16 needs a GPU"),
+    (good_rows(), dict(model=dict(name="no/such/model")), "model.name", "no/such/model"),
+    ([dict(prompt=f"q{i}", completion="ab"[i % 2]) for i in range(40)], dict(evaluate=dict(choices=["a", "c"])), "evaluate.choices", "'b' is an answer in the held-out rows"),
+    (good_rows(24), dict(train=dict(patience=2), data=dict(test_size=20)), "train.patience", "too few rows to keep some"),
+])
+def test_bad_input_is_found(make, tmp_path, rows, sections, where, says):
+    write_rows(tmp_path/"rows.jsonl", rows)
+    found = errors(make(**sections))
+    assert any(w == where and says in m for w, m in found), found
+
+
+def test_a_missing_or_unreadable_file(make, tmp_path):
+    (tmp_path/"beside.csv").write_text("text,label\n")
+    assert "there is no file" in errors(make(data=dict(source=str(tmp_path/"gone.jsonl"))))[0][1]
+    (tmp_path/"zip.jsonl").write_bytes(b"PK\x03\x04rest")
+    assert "zip.jsonl" in errors(make(data=dict(source=str(tmp_path/"zip.jsonl"))))[0][1]
+    assert "has no rows" in errors(make(data=dict(source=str(tmp_path/"beside.csv"))))[0][1]
+
+
+def test_a_missing_chat_template(make, tiny, tmp_path):
+    bare = shutil.copytree(tiny, tmp_path/"bare")
+    (bare/"chat_template.jinja").unlink()
+    config = json.loads((bare/"tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (bare/"tokenizer_config.json").write_text(json.dumps(config))
+    found = errors(make(model=dict(name=str(bare))))
+    assert [w for w, _ in found] == ["data.source"] and "has no chat template" in found[0][1]
+
+
+def test_faults_of_the_folder(make, tmp_path, monkeypatch):
+    recipe = make()
+    (tmp_path/"file").write_text("")
+    assert "is a file" in errors(recipe, tmp_path/"file/run")[0][1]
+    (tmp_path/"full").mkdir(); (tmp_path/"full/mine.txt").write_text("")
+    assert "is not empty" in errors(recipe, tmp_path/"full")[0][1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda f: shutil._ntuple_diskusage(10, 10, 5_000_000))
+    assert "5 MB free" in errors(recipe, tmp_path/"new")[0][1]
+
+
+def test_a_folder_that_cannot_be_written(make, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(r.tempfile, "NamedTemporaryFile", refuse)
+    assert errors(make(), tmp_path/"new") == [("out", f"{tmp_path} cannot be written: Read-only file system")]
+
+
+def test_several_faults_are_found_at_once(make, tmp_path):
+    write_rows(tmp_path/"rows.jsonl", good_rows() + [{"text": "no label"}])
+    (tmp_path/"taken").mkdir(); (tmp_path/"taken/x").write_text("")
+    assert {w for w, _ in errors(make(method=dict(target_modules=["nope"])), tmp_path/"taken")} == {"data.source", "method", "out"}
+
+
+def test_rows_are_named_as_in_the_file(make, tmp_path):
+    rows = [dict(prompt=f"q{i}", completion="x" if i != 17 else " ") for i in range(40)]
+    write_rows(tmp_path/"rows.jsonl", rows)
+    p = r.prepare(make(data=dict(bad_rows="skip", test_size=5)))
+    assert not p.findings.errors and any("row 17:" in f.message for f in p.findings if f.level == "warning")
+    assert sorted(e.index for e in [*p.train, *p.test]) == [i for i in range(40) if i != 17]
+    for e, row in zip([*p.train, *p.test], [*p.train_rows, *p.test_rows]): assert p.tokenizer.decode(e.input_ids).startswith(f"q{e.index}") and row["row"] == e.index
+
+
+@given(st.lists(st.sampled_from(["good", "bad", "", None, 3]), min_size=30, max_size=60), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_no_row_vanishes(labels, seed):
+    rows = [dict(text=f"text number {i % 40}", label=l) for i, l in enumerate(labels)]
+    keys = r.DataKeys(labels=["bad", "good"], test_size=5, source="x")
+    shaped, refused = r.shape_rows(rows, keys, ["bad", "good"])
+    assert sorted([s["row"] for s in shaped] + [i for i, _ in refused]) == list(range(len(rows)))
+    p = r.Prepared(r.Recipe(data=keys, seed=seed))
+    kept = r._only_once(p, shaped)
+    halves = r._split(p, kept)
+    if halves: assert sorted(s["row"] for half in halves for s in half) == sorted(s["row"] for s in kept)
+
+
+def test_the_test_may_come_from_elsewhere(make, tmp_path):
+    other = write_rows(tmp_path/"test.jsonl", good_rows(5) + [dict(text="something new", label="bad")])
+    p = r.prepare(make(data=dict(test_source=other)))
+    assert not p.findings.errors and len(p.test) == 6 and len(p.train) == 55
+    assert any("5 of its questions were in the training rows too" in f.message for f in p.findings)
+
+
+# Judging
+
+@pytest.mark.parametrize("prefix", [0, 20])
+@pytest.mark.parametrize("choices", [[[5], [6], [7]], [[5], [5, 6], [5, 6, 7]], [[8, 9], [8, 10], [11]]])
+def test_choices_are_scored_exactly(tiny, prefix, choices):
+    model, _ = load_model(tiny, dtype="float32")
+    torch.manual_seed(0)
+    shared = torch.randint(100, 999, (prefix,)).tolist()
+    prompts = [shared + torch.randint(100, 999, (n,)).tolist() for n in (1, 3, 3, 9, 30)]
+    def slow(prompt, choice):
+        with torch.no_grad(): logp = model(torch.tensor([prompt + choice])).logits[0].log_softmax(-1)
+        return sum(logp[len(prompt) - 1 + i, t].item() for i, t in enumerate(choice))
+    want = torch.tensor([[slow(p, c) for c in choices] for p in prompts])
+    for max_tokens in (1, 40, 4000): assert torch.allclose(r.choice_scores(model, prompts, choices, max_tokens=max_tokens), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Gemma2", "Mistral", "Mamba"])
+def test_choices_in_other_families(name):
+    import transformers
+    small = dict(GPT2=dict(n_embd=32, n_layer=2, n_head=2), Mamba=dict(hidden_size=32, num_hidden_layers=2, state_size=4)).get(name,
+        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, head_dim=8, sliding_window=6))
+    if name == "GPTNeoX": small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    torch.manual_seed(0)
+    model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(vocab_size=300, **small)).eval()
+    prompts = [list(range(20, 32)) + [n, n + 1, n + 2][:n % 3 + 1] for n in range(40, 48)]
+    def slow(prompt, choice):
+        with torch.no_grad(): logp = model(torch.tensor([prompt + choice]), use_cache=False).logits[0].log_softmax(-1)
+        return sum(logp[len(prompt) - 1 + i, t].item() for i, t in enumerate(choice))
+    want = torch.tensor([[slow(p, c) for c in ([7], [8, 9])] for p in prompts])
+    assert torch.allclose(r.choice_scores(model, prompts, [[7], [8, 9]]), want, atol=1e-4)
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_solves_its_equation(kn):
+    k, n = kn
+    low, high = r.wilson(k, n)
+    assert -1e-9 <= low <= k/n + 1e-9 and k/n - 1e-9 <= high <= 1 + 1e-9
+    for p in (low, high): assert abs(abs(k/n - p) - 1.959964*(max(p*(1 - p), 0)/n)**.5) < 1e-6
+
+
+def test_the_bootstrap_agrees_with_theory():
+    import numpy as np
+    rng = np.random.default_rng(0)
+    before = rng.normal(0, 1, 500); after = before + rng.normal(.1, .3, 500)
+    change, low, high = r.paired_bootstrap(before, after)
+    d = after - before
+    assert abs((high - low) - 2*1.96*d.std()/500**.5) < .006 and abs(change - d.mean()) < 1e-12
+
+
+# The run
+
+def test_a_run_from_file_to_report(make, tmp_path):
+    result = r.run(make(), tmp_path/"run", progress=False)
+    facts = json.loads((tmp_path/"run/report.json").read_text())
+    assert facts == result.facts and result.stopped == "finished"
+    for key in ("accuracy_before", "accuracy_after", "n_eval", "tokens_per_second", "peak_memory_bytes", "forgetting", "seconds", "versions", "recipe", "seed",
+                "accuracy_before_interval", "accuracy_change_interval"): assert key in facts
+    assert facts["n_eval"] == 20 and facts["steps"] == 10 and len(facts["samples"]) == 4 and set(facts["forgetting"]) == {"newspaper"}
+    assert sorted(f.name for f in (tmp_path/"run").iterdir()) == ["adapter", "before.json", "recipe.yaml", "report.html", "report.json"]
+    assert r.load_recipe(tmp_path/"run") == make()
+
+
+def test_the_report_is_one_safe_page(make, tmp_path):
+    rows = [dict(o, text=o["text"] + " <script>alert(1)</script>") for o in good_rows()]
+    write_rows(tmp_path/"rows.jsonl", rows)
+    html = r.run(make(), tmp_path/"run", progress=False).report.html()
+    assert "&lt;script&gt;" in html and "<script" not in html
+    assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:)?//|@import|url\(", html)
+    for heading in ("Before and after", "Training", "forgotten", "learnt from", "cost", "checked", "try next", "Configuration"): assert heading in html
+
+
+def test_slots_are_shown():
+    facts = json.loads(json.dumps(dict(accuracy_before=None, accuracy_after=None, loss_before=1., loss_after=.5, loss_change=-.5, loss_change_interval=[-.6, -.4], n_eval=9, n_left=0,
+        tokens_per_second=1., peak_memory_bytes=1, memory_plan={}, forgetting={}, seconds=1., seconds_by_stage=dict(train=1.), n_train=1, train_tokens=1, steps=1, trained_parameters=1,
+        total_parameters=2, device="cpu", dtype="float32", device_reasons=["r"], findings=[], history=[dict(step=1, loss=1., lr=.1, eval_loss=None)], samples=[], recipe=asdict(r.Recipe()), seed=0, versions=dict(a="1"))))
+    html = r.Report(facts, audit=["AUDIT"], plan=["PLAN"], preflight=["PREFLIGHT"], forgetting=["BATTERY"]).html()
+    assert all(word in html for word in ("AUDIT", "PLAN", "PREFLIGHT", "BATTERY"))
+
+
+def test_a_run_without_choices(make, tmp_path):
+    write_rows(tmp_path/"rows.jsonl", [dict(prompt=f"what is {i}", completion=f"it is {i}") for i in range(40)])
+    result = r.run(make(data=dict(test_size=10)), tmp_path/"run", progress=False)
+    assert result.facts["accuracy_after"] is None and result.facts["loss_change_interval"][1] < 0
+    assert "nats per learnt token" in result.report.html()
+
+
+def test_plain_text_and_full_fine_tuning(make, tmp_path):
+    write_rows(tmp_path/"rows.jsonl", [dict(text=f"a line of text, number {i}") for i in range(40)])
+    result = r.run(make(data=dict(test_size=10), method=dict(type="full"), model=dict(dtype=None), forgetting=dict(measure=False)), tmp_path/"run", progress=False)
+    assert result.facts["trained_parameters"] == result.facts["total_parameters"] and not result.facts["samples"]
+    again, _ = load_model(tmp_path/"run/model", dtype="float32", device="cpu")
+    for a, b in zip(result.model.parameters(), again.parameters()): assert torch.equal(a, b)
+
+
+def test_a_folder_belongs_to_one_run(make, tmp_path):
+    r.run(make(), tmp_path/"run", progress=False)
+    with pytest.raises(r.CheckFailed, match="holds another run"): r.run(make(), tmp_path/"run", progress=False)
+    with pytest.raises(r.CheckFailed, match="method.rank was 4 and is 2"): r.run(make(method=dict(rank=2)), tmp_path/"run", resume=True, progress=False)
+    before = (tmp_path/"run/report.json").read_bytes()
+    assert r.run(make(), tmp_path/"run", resume=True, progress=False).facts == json.loads(before)
+    assert (tmp_path/"run/report.json").read_bytes() == before
+
+
+class StopAt:
+    "Send Ctrl-C, or raise, after a step."
+    def __init__(self, step, how): self.step, self.how = step, how
+    def __call__(self, state):
+        if state.step == self.step: self.how()
+
+
+def ctrl_c(): os.kill(os.getpid(), signal.SIGINT)
+def crash(): raise RuntimeError("the power went out")
+
+
+@pytest.mark.parametrize("how, step", [(ctrl_c, 1), (ctrl_c, 5), (ctrl_c, 10), (crash, 3), (crash, 7)])
+def test_a_stopped_run_goes_on_to_the_same_weights(make, tmp_path, monkeypatch, how, step):
+    whole = r.run(make(), tmp_path/"whole", progress=False)
+    with monkeypatch.context() as m:
+        m.setattr(r, "finetune", lambda *a, **k: finetune(*a, **k, callbacks=[StopAt(step, how)]))
+        if how is ctrl_c: assert (stopped := r.run(make(), tmp_path/"run", progress=False)).stopped in ("interrupted", "finished") and stopped.facts
+        else: pytest.raises(RuntimeError, r.run, make(), tmp_path/"run", progress=False)
+    result = r.run(make(), tmp_path/"run", resume=True, progress=False)
+    assert result.stopped == "finished" and (tmp_path/"run/report.json").exists()
+    assert result.facts["accuracy_after"] == whole.facts["accuracy_after"]
+    read = lambda o: (tmp_path/o/"adapter/adapter_model.safetensors").read_bytes()
+    assert read("run") == read("whole")
+
+
+def test_what_was_measured_before_is_kept(make, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(r, "_apply", lambda *a: crash())
+        pytest.raises(RuntimeError, r.run, make(), tmp_path/"run", progress=False)
+    before = (tmp_path/"run/before.json").read_bytes()
+    r.run(make(), tmp_path/"run", resume=True, progress=False)
+    assert (tmp_path/"run/before.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["before.json", "report.html"])
+def test_a_disk_that_fills_up(make, tmp_path, monkeypatch, where):
+    write = Path.write_text
+    def full(self, *args, **kwargs):
+        if where in self.name: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="cannot be written: No space left on device.*kept there.*resume"): r.run(make(), tmp_path/"run", progress=False)
+    assert not list((tmp_path/"run").glob(".*.part"))
+    assert r.run(make(), tmp_path/"run", resume=True, progress=False).stopped == "finished"
+
+
+def test_the_adapter_is_what_was_judged(make, tiny, tmp_path):
+    recipe = make()
+    result = r.run(recipe, tmp_path/"run", progress=False)
+    model, _ = load_model(tiny, dtype="float32", device="cpu")
+    load_adapter(model, tmp_path/"run/adapter")
+    p = r.prepare(recipe)
+    told = r.measure(p, model, {})
+    assert sum(told["right"])/len(told["right"]) == result.facts["accuracy_after"]
+
+
+def test_a_method_that_changes_something_at_once_is_refused(make, tmp_path, monkeypatch):
+    class Loud(LoRA):
+        def inject_(self, model):
+            super().inject_(model)
+            for n, q in model.named_parameters():
+                if "lora_B" in n: torch.nn.init.normal_(q.data, std=30)
+    monkeypatch.setattr(r, "make_method", lambda recipe: Loud(rank=4))
+    with pytest.raises(r.CheckFailed, match="changes the loss"): r.run(make(), tmp_path/"run", progress=False)
+
+
+def test_the_same_seed_gives_the_same_run(make, tmp_path):
+    a, b, c = (r.run(make(seed=s), tmp_path/n, progress=False).facts for s, n in ((1, "a"), (1, "b"), (2, "c")))
+    assert [h["loss"] for h in a["history"]] == [h["loss"] for h in b["history"]] != [h["loss"] for h in c["history"]]
+    assert [s["row"] for s in a["samples"]] != [s["row"] for s in c["samples"]]
+
+
+@pytest.mark.slow
+def test_the_main_job(tmp_path):
+    facts = r.quickstart(tmp_path/"run", progress=False).facts
+    assert facts["n_eval"] >= 500 and facts["accuracy_before"] < .70 and facts["accuracy_after"] >= .87

@@ -15,7 +15,7 @@ __all__ = ['Rule', 'ModelKeys', 'DataKeys', 'MethodKeys', 'TrainKeys', 'Evaluate
            'forgetting_words', 'advice', 'loading_code', 'Report', 'sections', 'quickstart_recipe', 'free_folder',
            'quickstart']
 
-# %% ../nbs/16_recipe.ipynb #46b7bf4d
+# %% ../nbs/16_recipe.ipynb #24880cb7
 import copy, difflib, errno, json, math, os, platform, random, re, shutil, sys, tempfile, textwrap, time
 from bisect import bisect_left
 from collections import Counter
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -244,7 +245,17 @@ def _from_folder(recipe, folder):
     recipe.forgetting.texts = [find(t) for t in recipe.forgetting.texts]
     return recipe
 
-# %% ../nbs/16_recipe.ipynb #8e2a78c7
+# %% ../nbs/16_recipe.ipynb #0d82b3e4
+class _Loader(yaml.SafeLoader):
+    "Reads YAML, and refuses a key that stands twice."
+    def construct_mapping(self, node, deep=False):
+        seen = {}
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen: raise ValueError(f"{key.value} stands twice, in line {seen[key.value]} and line {key.start_mark.line + 1}")
+            seen[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+# %% ../nbs/16_recipe.ipynb #a6e4437f
 def load_recipe(
     path:str|Path, # A YAML file, or the folder of a run
 )->Recipe: # FileNotFoundError or ValueError that names file and key
@@ -252,7 +263,7 @@ def load_recipe(
     path = Path(path).expanduser()
     if path.is_dir(): path = path/'recipe.yaml'
     if not path.is_file(): raise FileNotFoundError(f"there is no configuration {path}")
-    try: recipe = make_recipe(yaml.safe_load(path.read_text(encoding='utf-8')) or {})
+    try: recipe = make_recipe(yaml.load(path.read_text(encoding='utf-8'), _Loader) or {})
     except yaml.YAMLError as e: raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     except (ValueError, OSError) as e: raise ValueError(f"{path}: {e}") from e
     if problem := _contradiction(recipe): raise ValueError(f"{path}: {problem}")
@@ -514,13 +525,14 @@ def _check_method(p):
     added = sum(map(math.prod, shapes.values()))
     p.findings.add('note', 'method.target_modules', f"{len(shapes)//2} layers get an adapter of rank {p.recipe.method.rank}: {added:,} parameters on top of {n:,}")
 
-# %% ../nbs/16_recipe.ipynb #d8190bd4
+# %% ../nbs/16_recipe.ipynb #2059a27e
 def _by_file(why, row):
     "A complaint of `encode`, with the row's number in the file and the configuration's words."
-    why = re.sub(r'^row \d+|(?<=the first: )row \d+', f'row {row}', why)
+    why = re.sub('the first: row', 'such as row', why) # they are shuffled by now
+    why = re.sub(r'^row \d+|(?<=such as )row \d+', f'row {row}', why)
     return re.sub(r'give `max_length=(\d+)` to cut', r'set data.max_length to \1 to cut', why)
 
-# %% ../nbs/16_recipe.ipynb #a538e335
+# %% ../nbs/16_recipe.ipynb #4be26354
 def _encode(p, rows, where):
     "Examples of `rows`, and the rows that they came from."
     d = p.recipe.data
@@ -530,7 +542,7 @@ def _encode(p, rows, where):
         return Encoded(), []
     kept = [rows[e.index] for e in found]
     for e, row in zip(found, kept): e.index = row['row']
-    _refuse(p, [(rows[i]['row'], _by_file(why, rows[i]['row'])) for i, why in found.refused], len(rows), where)
+    _refuse(p, sorted((rows[i]['row'], _by_file(why, rows[i]['row'])) for i, why in found.refused), len(rows), where)
     return found, kept
 
 # %% ../nbs/16_recipe.ipynb #5069c665
@@ -897,16 +909,19 @@ def smoke_step(
     else: found.add('note', 'train', f"a step backwards from loss {loss:.3f} reaches all {len(grads)} trained tensors")
     return found
 
-# %% ../nbs/16_recipe.ipynb #dd7a0cb0
-_no_write = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# %% ../nbs/16_recipe.ipynb #75f5f5cf
+_no_write = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 @contextmanager
 def _writing(folder):
     "Say clearly that `folder` takes no more."
     try: yield
-    except OSError as e:
-        if e.errno not in _no_write: raise
-        raise OSError(e.errno, f"{folder} cannot be written: {e.strerror}. What was finished before is kept there; make room or change its permissions, and resume the run") from e
+    except (OSError, SafetensorError) as e:
+        number = e.errno if isinstance(e, OSError) else int((re.search(r'os error (\d+)', str(e)) or [0, 0])[1]) # safetensors hides it in its text
+        if number not in _no_write: raise
+        said = OSError(f"{folder} cannot be written: {os.strerror(number)}. What was finished before is kept there; make room or change its permissions, and resume the run")
+        said.errno = number # given to the constructor, it would stand in front of the sentence
+        raise said from e
 
 # %% ../nbs/16_recipe.ipynb #7ae23159
 def write_text(
@@ -1065,12 +1080,13 @@ def _begin(job, resume):
     if not holds_run(job.out): write_text(job.out/'recipe.yaml', recipe_yaml(job.recipe))
     return p
 
-# %% ../nbs/16_recipe.ipynb #856136f7
+# %% ../nbs/16_recipe.ipynb #45dd98f4
 def _train(job, p, model):
     "Train, from the last checkpoint if there is one."
     keys = train_settings(job.recipe, len(p.train))
     if not p.validation: keys.update(patience=None, eval_every=None)
-    return finetune(model, p.train, **keys, eval_examples=p.validation or None, out=job.out, resume=bool(checkpoints(job.out/'checkpoints')), progress=job.progress)
+    with _writing(job.out):
+        return finetune(model, p.train, **keys, eval_examples=p.validation or None, out=job.out, resume=bool(checkpoints(job.out/'checkpoints')), progress=job.progress)
 
 # %% ../nbs/16_recipe.ipynb #9859244f
 def _interrupted(job, trained, model, p):

@@ -11,40 +11,18 @@ from ftbook.lora import LoRA
 from ftbook.methods import load_adapter
 from ftbook.models import load_model, model_folder
 from ftbook.train import finetune
+from tiny import good_rows, save_tiny_model, tiny_config, write_rows
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    "A small random model of the Llama family, with the tokenizer and the template of the shipped one."
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=.2, bos_token_id=1, eos_token_id=2, pad_token_id=2)).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder("smollm2-135m"))
-    tokenizer.model_max_length = 256
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_rows(path, rows):
-    path.write_text("\n".join(o if isinstance(o, str) else json.dumps(o) for o in rows) + "\n")
-    return str(path)
-
-
-def good_rows(n=60): return [dict(text=f"the film number {i} was {'fine' if i % 2 else 'dull'}", label="good" if i % 2 else "bad") for i in range(n)]
+def tiny(tmp_path_factory): return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def make(tiny, tmp_path):
     "A recipe for the tiny model and a file of good rows; sections given are merged into it."
     source = write_rows(tmp_path/"rows.jsonl", good_rows())
-    def make(**sections):
-        base = dict(model=dict(name=str(tiny), dtype="float32", device="cpu"), data=dict(source=source, test_size=20), method=dict(rank=4),
-                    train=dict(lr=1e-2, batch_size=4, save_every=2), evaluate=dict(samples=4, max_new_tokens=4), forgetting=dict(texts=["newspaper"], rows=8))
-        for name, given in sections.items(): base[name] = base[name] | given if isinstance(given, dict) else given
-        return r.make_recipe(base)
-    return make
+    return lambda **sections: r.make_recipe(tiny_config(tiny, source, **sections))
 
 
 # The configuration
@@ -78,6 +56,9 @@ def test_defaults_obey_their_own_rules():
     ("train: {schedule: liner}", "one of linear, cosine, constant, not 'liner'"),
     ("train: [1, 2]", "train must be a section with keys (lr, epochs"),
     ("- 1", "a recipe must be a section"),
+    ("method: {rank: 8}\nmethod: {alpha: 8}", "method stands twice, in line 1 and line 2"), ("method:\n  rank: 8\n  rank: 4", "rank stands twice, in line 2 and line 3"),
+    ("data: {source: movie, max_rows: 0}", "data.max_rows must be a whole number or null, 1 or more, not 0"), ("data: {source: [movie]}", "data.source must be text, not ['movie']"),
+    ("{[1, 2]: 3}", "is not YAML"),
     ("data: {source: movie, labels: [yes, no]}", "put them in quotes"),
     ("data: {source: movie, labels: [a, b], cuts: [1, 2]}", "data.cuts has 2 cuts, so data.labels must name 3"),
     ("data: {source: movie, labels: [a, b, c], cuts: [2, 1]}", "data.cuts must rise"),

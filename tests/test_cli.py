@@ -1,0 +1,318 @@
+"What the commands promise: one clear message for bad input, an exit code, JSON alone on standard output, and nothing lost."
+import errno, json, os, re, resource, shutil, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ftbook import cli, models, recipe as r
+from tiny import good_rows, save_tiny_model, tiny_config, write_config, write_rows
+
+command = [sys.executable, "-c", "from ftbook.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory): return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def desk(tiny, tmp_path, monkeypatch):
+    "An empty folder to work in, with a good file of rows and a good configuration."
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path/"rows.jsonl", good_rows())
+    write_config(tmp_path/"it.yaml", tiny_config(tiny, "rows.jsonl"))
+    return tmp_path
+
+
+def ftbook(*args):
+    "Run a command in this process. Whatever happens, it must end as a command does: with a code, and without a traceback."
+    done = CliRunner().invoke(cli.app, [str(a) for a in args], prog_name="ftbook")
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert "Traceback" not in done.output
+    return done
+
+
+def files(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+# The shape of a command
+
+@pytest.mark.parametrize("name", ["", "quickstart", "train", "check", "models"])
+def test_help(name):
+    done = ftbook(*[name] * bool(name), "--help")
+    assert done.exit_code == 0 and done.stdout.startswith(f"Usage: ftbook {name}".strip())
+    if name: assert "--json" in done.stdout and "--debug" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "check"])
+def test_help_shows_every_key(name):
+    told = " ".join(ftbook(name, "--help").stdout.split())
+    for key in r.list_keys(): assert key["key"] in told and " ".join(key["help"].split()) in told, key["key"]
+
+
+def test_version():
+    from ftbook import __version__
+    assert ftbook("--version").stdout.split() == [__version__]
+
+
+@pytest.mark.parametrize("line", ["nothing", "train", "check", "check it.yaml --rank 8", "quickstart --seed -1", "quickstart --seed one", "train a b", "models x"])
+def test_a_wrong_command_is_told_apart(line):
+    done = ftbook(*line.split())
+    assert done.exit_code == 2 and done.stdout == "" and "Usage: ftbook" in done.stderr
+
+
+def test_nothing_heavy_is_loaded_for_help():
+    done = subprocess.run([*command[:2], "import sys; from ftbook.cli import app\ntry: app(['--help'])\nfinally: print({'torch', 'transformers', 'yaml', 'numpy'} & set(sys.modules))"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stdout
+
+
+def test_models():
+    told = json.loads(ftbook("models", "--json").stdout)
+    assert [m["name"] for m in told["models"]] == list(models.SHIPPED) and told["reasons"]
+    shown = ftbook("models").stdout
+    assert all(m["name"] in shown for m in told["models"]) and told["reasons"][0] in shown
+
+
+# Bad input
+
+broken = [
+    # rows, sections of the configuration, the key that is named, what is said
+    (good_rows() + ["{'broken': 1}"], {}, "data.source", r"rows.jsonl:61: broken JSON"),
+    (good_rows() + ['["a", "list"]'], {}, "data.source", r"rows.jsonl:61: "),
+    (good_rows() + [{"text": "no label"}], {}, "data.source", r"row 60: no field 'label'; it has 'text'"),
+    ([dict(question="q")], {}, "data.source", r"the rows have the fields 'question'; wanted are messages"),
+    (good_rows() + [{"text": 5, "label": "bad"}], {}, "data.source", r"row 60: field 'text' must be text, not 5"),
+    ([dict(prompt=f"q{i}", completion=i) for i in range(29)], {}, "data.source", r"none of 9 rows can be used; such as row \d+: .*must be strings"),
+    ([dict(messages=f"q{i}") for i in range(29)], {}, "data.source", r"none of 9 rows can be used; such as row \d+: field 'messages' must be a list"),
+    ([dict(prompt=f"q{i}", completion="" if i < 3 else "a") for i in range(29)], {}, "data.source", r"row 0: .*'completion' is empty"),
+    ([dict(prompt="word " * 240 + str(i), completion="a") for i in range(29)], dict(data=dict(max_length=200)), "data.source", r"every label is masked"),
+    ([dict(prompt="word " * 300 + str(i), completion="a") for i in range(29)], {}, "data.source", r"row \d+ has \d+ tokens.*the model's limit is 256: set data.max_length to 256"),
+    (good_rows(), dict(data=dict(source="gone.jsonl")), "data.source", r"there is no file .*gone.jsonl; beside it: rows.jsonl"),
+    (good_rows(), dict(model=dict(name="no/such-model")), "model.name", r"no/such-model"),
+    (good_rows(), dict(method=dict(target_modules=["query"])), "method", r"'query'.* matches nothing. These would match: q_proj \(2\), k_proj \(2\), v_proj"),
+    (good_rows(), dict(method=dict(target_modules=".*query")), "method", r"matches nothing. These would match: q_proj"),
+]
+
+
+@pytest.mark.parametrize("name", ["check", "train"])
+@pytest.mark.parametrize("rows, sections, where, says", broken, ids=[b[3] for b in broken])
+def test_bad_input_is_said_and_nothing_is_written(desk, tiny, name, rows, sections, where, says):
+    write_rows(desk/"rows.jsonl", rows)
+    write_config(desk/"it.yaml", tiny_config(tiny, "rows.jsonl", **sections))
+    before = files(desk)
+    done = ftbook(name, "it.yaml")
+    said = done.stdout if name == "check" else done.stderr
+    assert done.exit_code == 1 and re.search(says, said) and where in said, done.output
+    told = json.loads(ftbook(name, "it.yaml", "--json").stdout)
+    found = told if name == "check" else told["findings"]
+    assert any(f["level"] == "error" and f["where"] == where and re.search(says, f["message"]) for f in found)
+    assert files(desk) == before and not (desk/"ftbook-runs").exists()
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\xff", b"\x89PNG\r\n", b""])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_a_file_that_cannot_be_read(desk, tiny, ending, content):
+    (desk/f"rows.{ending}").write_bytes(content)
+    write_config(desk/"it.yaml", tiny_config(tiny, f"rows.{ending}"))
+    done = ftbook("check", "it.yaml")
+    assert done.exit_code == 1 and re.search(rf"error +data.source: .*rows.{ending}", done.stdout), done.output
+
+
+def test_a_folder_and_a_forbidden_file_as_rows(desk, tiny, monkeypatch):
+    (desk/"folder.jsonl").mkdir()
+    write_config(desk/"it.yaml", tiny_config(tiny, "folder.jsonl"))
+    done = ftbook("check", "it.yaml")
+    assert done.exit_code == 1 and re.search(r"error +data.source: .*folder.jsonl", done.stdout), done.output
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read(desk):
+    (desk/"rows.jsonl").chmod(0)
+    done = ftbook("check", "it.yaml")
+    assert done.exit_code == 1 and re.search(r"error +data.source: .*rows.jsonl", done.stdout)
+
+
+def test_a_missing_chat_template(desk, tiny):
+    bare = shutil.copytree(tiny, desk/"bare")
+    (bare/"chat_template.jinja").unlink()
+    write_config(desk/"it.yaml", tiny_config(bare, "rows.jsonl"))
+    for name in ("check", "train"):
+        done = ftbook(name, "it.yaml")
+        assert done.exit_code == 1 and "has no chat template" in done.output
+
+
+@pytest.mark.parametrize("text, says", [
+    ("method: {rank: 0}", "method.rank must be a whole number, 1 or more, not 0"), ("method: {rank: -3}", "1 or more, not -3"), ("method: {rank: eight}", "not 'eight'"),
+    ("method: {rnak: 8}", "did you mean method.rank?"), ("metod: {rank: 8}", "unknown key metod"), ("seed: 0\nseed: 1", "seed stands twice, in line 1 and line 2"),
+    ("data: {source: rows.jsonl", "is not YAML"), ("data: {source: 3}", "data.source must be text, not 3"), ("data: {source: rows.jsonl, labels: [yes, no]}", "put them in quotes"),
+    ("", "data.source is missing"), ("just words", "a recipe must be a section"),
+])
+@pytest.mark.parametrize("name", ["check", "train"])
+def test_a_bad_configuration_is_said(desk, name, text, says):
+    (desk/"it.yaml").write_text(text)
+    done = ftbook(name, "it.yaml")
+    assert done.exit_code == 1 and done.stdout == "" and says in done.stderr and "it.yaml" in done.stderr
+    assert says in json.loads(ftbook(name, "it.yaml", "--json").stdout)["error"]
+
+
+def test_a_configuration_that_is_not_there(desk):
+    done = ftbook("check", "gone.yaml")
+    assert done.exit_code == 1 and done.stderr == "ftbook: there is no configuration gone.yaml\n"
+
+
+def test_a_loss_that_is_not_finite(desk, tiny):
+    write_config(desk/"it.yaml", tiny_config(tiny, "rows.jsonl", train=dict(lr=1e36, max_grad_norm=None, warmup=0)))
+    done = ftbook("train", "it.yaml")
+    assert done.exit_code == 1 and re.search(r"step \d+: the .* is (nan|inf).*The batch held rows", done.stderr), done.stderr[-800:]
+
+
+# The folder
+
+def test_a_folder_that_is_taken(desk):
+    (desk/"file").write_text("mine")
+    (desk/"full").mkdir(); (desk/"full/note.txt").write_text("mine")
+    for name in ("check", "train"):
+        assert "is a file, so there can be no folder" in (done := ftbook(name, "it.yaml", "--out", "file/run")).output and done.exit_code == 1
+        assert "full is not empty" in (done := ftbook(name, "it.yaml", "--out", "full")).output and done.exit_code == 1
+    assert files(desk/"full") == {"note.txt": b"mine"} and (desk/"file").read_text() == "mine"
+
+
+def test_a_folder_that_holds_another_run(desk, tiny):
+    assert ftbook("train", "it.yaml").exit_code == 0
+    before = files(desk/"ftbook-runs")
+    for name in ("check", "train"):
+        done = ftbook(name, "it.yaml")
+        assert done.exit_code == 1 and "holds another run" in done.output and "--resume" in done.output
+    write_config(desk/"it.yaml", tiny_config(tiny, "rows.jsonl", method=dict(rank=2)))
+    done = ftbook("train", "it.yaml", "--resume")
+    assert done.exit_code == 1 and "method.rank was 4 and is 2" in done.stderr
+    assert files(desk/"ftbook-runs") == before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_is_read_only(desk, monkeypatch, number):
+    def refuse(*args, **kwargs): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    for name in ("check", "train"):
+        done = ftbook(name, "it.yaml")
+        assert done.exit_code == 1 and f"cannot be written: {os.strerror(number)}" in done.output
+    assert not (desk/"ftbook-runs").exists()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(desk):
+    (desk/"shut").mkdir(mode=0o500)
+    done = ftbook("train", "it.yaml", "--out", "shut/run")
+    assert done.exit_code == 1 and "cannot be written: Permission denied" in done.stderr
+
+
+def test_too_little_room_is_known_before(desk, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda f: shutil._ntuple_diskusage(10**9, 10**9, 5_000_000))
+    for name in ("check", "train"): assert (done := ftbook(name, "it.yaml")).exit_code == 1 and "has 5 MB free; checkpoints and result need" in done.output
+
+
+# Runs, in processes of their own
+
+def start(*args, **more):
+    "Start a command as a terminal would."
+    return subprocess.Popen([*command, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def finish(process):
+    "Wait for its end: (exit code, stdout, stderr)."
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in out + err, err
+    return process.returncode, out, err
+
+
+def wait_for(path, process):
+    "Wait until a running command has made a file."
+    end = time.time() + 60
+    while not list(Path().glob(path)):
+        assert process.poll() is None and time.time() < end, process.stderr.read()
+        time.sleep(.005)
+
+
+@pytest.fixture(scope="module")
+def long(tiny, tmp_path_factory):
+    "A longer run that nothing disturbed: its folder, and what it wrote on stdout and stderr."
+    desk = tmp_path_factory.mktemp("long")
+    write_rows(desk/"rows.jsonl", good_rows())
+    write_config(desk/"it.yaml", tiny_config(tiny, "rows.jsonl", train=dict(epochs=30, save_every=20), method=dict(dropout=.1)))
+    code, out, err = finish(start("train", "it.yaml", "--json", cwd=desk))
+    assert code == 0, err
+    return desk, out, err
+
+
+def same_result(a, b):
+    "Do two runs have the same adapter, to the byte, and the same findings?"
+    read = lambda o: (o/"adapter/adapter_model.safetensors").read_bytes()
+    facts = lambda o: {k: v for k, v in json.loads((o/"report.json").read_text()).items() if k.startswith(("accuracy", "loss", "steps", "n_", "forgetting", "samples"))}
+    return read(a) == read(b) and facts(a) == facts(b)
+
+
+def test_json_is_alone_on_stdout(long):
+    desk, out, err = long
+    assert json.loads(out) == json.loads((desk/"ftbook-runs/it/report.json").read_text())
+    assert "judge the model as it is" in err and "train" in err
+
+
+def test_what_a_person_sees(desk):
+    done = ftbook("train", "it.yaml", "--out", "here")
+    assert done.exit_code == 0 and done.stdout.splitlines()[-2:] == ["report   here/report.html", "adapter  here/adapter"]
+    assert re.search(r"^[\d.]+% right before, [\d.]+% after, on 20 held-out rows; gain ", done.stdout, re.M)
+    again = ftbook("train", "here", "--resume")
+    assert again.exit_code == 0 and again.stdout == done.stdout and "this run has ended" in again.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_goes_on_to_the_same_end(long, tmp_path, monkeypatch, how):
+    shutil.copytree(long[0], tmp_path/"desk", ignore=shutil.ignore_patterns("ftbook-runs"))
+    monkeypatch.chdir(tmp_path/"desk")
+    process = start("train", "it.yaml", "--json")
+    wait_for("ftbook-runs/it/checkpoints/step-*", process)
+    process.send_signal(how)
+    code, out, err = finish(process)
+    if how == signal.SIGINT:
+        told = json.loads(out)
+        assert code == 130 and 20 <= told["step"] < 300 and f"interrupted after step {told['step']}" in err
+        assert "Go on with: ftbook train ftbook-runs/it --resume" in err and told["error"] in err
+    else: assert code == -signal.SIGKILL and out == ""
+    assert not Path("ftbook-runs/it/report.json").exists()
+    done = ftbook("train", "ftbook-runs/it", "--resume", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["resumed_from"] >= 20, done.stderr
+    assert same_result(long[0]/"ftbook-runs/it", Path("ftbook-runs/it"))
+
+
+def test_ctrl_c_before_the_first_step(long, tmp_path, monkeypatch):
+    shutil.copytree(long[0], tmp_path/"desk", ignore=shutil.ignore_patterns("ftbook-runs"))
+    monkeypatch.chdir(tmp_path/"desk")
+    process = start("train", "it.yaml")
+    wait_for("ftbook-runs/it/recipe.yaml", process)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 130 and out == "" and "interrupted" in err and "--resume" in err
+    assert ftbook("train", "it.yaml", "--resume").exit_code == 0
+    assert same_result(long[0]/"ftbook-runs/it", Path("ftbook-runs/it"))
+
+
+def test_a_disk_that_fills_up_while_it_trains(long, tmp_path, monkeypatch):
+    shutil.copytree(long[0], tmp_path/"desk", ignore=shutil.ignore_patterns("ftbook-runs"))
+    monkeypatch.chdir(tmp_path/"desk")
+    size = (long[0]/"ftbook-runs/it/adapter/adapter_model.safetensors").stat().st_size
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)) # no checkpoint fits, for it holds the optimizer too
+    code, out, err = finish(start("train", "it.yaml", "--json", preexec_fn=limit))
+    assert code == 1 and re.search(r"could not be written|cannot be written: File too large", json.loads(out)["error"]), err
+    assert Path("ftbook-runs/it/before.json").exists() and not list(Path("ftbook-runs/it/checkpoints").glob("step-*"))
+    assert ftbook("train", "it.yaml", "--resume").exit_code == 0
+    assert same_result(long[0]/"ftbook-runs/it", Path("ftbook-runs/it"))
+
+
+# Faults
+
+def test_a_fault_of_ours_says_so(desk, monkeypatch):
+    monkeypatch.setattr(r, "run", lambda *a, **k: {}["gone"])
+    done = ftbook("train", "it.yaml", "--json")
+    assert done.exit_code == 1 and "KeyError: 'gone'. This is a fault of ftbook; --debug shows where" in done.stderr and "KeyError" in json.loads(done.stdout)["error"]
+    assert isinstance(CliRunner().invoke(cli.app, ["train", "it.yaml", "--debug"]).exception, KeyError)

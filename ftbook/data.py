@@ -7,8 +7,8 @@ Docs: https://ftbook.github.io/ftbook/data.html.md"""
 # %% auto #0
 __all__ = ['IGNORE', 'SURVEYS', 'DICTIONARIES', 'MAGIC', 'READERS', 'load_corpus', 'user', 'assistant', 'classification_row',
            'term_rows', 'read_rows', 'normalise', 'deduplicate', 'split_rows', 'prompt_ids', 'row_parts', 'Example',
-           'to_example', 'show_mask', 'Encoded', 'encode', 'pad', 'length_batches', 'Batch', 'pack', 'attend',
-           'isolate_']
+           'to_example', 'show_mask', 'Encoded', 'encode', 'pad', 'length_batches', 'Batch', 'pack', 'shared_prefix',
+           'attend', 'isolate_']
 
 # %% ../nbs/02_data.ipynb #9c553513
 import csv, gzip, io, json, os, random, shutil, string, subprocess, tarfile, tempfile, unicodedata
@@ -577,7 +577,7 @@ def length_batches(
     rng.shuffle(batches)
     return [[examples[i] for i in batch] for batch in batches]
 
-# %% ../nbs/02_data.ipynb #a8e976a9
+# %% ../nbs/02_data.ipynb #b8ced6f0
 @dataclass
 class Batch:
     "Examples side by side in one row, without padding."
@@ -585,6 +585,7 @@ class Batch:
     labels:Tensor # (1, T), with `IGNORE` where there is no target
     position_ids:Tensor # (1, T), from 0 in every example
     lengths:list[int] # Tokens of each example; they add up to T
+    prefix:int=0 # The first so many tokens, which are the first of `lengths` then, stand before every example
 
     @property
     def n_targets(self): return int((self.labels != IGNORE).sum())
@@ -593,18 +594,21 @@ class Batch:
         device, # A torch device or its name
     ): # A new `Batch`
         "The same batch on another device."
-        return Batch(*(t.to(device) for t in (self.input_ids, self.labels, self.position_ids)), self.lengths)
+        return Batch(*(t.to(device) for t in (self.input_ids, self.labels, self.position_ids)), self.lengths, self.prefix)
 
     def kwargs(self)->dict: # For `model(**batch.kwargs())`
         "What a forward needs to keep the examples apart, in words that flash attention understands too."
+        given = dict(input_ids=self.input_ids, position_ids=self.position_ids, use_cache=False, lengths=self.lengths)
+        if self.prefix: return given | dict(prefix=self.prefix)
         ends = F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.input_ids.device, torch.int32)
-        return dict(input_ids=self.input_ids, position_ids=self.position_ids, use_cache=False, lengths=self.lengths,
-                    cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=max(self.lengths), max_length_k=max(self.lengths))
+        return given | dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=max(self.lengths), max_length_k=max(self.lengths))
 
-# %% ../nbs/02_data.ipynb #cf87cc4b
+# %% ../nbs/02_data.ipynb #e3a2b8e5
 def pack(
     examples:Sequence[Example], # In the order in which they are packed
     max_tokens:int|None=None, # Most tokens in a pack; None: one pack
+    *,
+    share:bool=False, # Keep what all examples of a pack begin with only once; for a model after `isolate_`
 )->list[Batch]:
     "Fill packs one after the other; no token is padding, and none is cut."
     packs, room = [], -1
@@ -614,33 +618,46 @@ def pack(
         if not packs or (max_tokens is not None and len(e) > room): packs.append([]); room = max_tokens
         packs[-1].append(e)
         if max_tokens is not None: room -= len(e)
-    return [_side_by_side(p) for p in packs]
+    return [_side_by_side(p, shared_prefix(p) if share else 0) for p in packs]
 
-# %% ../nbs/02_data.ipynb #44180d04
-def _side_by_side(examples):
+# %% ../nbs/02_data.ipynb #1f1e7458
+def _side_by_side(examples, prefix):
     def line(lists): return torch.tensor([[x for row in lists for x in row]])
-    return Batch(line([e.input_ids for e in examples]), line([[IGNORE] + e.labels[1:] for e in examples]),
-                 line([range(len(e)) for e in examples]), [len(e) for e in examples])
+    first = [examples[0].input_ids[:prefix]]*bool(prefix)
+    ids = first + [e.input_ids[prefix:] for e in examples]
+    return Batch(line(ids), line([[IGNORE]*len(o) for o in first] + [[IGNORE] + e.labels[prefix + 1:] for e in examples]),
+                 line([range(len(o)) for o in first] + [range(prefix, len(e)) for e in examples]), [len(o) for o in ids], prefix)
 
-# %% ../nbs/02_data.ipynb #3b6197d0
+# %% ../nbs/02_data.ipynb #2390fe0f
+def shared_prefix(
+    examples:Sequence[Example], # Of one pack
+)->int: # Tokens; 0 where it would not pay
+    "How many tokens all `examples` begin with, as far as none of them is asked about."
+    common = len(os.path.commonprefix([e.input_ids for e in examples]))
+    asked = [i for e in examples for i, on in enumerate(e.trained) if on and i]
+    n = min([common, *(i - 1 for i in asked)])
+    return n if len(examples) > 1 and n >= 8 else 0
+
+# %% ../nbs/02_data.ipynb #df7b1a6a
 def attend(
     query:Tensor, # (1, n_heads, L, d)
-    key:Tensor, # (1, n_kv_heads, L, d)
-    value:Tensor, # (1, n_kv_heads, L, d)
+    key:Tensor, # (1, n_kv_heads, P + L, d); the first P stand before the example
+    value:Tensor, # (1, n_kv_heads, P + L, d)
     *,
     window:int|None=None, # Look back over so many tokens at most
     dropout:float=0., # Share of attention weights to drop
     scale:float|None=None, # Multiplies the scores; None: 1/sqrt(d)
 )->Tensor: # (1, n_heads, L, d)
     "Causal attention within one example."
-    n, dtype = query.shape[2], query.dtype
+    n, past, dtype = query.shape[2], key.shape[2] - query.shape[2], query.dtype
     if query.device.type == 'cpu' and dtype in (torch.bfloat16, torch.float16): query, key, value = query.float(), key.float(), value.float()
-    mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - window) if window and n > window else None
+    mask = torch.ones(n, past + n, dtype=torch.bool, device=query.device).tril(past) if past or n > (window or n) else None
+    if mask is not None and window: mask = mask.triu(past + 1 - window)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
                                           scale=scale, enable_gqa=key.shape[1] != query.shape[1]).to(dtype)
 
-# %% ../nbs/02_data.ipynb #7be1500e
-def _attention(module, query, key, value, attention_mask, dropout=0., scaling=None, lengths=None, cu_seq_lens_q=None, sliding_window=None, **kwargs):
+# %% ../nbs/02_data.ipynb #f9519678
+def _attention(module, query, key, value, attention_mask, dropout=0., scaling=None, lengths=None, cu_seq_lens_q=None, sliding_window=None, prefix=0, **kwargs):
     if lengths is None and cu_seq_lens_q is not None: lengths = cu_seq_lens_q.diff().tolist()
     if lengths is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -648,7 +665,9 @@ def _attention(module, query, key, value, attention_mask, dropout=0., scaling=No
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if len(query) != 1 or sum(lengths) != query.shape[2]: raise ValueError(
         f"a pack is one row: the examples have {sum(lengths)} tokens, the batch is {query.shape[0]} x {query.shape[2]}")
-    parts = zip(*(t.split(lengths, 2) for t in (query, key, value)))
+    queries, keys, values = (t.split(lengths, 2) for t in (query, key, value))
+    if prefix: keys, values = ([t[0], *(torch.cat([t[0], o], 2) for o in t[1:])] for t in (keys, values))
+    parts = zip(queries, keys, values)
     return torch.cat([attend(*part, window=sliding_window, dropout=dropout, scale=scaling) for part in parts], 2).transpose(1, 2), None
 
 # %% ../nbs/02_data.ipynb #69265033

@@ -61,18 +61,19 @@ def frozen_product(
     torch.addmm(bias.to(x.dtype), flat(x), weight.t(), out=y.view(-1, len(weight)))
     return y
 
-# %% ../nbs/09_lora.ipynb #03523e84
+# %% ../nbs/09_lora.ipynb #8068abe9
 class _LowRank(Function):
     "x W^T + b + s (x A^T) B^T for several frozen W that read the same x; only x, A and B get a gradient."
     @staticmethod
     def forward(ctx, x, scalings, biases, *parts): # parts: every W (out, in), then every A (r, in), then every B (out, r)
         n = len(scalings)
         weights, downs, ups = parts[:n], parts[n:2*n], parts[2*n:]
-        low = flat(x) @ stack_down(downs, scalings, x.dtype).t()              # (T, sum of r)
+        ctx.down, ctx.ups = stack_down(downs, scalings, x.dtype), [o.to(x.dtype) for o in ups]
+        low = flat(x) @ ctx.down.t()                                          # (T, sum of r)
         outs = []
-        for w, b, up, u in zip(weights, biases, ups, low.split([len(a) for a in downs], 1)):
+        for w, b, up, u in zip(weights, biases, ctx.ups, low.split([len(a) for a in downs], 1)):
             y = frozen_product(x, w.to(x.dtype), b)
-            y.view(-1, y.shape[-1]).addmm_(u, up.to(x.dtype).t())             # in place: no second (T, out)
+            y.view(-1, y.shape[-1]).addmm_(u, up.t())                         # in place: no second (T, out)
             outs.append(y)
         ctx.save_for_backward(x, low, *parts)                                 # x once; parameters cost nothing
         ctx.scalings = scalings
@@ -88,7 +89,7 @@ class _LowRank(Function):
         live = [j for j in range(n) if grads[j] is not None]
         if not live: return (None,)*(3 + 3*n)
         g = {j: flat(grads[j]) for j in live}                                 # (T, out)
-        d_low = torch.cat([g[j] @ ups[j].to(x.dtype) for j in live], 1)       # (T, sum of r)
+        d_low = torch.cat([g[j] @ ctx.ups[j] for j in live], 1)               # (T, sum of r)
         ranks, scalings = [len(downs[j]) for j in live], [ctx.scalings[j] for j in live]
         d_all = scale_((d_low.t() @ flat(x)).to(downs[0].dtype), scalings, ranks)
         for j, d in zip(live, d_all.split(ranks)):
@@ -97,9 +98,9 @@ class _LowRank(Function):
         dx = input_gradient(ctx, x, g, d_low, weights, downs) if ctx.needs_input_grad[0] else None
         return dx, None, None, *[None]*n, *d_down, *d_up
 
-# %% ../nbs/09_lora.ipynb #773c62db
+# %% ../nbs/09_lora.ipynb #c592931e
 def input_gradient(
-    ctx, # Of `_LowRank`: holds the scalings
+    ctx, # Of `_LowRank`: holds the scaled A's
     x:Tensor, # (..., in)
     g:dict[int, Tensor], # Layer -> gradient of its output, (T, out)
     d_low:Tensor, # (T, sum of r)
@@ -109,8 +110,8 @@ def input_gradient(
     "One tensor for the gradient of x, to which every layer adds in place."
     dx = None
     for j, gj in g.items(): dx = gj @ weights[j].to(x.dtype) if dx is None else dx.addmm_(gj, weights[j].to(x.dtype))
-    down = stack_down([downs[j] for j in g], [ctx.scalings[j] for j in g], x.dtype)
-    return dx.addmm_(d_low, down).view(x.shape)
+    parts = ctx.down.split([len(a) for a in downs])
+    return dx.addmm_(d_low, ctx.down if len(g) == len(parts) else torch.cat([parts[j] for j in g])).view(x.shape)
 
 # %% ../nbs/09_lora.ipynb #b41e93d8
 def _plain_linear(base):

@@ -96,7 +96,7 @@ def ladder(model, tokenizer, examples, dtype, rung):
     "(c) ours, and the steps of the ladder that leads there, in one plain loop."
     from ftbook.data import isolate_, pack, pad
     from ftbook.lora import LoRA
-    from ftbook.train import Objective, fast_, own_attention
+    from ftbook.train import Objective, fast_
     if rung < 3:
         from peft import get_peft_model
         model = get_peft_model(model, peft_config()).base_model.model

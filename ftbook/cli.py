@@ -145,8 +145,9 @@ def models(
     for s in shipped: print(f"{s['name']:14} {s['kind']:8} {s['package']:28} {'ready' if s['ready'] else 'fetched at first use'}")
     print('\n' + device.explain())
 
-# %% ../nbs/18_cli.ipynb #76720658
+# %% ../nbs/18_cli.ipynb #86dc557d
 def main():
     "The `ftbook` command."
     if 'OMP_WAIT_POLICY' not in os.environ: os.environ.setdefault('GOMP_SPINCOUNT', '20000')
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
     app(prog_name='ftbook')

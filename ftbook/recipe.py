@@ -11,12 +11,12 @@ __all__ = ['Rule', 'ModelKeys', 'DataKeys', 'MethodKeys', 'TrainKeys', 'Evaluate
            'holds_run', 'disk_needed', 'prepare', 'check', 'wilson', 'paired_bootstrap', 'choice_ids', 'choice_scores',
            'forgetting_texts', 'plain_example', 'Forgetting', 'compare_losses', 'write_answers', 'named_first',
            'measure', 'judge', 'smoke_step', 'write_text', 'recipe_yaml', 'Job', 'train_settings', 'Result', 'run',
-           'collect', 'summary_line', 'summary_sentence', 'draw_intervals', 'cards', 'draw_samples', 'draw_losses',
-           'forgetting_words', 'advice', 'loading_code', 'Report', 'sections', 'quickstart_recipe', 'free_folder',
-           'quickstart']
+           'release_memory', 'collect', 'summary_line', 'summary_sentence', 'draw_intervals', 'cards', 'draw_samples',
+           'draw_losses', 'forgetting_words', 'advice', 'loading_code', 'Report', 'sections', 'quickstart_recipe',
+           'free_folder', 'quickstart']
 
-# %% ../nbs/16_recipe.ipynb #24880cb7
-import copy, difflib, errno, json, math, os, platform, random, re, shutil, sys, tempfile, textwrap, time
+# %% ../nbs/16_recipe.ipynb #c5ea8494
+import copy, ctypes, difflib, errno, json, math, os, platform, random, re, shutil, sys, tempfile, textwrap, time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -818,7 +818,16 @@ def compare_losses(
     change, low, high = paired_bootstrap(before.nats, after.nats, before.targets, seed=seed)
     return Forgetting(name, before.loss, after.loss, change, low, high, len(before.nats), before.n_targets)
 
-# %% ../nbs/16_recipe.ipynb #5e35abed
+# %% ../nbs/16_recipe.ipynb #dd9c5c9f
+@contextmanager
+def _lean_head(model):
+    "While it lasts, the head reads no view."
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try: yield
+    finally: hook.remove()
+
+# %% ../nbs/16_recipe.ipynb #6a902523
 @torch.no_grad()
 def write_answers(
     model:nn.Module, # A causal language model
@@ -834,7 +843,7 @@ def write_answers(
         longest = max(map(len, some))
         ids = torch.tensor([[end or 0]*(longest - len(p)) + p for p in some], device=device)
         mask = torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in some], device=device) # by position: padding and end are one id here
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=end)
+        with _lean_head(model): out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=end)
         answers += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return [a.strip() for a in answers]
 
@@ -1080,13 +1089,24 @@ def _begin(job, resume):
     if not holds_run(job.out): write_text(job.out/'recipe.yaml', recipe_yaml(job.recipe))
     return p
 
-# %% ../nbs/16_recipe.ipynb #45dd98f4
+# %% ../nbs/16_recipe.ipynb #3c8640a5
+def release_memory():
+    "Give back to the system what is free but held; where nobody knows how, do nothing."
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if os.name == 'posix' else None
+    if trim: trim(0)
+
+# %% ../nbs/16_recipe.ipynb #49cc0ffc
+def _tidy(state):
+    "A callback of `finetune`."
+    if state.step % 5 == 0: release_memory()
+
+# %% ../nbs/16_recipe.ipynb #7c2d1f93
 def _train(job, p, model):
     "Train, from the last checkpoint if there is one."
     keys = train_settings(job.recipe, len(p.train))
     if not p.validation: keys.update(patience=None, eval_every=None)
     with _writing(job.out):
-        return finetune(model, p.train, **keys, eval_examples=p.validation or None, out=job.out, resume=bool(checkpoints(job.out/'checkpoints')), progress=job.progress)
+        return finetune(model, p.train, **keys, eval_examples=p.validation or None, out=job.out, resume=bool(checkpoints(job.out/'checkpoints')), callbacks=[_tidy], progress=job.progress)
 
 # %% ../nbs/16_recipe.ipynb #9859244f
 def _interrupted(job, trained, model, p):

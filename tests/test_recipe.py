@@ -331,7 +331,7 @@ def crash(): raise RuntimeError("the power went out")
 def test_a_stopped_run_goes_on_to_the_same_weights(make, tmp_path, monkeypatch, how, step):
     whole = r.run(make(), tmp_path/"whole", progress=False)
     with monkeypatch.context() as m:
-        m.setattr(r, "finetune", lambda *a, **k: finetune(*a, **k, callbacks=[StopAt(step, how)]))
+        m.setattr(r, "finetune", lambda *a, callbacks, **k: finetune(*a, **k, callbacks=[*callbacks, StopAt(step, how)]))
         if how is ctrl_c: assert (stopped := r.run(make(), tmp_path/"run", progress=False)).stopped in ("interrupted", "finished") and stopped.facts
         else: pytest.raises(RuntimeError, r.run, make(), tmp_path/"run", progress=False)
     result = r.run(make(), tmp_path/"run", resume=True, progress=False)

@@ -12,8 +12,8 @@ __all__ = ['Rule', 'ModelKeys', 'DataKeys', 'MethodKeys', 'TrainKeys', 'Evaluate
            'forgetting_texts', 'plain_example', 'Forgetting', 'compare_losses', 'write_answers', 'named_first',
            'measure', 'judge', 'smoke_step', 'write_text', 'recipe_yaml', 'Job', 'train_settings', 'Result', 'run',
            'release_memory', 'collect', 'summary_line', 'summary_sentence', 'draw_intervals', 'cards', 'draw_samples',
-           'draw_losses', 'forgetting_words', 'advice', 'loading_code', 'Report', 'sections', 'quickstart_recipe',
-           'free_folder', 'quickstart']
+           'draw_losses', 'forgetting_words', 'advice', 'loading_code', 'draw_findings', 'Report', 'sections',
+           'quickstart_recipe', 'free_folder', 'quickstart']
 
 # %% ../nbs/16_recipe.ipynb #c5ea8494
 import copy, ctypes, difflib, errno, json, math, os, platform, random, re, shutil, sys, tempfile, textwrap, time
@@ -1211,15 +1211,16 @@ def draw_intervals(
     return Picture(f'<div role="figure" style="max-width:46rem;margin:.5em 0 1em;font:13px/1.5 system-ui,sans-serif"><svg role="img" aria-label="{escape(said)}" width="100%" '
                    f'height="{44*len(rows) + 4}" style="overflow:visible;display:block" fill="currentColor" font-size="13">{body}</svg>{under}</div>')
 
-# %% ../nbs/16_recipe.ipynb #a4d5d303
+# %% ../nbs/16_recipe.ipynb #f64c5ec9
 _css = """<style>.ft-hero{display:flex;flex-wrap:wrap;align-items:baseline;gap:.1em .4em;margin:.5em 0 .4em;font-size:clamp(2.2rem,9vw,3.6rem);font-weight:700;line-height:1.1;letter-spacing:-.03em;font-variant-numeric:tabular-nums}
 .ft-hero span{opacity:.5;font-weight:400}.ft-hero small{flex-basis:100%;font-size:1.05rem;font-weight:400;letter-spacing:0;line-height:1.5;margin-top:.5em}
 .ft-cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));gap:.7rem;margin:1.4em 0}.ft-cards div,.ft-says article{border:1px solid color-mix(in srgb,currentColor 16%,transparent);border-radius:10px;padding:.65rem .9rem}
 .ft-cards b{display:block;font-size:1.3rem;line-height:1.25;letter-spacing:-.01em;font-variant-numeric:tabular-nums}.ft-cards span{font-size:.8rem;opacity:.75;line-height:1.3;display:block}
 .ft-says{display:grid;gap:.8rem;margin:1em 0}.ft-says p{margin:0 0 .5em}.ft-says section{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.5rem 1.2rem;font-size:.92rem;line-height:1.45}
 .ft-says h4{margin:0;font-size:.8rem;font-weight:400;opacity:.75}.ft-says section p{margin:0;white-space:pre-wrap}.ft-says .ft-note{margin:.5em 0 0}
-.ft-says i{font-style:normal;font-size:.76rem;border-radius:1em;padding:.02em .6em;margin-left:.5em;white-space:nowrap;border:1px solid currentColor}
-.ft-ok{color:#00754f;color:color-mix(in oklab,#009E73 70%,currentColor)}.ft-no{color:#b04800;color:color-mix(in oklab,#D55E00 75%,currentColor)}.ft-note{font-size:.88rem;opacity:.8}summary{cursor:pointer}</style>"""
+.ft-says i{margin-left:.5em}.ft-says i,.ft-found i{font-style:normal;font-size:.76rem;border-radius:1em;padding:.02em .6em;white-space:nowrap;border:1px solid currentColor}
+.ft-ok{color:#00754f;color:color-mix(in oklab,#009E73 70%,currentColor)}.ft-no{color:#b04800;color:color-mix(in oklab,#D55E00 75%,currentColor)}.ft-note{font-size:.88rem;opacity:.8}
+.ft-found div{display:flex;flex-wrap:wrap;gap:0 1rem;padding:.45rem 0;font-size:.92rem;line-height:1.45;border-bottom:1px solid color-mix(in srgb,currentColor 12%,transparent)}.ft-found i{margin:0 .3em 0 0}.ft-found b{flex:0 0 12.5rem}.ft-found span{flex:1 1 18rem}summary{cursor:pointer}</style>"""
 
 # %% ../nbs/16_recipe.ipynb #6171a13a
 def _bytes(n): return f'{n/1e9:.2f} GB' if n >= 1e8 else f'{n/1e6:.1f} MB'
@@ -1260,7 +1261,7 @@ def draw_samples(
     top = _p(f'Every question begins: {shared.strip()}', 'ft-note') if shared.strip() else ''
     return Picture(f'{_css}{top}<div class="ft-says">{items}</div>')
 
-# %% ../nbs/16_recipe.ipynb #363fb56d
+# %% ../nbs/16_recipe.ipynb #91794ec7
 def draw_losses(
     history:Sequence[dict], # Of a `Run`
 )->Picture:
@@ -1270,7 +1271,7 @@ def draw_losses(
     stops = [(h['step'], h['eval_loss']) for h in history if h['eval_loss'] is not None]
     if stops: lines['kept back for early stopping'] = tuple(zip(*stops))
     steep = min(losses) > 0 and max(losses) > 10*min(losses)
-    return plot(lines, {'each step': (steps, losses)}, x_label='step', y_label='loss, nats per learnt token' + ', logarithmic scale'*steep, height=280, log_y=steep)
+    return plot(lines, {'each step': (steps, losses)}, x_label='step', y_label='loss, nats per learnt token' + ', logarithmic scale'*steep, width=736, height=280, log_y=steep)
 
 # %% ../nbs/16_recipe.ipynb #d83a8fde
 def forgetting_words(
@@ -1281,14 +1282,14 @@ def forgetting_words(
     if worst['low'] <= 0: return 'No loss of general text can be told from chance.'
     return f"The loss on {worst['name']} rose by {worst['change']:.3f} nats per token, which is {math.expm1(worst['change']):.1%} in perplexity."
 
-# %% ../nbs/16_recipe.ipynb #859e74b3
+# %% ../nbs/16_recipe.ipynb #86cc90dc
 def _forgetting_section(facts):
     lost = facts['forgetting']
     if not lost: return [_p('Not measured: forgetting.measure is false.')]
     tokens = sum(f['tokens'] for f in lost.values())
     return [_p(f"The loss on {tokens:,} tokens of plain text that was not trained on, after minus before, with its 95% interval. To the right of zero, something was lost. {forgetting_words(lost)}"),
             draw_intervals({k: (f['change'], f['low'], f['high']) for k, f in lost.items()}, marks={'no change': 0.}, write=_signed),
-            table(list(lost.values()), columns=dict(name='text', rows='texts', tokens='tokens', before='loss before', after='loss after'), digits=4)]
+            table(list(lost.values()), columns=dict(name='text', tokens='tokens', before='loss before', after='loss after'), digits=4)]
 
 # %% ../nbs/16_recipe.ipynb #b7313ffb
 def _still_falling(losses):
@@ -1322,22 +1323,34 @@ def loading_code(
     return (f"from ftbook.models import load_model\nfrom ftbook.methods import load_adapter\n\nmodel, tokenizer = load_model({name!r})\n"
             "load_adapter(model, 'adapter')  # the folder beside this report; peft reads it too")
 
-# %% ../nbs/16_recipe.ipynb #f000e2ca
+# %% ../nbs/16_recipe.ipynb #7f03dc66
 _stages = dict(check='read and check', load='load the model', before='judge before', train='train', after='judge after', save='save')
 
 def _cost(f):
     "Time and memory."
     plan = {k: v for k, v in f['memory_plan'].items() if v}
     rows = [dict(what=k, memory=_bytes(v)) for k, v in (plan | {'planned, without activations': sum(plan.values()), 'measured peak, all in all': f['peak_memory_bytes']}).items()]
-    return [bars({_stages.get(k, k): v for k, v in f['seconds_by_stage'].items()}, x_label='seconds', title='Where the time went'), table(rows, title='Memory'),
+    return [bars({_stages.get(k, k): round(v, 1) for k, v in f['seconds_by_stage'].items()}, x_label='seconds', title='Where the time went'), table(rows, title='Memory'),
             _p(f"{f['device']}, weights in {f['dtype']}. " + ' '.join(f['device_reasons']), 'ft-note')]
 
-# %% ../nbs/16_recipe.ipynb #5b382185
+# %% ../nbs/16_recipe.ipynb #ac7d160a
+def draw_findings(
+    findings:Sequence[dict], # level, where, message and remedy of each
+)->Picture: # In two columns where there is room
+    "What was found, key by key."
+    if not findings: return Picture(_p('Nothing was found.'))
+    def line(f):
+        mark, remedy = '<i class=ft-no>warning</i> '*(f['level'] == 'warning'), f"; {f['remedy']}"*bool(f['remedy'])
+        return f"<div><b>{escape(f['where'])}</b><span>{mark}{escape(f['message'] + remedy)}</span></div>"
+    return Picture(f"{_css}<div class=ft-found>{''.join(map(line, findings))}</div>")
+
+# %% ../nbs/16_recipe.ipynb #64c363e1
 def _shown(f):
     "Answers, and how they were chosen."
     if not f['samples']: return [_p('None were asked for: evaluate.samples is 0, or the rows are plain text.')]
     how = ' An answer is right here if the first label that it names is the wanted one; the accuracy above compares probabilities.'*(f['accuracy_after'] is not None)
-    return [_p('Answers to held-out rows, which were drawn before the training. Shown are some that it learnt, some that it knew, and at the end some that it gets wrong.' + how, 'ft-note'), draw_samples(f['samples'])]
+    return [_p('Answers to held-out rows, which were drawn before the training. Shown are some that it learnt, some that it knew, and at the end some that it gets wrong. '
+            f"An answer is cut after {f['recipe']['evaluate']['max_new_tokens']} tokens." + how, 'ft-note'), draw_samples(f['samples'])]
 
 # %% ../nbs/16_recipe.ipynb #ecafee98
 class Report:
@@ -1377,19 +1390,18 @@ class Report:
         write_text(Path(folder)/'report.html', self.html())
         write_text(Path(folder)/'report.json', json.dumps(self.facts, indent=1))
 
-# %% ../nbs/16_recipe.ipynb #2e02f5c4
+# %% ../nbs/16_recipe.ipynb #a114a8c7
 def sections(
     report:Report, # Facts, pictures and slots
 )->list[tuple]: # (heading, content), for `page`
     "The report, part by part."
     f, slot = report.facts, lambda name: report.slots.get(name, [])
-    data = [_p(f"{f['n_train']:,} rows, {f['train_tokens']:,} tokens in {f['steps']} steps. One row as the model saw it:"), *([report.mask] if report.mask else []), *slot('audit')]
-    found = table([{k: x[k] for k in ('level', 'where', 'message')} for x in f['findings']]) if f['findings'] else _p('Nothing was found.')
+    data = [_p(f"{f['n_train']:,} rows, {f['train_tokens']:,} tokens in {f['steps']} steps." + ' One row as the model saw it:'*bool(report.mask)), *([report.mask] if report.mask else []), *slot('audit')]
     tips = '<ul>' + ''.join(f'<li>{escape(t)}</li>' for t in advice(f)) + '</ul>'
     whole = f"<details><summary>recipe.yaml</summary><pre>{escape(yaml.safe_dump(f['recipe'], sort_keys=False, allow_unicode=True))}</pre></details>"
     return [('', [report.headline(), report.cost()]), ('Before and after', _shown(f)), ('Training', draw_losses(f['history'])),
             ('What it may have forgotten', _forgetting_section(f) + slot('forgetting')), ('What it learnt from', data), ('What it cost', _cost(f) + slot('plan')),
-            ('What was checked', [found, *slot('preflight')]), ('What to try next', tips), ('Use it', f"<pre>{escape(loading_code(f['recipe']))}</pre>"), ('Configuration', [table([f['versions']]), whole])]
+            ('What was checked', [draw_findings(f['findings']), *slot('preflight')]), ('What to try next', tips), ('Use it', f"<pre>{escape(loading_code(f['recipe']))}</pre>"), ('Configuration', [_p(', '.join(f'{k} {v}' for k, v in f['versions'].items()), 'ft-note'), whole])]
 
 # %% ../nbs/16_recipe.ipynb #d985db27
 def quickstart_recipe(

@@ -1042,14 +1042,14 @@ def _save(p, model):
         if target.exists(): shutil.rmtree(target)
         os.replace(beside, target)
 
-# %% ../nbs/16_recipe.ipynb #f5f502b4
+# %% ../nbs/16_recipe.ipynb #4c5d9610
 @dataclass
 class Result:
     "What a run left."
     folder:Path # Where it is
     stopped:str # 'finished', 'max_steps', 'early' or 'interrupted'
     facts:dict # What report.json holds; of an interrupted run, where it stopped
-    report:'Report|None'=None # Of a run that ended
+    report:object=None # The `Report` of a run that ended
     model:nn.Module|None=None # As trained
     tokenizer:object=None # The model's
     def __repr__(self): return f"Result({self.stopped}: {summary_line(self.facts)})"

@@ -8,9 +8,9 @@ Docs: https://ftbook.github.io/ftbook/training.html.md"""
 __all__ = ['nats_and_gradient_', 'chunked_loss', 'has_linear_head', 'Objective', 'rotate', 'rotate_both', 'Group', 'like_lengths',
            'attention_weights', 'attention_gradient', 'fast_', 'slow_', 'Evaluation', 'isolated', 'target_nats',
            'evaluate', 'lr_at', 'write_checkpoint', 'checkpoints', 'read_checkpoint', 'Settings', 'Run', 'peak_memory',
-           'NonFiniteLoss', 'Loop', 'fingerprint', 'until_interrupted', 'finetune']
+           'Loop', 'NonFiniteLoss', 'fingerprint', 'until_interrupted', 'finetune']
 
-# %% ../nbs/04_training.ipynb #943215b6
+# %% ../nbs/04_training.ipynb #4dfb1657
 import contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,10 +21,11 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from fastcore.basics import patch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.autograd import Function
 from tqdm.auto import tqdm
-
-from fastcore.basics import patch
 
 from .data import IGNORE, Batch, Example, isolate_, length_batches, pack, pad
 from .explore import Picture, plot
@@ -81,19 +82,24 @@ def chunked_loss(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False): return _ChunkedLoss.apply(hidden, weight, targets, chunk)
 
-# %% ../nbs/04_training.ipynb #2820073c
+# %% ../nbs/04_training.ipynb #c1da76db
+def _agree(a, b, rtol=2e-2):
+    "Are all of `a` within `rtol` of the largest entry of `b`'s? What is not a number agrees with nothing."
+    return all((x.float() - y.float()).abs().max() <= rtol*y.float().abs().max() for x, y in zip(a, b))
+
 def has_linear_head(
     model:nn.Module, # A causal language model of transformers
 )->bool: # True: logits = head weight times final hidden state, and nothing else
     "Does the head of `model` do what its weight says?"
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None: return False
+    changed = head._forward_hooks or head._forward_pre_hooks or getattr(model.config, 'final_logit_softcapping', None)
+    if type(head) is not nn.Linear or head.bias is not None or changed: return False
     ids, training = torch.arange(1, 5, device=head.weight.device)[None], model.training
     with torch.no_grad():
         out, hidden = model.eval()(ids), model.base_model(ids)[0]
         plain = F.linear(hidden, head.weight)
     model.train(training)
-    return torch.allclose(out.logits.float(), plain.float(), rtol=1e-2, atol=1e-2*plain.abs().max().item())
+    return _agree([out.logits], [plain], 1e-4 if plain.dtype == torch.float32 else 1e-2)
 
 # %% ../nbs/04_training.ipynb #c4e1bc07
 class Objective(nn.Module):
@@ -151,7 +157,7 @@ class _Gate(Function):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(g*up, gate), F.silu(gate).mul_(g)
 
-# %% ../nbs/04_training.ipynb #87c9263b
+# %% ../nbs/04_training.ipynb #29d81d8b
 def rotate(
     x:Tensor, # (B, heads, T, d)
     cos:Tensor, # (B, 1, T, d)
@@ -164,6 +170,7 @@ def rotate(
     y[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return y
 
+# %% ../nbs/04_training.ipynb #60a18601
 class _Rotate(Function):
     "Rotary position embedding that keeps no activation."
     @staticmethod
@@ -232,16 +239,16 @@ def scatter_(self:Group,
     if len(self.real) < len(rows): rows = rows.index_select(0, self.real)
     out.flatten(1).index_copy_(0, self.take[self.real], rows)
 
-# %% ../nbs/04_training.ipynb #f3eb9d8b
+# %% ../nbs/04_training.ipynb #8cda683c
 @patch
 def scatter_keys_(self:Group,
     out:Tensor, # (T, kv_heads, d) gradient of keys or values
-    first:Tensor, # (prefix, kv_heads, d) float32: the opening's, to which this adds
+    first:Tensor, # (prefix, kv_heads, d), in float32 or better: the opening's, to which this adds
     blocks:Tensor, # (n*kv_heads, prefix + longest, d)
 ):
     "Put the gradients of keys or values back."
     blocks = blocks.view(self.n, -1, *blocks.shape[1:])
-    if self.prefix: first += blocks[:, :, :self.prefix].sum(0, dtype=torch.float32).transpose(0, 1)
+    if self.prefix: first += blocks[:, :, :self.prefix].sum(0, dtype=first.dtype).transpose(0, 1)
     self.scatter_(out, blocks[:, :, self.prefix:].flatten(0, 1))
 
 # %% ../nbs/04_training.ipynb #882dac97
@@ -293,7 +300,7 @@ def attention_gradient(
     dS = torch._softmax_backward_data(torch.bmm(d_out, v.transpose(1, 2)), P, -1, P.dtype)
     return torch.bmm(dS, k).mul_(scale), torch.bmm(dS.transpose(1, 2), q).mul_(scale), torch.bmm(P.transpose(1, 2), d_out)
 
-# %% ../nbs/04_training.ipynb #024d4268
+# %% ../nbs/04_training.ipynb #5af11e0f
 class _Attention(Function):
     "Causal attention within each example of a pack, with its own backward pass (CPU)."
     @staticmethod
@@ -309,7 +316,7 @@ class _Attention(Function):
     def backward(ctx, d_out):
         q, k, v = ctx.saved_tensors
         dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-        first = k.new_zeros(2, ctx.prefix, *k.shape[1:], dtype=torch.float32)
+        first = k.new_zeros(2, ctx.prefix, *k.shape[1:], dtype=torch.promote_types(k.dtype, torch.float32))
         for group in ctx.groups:
             blocks = group.gather(q, k.shape[1]), group.gather_keys(k), group.gather_keys(v), group.gather(d_out[0], k.shape[1], blank=True)
             grads = attention_gradient(*blocks, group.longest, ctx.scale)
@@ -318,27 +325,27 @@ class _Attention(Function):
         for out, sums in zip((dk, dv), first): out[:ctx.prefix] += sums.to(out.dtype)
         return *(t.transpose(0, 1)[None] for t in (dq, dk, dv)), None, None, None
 
-# %% ../nbs/04_training.ipynb #73436b17
+# %% ../nbs/04_training.ipynb #2ad605bd
 def _norm_forward(self, x):
     "A norm's forward that trains with `_Norm`."
     if not torch.is_grad_enabled() or x.dtype != self.weight.dtype: return type(self).forward(self, x)
     return _Norm.apply(x, self.weight, self.variance_epsilon)
 
+# %% ../nbs/04_training.ipynb #cc626e7d
 def _gated_forward(self, x):
     "A gated feed-forward's forward that trains with `_Gate`."
     if not torch.is_grad_enabled(): return type(self).forward(self, x)
     return self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x)))
 
+# %% ../nbs/04_training.ipynb #9bcf2398
 def _candidate(module):
     "The forward that might replace `module`'s, and the width of its input."
     if type(module).__name__.endswith('RMSNorm') and hasattr(module, 'variance_epsilon'): return _norm_forward, module.weight.shape[0]
     parts = [getattr(module, name, None) for name in ('gate_proj', 'up_proj', 'down_proj', 'act_fn')]
-    if isinstance(parts[3], nn.SiLU) or type(parts[3]).__name__ in ('SiLU', 'SiLUActivation'): return _gated_forward, next(parts[0].parameters()).shape[-1]
+    if type(parts[3]).__name__ in ('SiLU', 'SiLUActivation'): return _gated_forward, next(parts[0].parameters()).shape[-1]
     return None, 0
 
-# %% ../nbs/04_training.ipynb #bc7328a6
-def _agree(a, b, rtol=2e-2): return all(torch.allclose(x.float(), y.float(), rtol=rtol, atol=rtol*y.abs().max().item()) for x, y in zip(a, b))
-
+# %% ../nbs/04_training.ipynb #3681fda3
 def _swap(module):
     "Give `module` its faster forward, if that gives the same numbers."
     new, width = _candidate(module)
@@ -349,7 +356,7 @@ def _swap(module):
         same = _agree([new(module, probe)], [type(module).forward(module, probe)])
     if same: module.forward = MethodType(new, module)
 
-# %% ../nbs/04_training.ipynb #8ffde3ef
+# %% ../nbs/04_training.ipynb #fa32a44a
 def _switch(original):
     "`apply_rotary_pos_emb` that trains with `_Rotate` where it can."
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
@@ -358,6 +365,7 @@ def _switch(original):
     apply_rotary_pos_emb.original = original
     return apply_rotary_pos_emb
 
+# %% ../nbs/04_training.ipynb #02b67603
 def _rotaries(model):
     "The modules (files) that rotate for a layer of `model`."
     files = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__name__.endswith('Attention')}
@@ -381,7 +389,7 @@ def _own_attention(module, query, key, value, attention_mask, dropout=0., scalin
     return ALL_ATTENTION_FUNCTIONS['ftbook_isolated'](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                                       lengths=lengths, sliding_window=sliding_window, prefix=prefix, **kwargs)
 
-# %% ../nbs/04_training.ipynb #f9561440
+# %% ../nbs/04_training.ipynb #5c549646
 def fast_(
     model:nn.Module, # A transformers model; changed in place
 )->nn.Module: # The same model
@@ -396,6 +404,7 @@ def fast_(
         model.set_attn_implementation('ftbook_own')
     return model
 
+# %% ../nbs/04_training.ipynb #7707a955
 def slow_(
     model:nn.Module, # After `fast_`
 )->nn.Module: # The same model
@@ -406,7 +415,7 @@ def slow_(
     if getattr(model.config, '_attn_implementation', None) == 'ftbook_own': model.set_attn_implementation('ftbook_isolated')
     return model
 
-# %% ../nbs/04_training.ipynb #36c2f5bb
+# %% ../nbs/04_training.ipynb #b9627471
 @dataclass
 class Evaluation:
     "Losses of examples under a model."
@@ -420,6 +429,7 @@ class Evaluation:
     def perplexity(self): return math.exp(min(self.loss, 700))
     def __repr__(self): return f'Evaluation(loss={self.loss:.4f}, perplexity={self.perplexity:.2f}, {len(self.nats)} examples, {self.n_targets} targets)'
 
+# %% ../nbs/04_training.ipynb #0f34187d
 @contextlib.contextmanager
 def isolated(
     model:nn.Module, # A transformers model
@@ -436,7 +446,23 @@ def isolated(
         if fast: slow_(model)
         if model.config._attn_implementation != before: model.set_attn_implementation(before)
 
-# %% ../nbs/04_training.ipynb #427fcc7c
+# %% ../nbs/04_training.ipynb #b2de75bc
+def _sharing(model): return str(model.config._attn_implementation).startswith('ftbook')
+def _to(batch, device): return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, dict) else batch.to(device)
+
+def _portions(examples, order, max_tokens, packs, share):
+    "(batch, places of its examples) for `examples` taken in `order`: packs, or padded batches where the model takes no packs."
+    portions = [[]]
+    for i in order:
+        sizes = [len(examples[j]) for j in [*portions[-1], i]]
+        full = (sum(sizes) if packs else len(sizes)*max(sizes)) > max_tokens
+        if full and portions[-1]: portions.append([i])
+        else: portions[-1].append(i)
+    for portion in portions:
+        chosen = [examples[i] for i in portion]
+        yield (pack(chosen, share=share)[0] if packs else pad(chosen)), portion
+
+# %% ../nbs/04_training.ipynb #956cfffb
 def target_nats(
     objective:Objective, # Knows the model
     batch, # A `Batch`, or the dict that `pad` makes
@@ -448,6 +474,7 @@ def target_nats(
         nats.append(F.cross_entropy(head(states).float(), targets, reduction='none'))
     return torch.cat(nats)
 
+# %% ../nbs/04_training.ipynb #17d2db51
 @torch.no_grad()
 def evaluate(
     model:nn.Module, # A causal language model of transformers
@@ -462,26 +489,11 @@ def evaluate(
     found = {}
     with isolated(model) as packs:
         objective = Objective(model.eval())
-        for batch, here in tqdm(list(_portions(examples, order, max_tokens, packs, str(model.config._attn_implementation).startswith('ftbook'))), disable=not progress, desc='evaluate', leave=False):
+        for batch, here in tqdm(list(_portions(examples, order, max_tokens, packs, _sharing(model))), disable=not progress, desc='evaluate', leave=False):
             parts = target_nats(objective, _to(batch, model.device)).split([examples[i].n_targets for i in here])
             found |= {i: part.sum().item() for i, part in zip(here, parts)}
     model.train(training)
     return Evaluation([found[i] for i in range(len(examples))], [e.n_targets for e in examples])
-
-# %% ../nbs/04_training.ipynb #36ae7062
-def _to(batch, device): return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, dict) else batch.to(device)
-
-def _portions(examples, order, max_tokens, packs, share):
-    "(batch, places of its examples) for `examples` taken in `order`: packs, or padded batches where the model takes no packs."
-    portions = [[]]
-    for i in order:
-        sizes = [len(examples[j]) for j in [*portions[-1], i]]
-        full = (sum(sizes) if packs else len(sizes)*max(sizes)) > max_tokens
-        if full and portions[-1]: portions.append([i])
-        else: portions[-1].append(i)
-    for portion in portions:
-        chosen = [examples[i] for i in portion]
-        yield (pack(chosen, share=share)[0] if packs else pad(chosen)), portion
 
 # %% ../nbs/04_training.ipynb #749b3828
 def lr_at(
@@ -497,7 +509,7 @@ def lr_at(
     left = 1 - (step - up)/max(1, n_steps - up) # 1 -> 0
     return lr*dict(constant=1., linear=left, cosine=(1 - math.cos(math.pi*left))/2)[schedule]
 
-# %% ../nbs/04_training.ipynb #5151146e
+# %% ../nbs/04_training.ipynb #d4cd0500
 def write_checkpoint(
     folder:Path, # Where checkpoints are kept
     step:int, # Optimizer steps taken
@@ -506,51 +518,55 @@ def write_checkpoint(
     keep:int=2, # Older ones are removed
 )->Path: # The new checkpoint
     "Write a checkpoint whole or not at all."
-    from safetensors.torch import save_file
     target, beside = folder/f'step-{step:08d}', folder/f'.writing-{step}-{os.getpid()}'
     try:
-        beside.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside/'tensors.safetensors')
-        (beside/'state.json').write_text(json.dumps(state))
-        for file in beside.iterdir(): _flush(file)
+        _fill(beside, tensors, state)
         if target.exists(): shutil.rmtree(target)
         os.rename(beside, target); _flush(folder)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"the checkpoint of step {step} could not be written to {folder} ({e.strerror}); nothing is half-written. "
+        raise OSError(f"the checkpoint of step {step} could not be written to {folder} ({getattr(e, 'strerror', None) or e}); nothing is half-written. "
                       "Make room or choose another `out`; the last checkpoint before it is whole") from e
     for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
     return target
 
-# %% ../nbs/04_training.ipynb #4bad0c4a
+# %% ../nbs/04_training.ipynb #27d8bc2e
+def _fill(folder, tensors, state):
+    "Write both files into a new folder, and make sure that they would survive a power cut."
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder/'tensors.safetensors')
+    (folder/'state.json').write_text(json.dumps(state))
+    for file in folder.iterdir(): _flush(file)
+
+# %% ../nbs/04_training.ipynb #8701df13
 def _flush(path):
-    "Make sure that what was written survives a power cut."
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/04_training.ipynb #5c8e2307
 def checkpoints(
     folder:Path, # Where checkpoints are kept
 )->list[Path]: # Oldest first
     "The checkpoints in `folder`."
     return sorted(Path(folder).glob('step-????????'))
 
+# %% ../nbs/04_training.ipynb #b1213801
 def read_checkpoint(
     path:Path, # One checkpoint
 )->tuple[dict, dict]: # (tensors, state)
     "Read what `write_checkpoint` wrote."
-    from safetensors.torch import load_file
     return load_file(path/'tensors.safetensors'), json.loads((path/'state.json').read_text())
 
-# %% ../nbs/04_training.ipynb #73633ab5
+# %% ../nbs/04_training.ipynb #06659a36
 @dataclass
 class Settings:
-    "What defines a run: two runs of equal settings on equal data end with equal weights."
+    "What defines a run."
     lr:float=2e-4 # Peak learning rate
     epochs:float=1 # Passes over the data
     max_steps:int|None=None # Stop after so many optimizer steps
     batch_size:int=8 # Examples to a step, over all processes
-    max_tokens:int=2048 # Tokens in one forward pass; a batch with more is run in pieces
+    max_tokens:int=1024 # Tokens in one forward pass; a batch with more is run in pieces
     schedule:str='linear' # 'linear', 'cosine' or 'constant'
     warmup:float=.03 # Share of the steps, or their number
     weight_decay:float=0. # AdamW's, on matrices only
@@ -559,24 +575,29 @@ class Settings:
     precision:str|None=None # None: as the weights are; 'bf16' or 'fp16': autocast over float32 weights
     gradient_checkpointing:bool=False # Compute activations again instead of keeping them
 
-    def __post_init__(self):
-        def need(ok, name, wanted):
-            if not ok: raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
-        for name in ('lr', 'epochs'): need(math.isfinite(getattr(self, name)) and getattr(self, name) > 0, name, 'above 0')
-        for name in ('batch_size', 'max_tokens'): need(getattr(self, name) >= 1, name, '1 or more')
-        for name in ('warmup', 'weight_decay'): need(getattr(self, name) >= 0, name, '0 or more')
-        need(self.max_steps is None or self.max_steps >= 1, 'max_steps', '1 or more, or None')
-        need(self.max_grad_norm is None or self.max_grad_norm > 0, 'max_grad_norm', 'above 0, or None')
-        need(self.schedule in ('linear', 'cosine', 'constant'), 'schedule', "'linear', 'cosine' or 'constant'")
-        need(self.precision in (None, 'bf16', 'fp16'), 'precision', "None, 'bf16' or 'fp16'")
+    def __post_init__(self): _check_settings(self)
 
-    def n_steps(self,
-        n:int, # Examples
-    )->int:
-        "Optimizer steps in the run."
-        return min(self.max_steps or sys.maxsize, math.ceil(self.epochs*math.ceil(n/self.batch_size)))
+# %% ../nbs/04_training.ipynb #24c5c872
+def _check_settings(s):
+    def need(ok, name, wanted):
+        if not ok: raise ValueError(f"{name} must be {wanted}, not {getattr(s, name)!r}")
+    for name in ('lr', 'epochs'): need(math.isfinite(getattr(s, name)) and getattr(s, name) > 0, name, 'above 0')
+    for name in ('batch_size', 'max_tokens'): need(getattr(s, name) >= 1, name, '1 or more')
+    for name in ('warmup', 'weight_decay'): need(getattr(s, name) >= 0, name, '0 or more')
+    need(s.max_steps is None or s.max_steps >= 1, 'max_steps', '1 or more, or None')
+    need(s.max_grad_norm is None or s.max_grad_norm > 0, 'max_grad_norm', 'above 0, or None')
+    need(s.schedule in ('linear', 'cosine', 'constant'), 'schedule', "'linear', 'cosine' or 'constant'")
+    need(s.precision in (None, 'bf16', 'fp16'), 'precision', "None, 'bf16' or 'fp16'")
 
-# %% ../nbs/04_training.ipynb #d8014f7a
+# %% ../nbs/04_training.ipynb #41f565e9
+@patch
+def n_steps(self:Settings,
+    n:int, # Examples
+)->int:
+    "Optimizer steps in the run."
+    return min(self.max_steps or sys.maxsize, math.ceil(self.epochs*math.ceil(n/self.batch_size)))
+
+# %% ../nbs/04_training.ipynb #3a62d1cf
 @dataclass
 class Run:
     "What happened in a run of `finetune`."
@@ -591,22 +612,49 @@ class Run:
     @property
     def tokens_per_second(self): return self.tokens/max(self.seconds, 1e-9)
 
-    def plot(self, **kwargs)->Picture: # More for `ftbook.explore.plot`
-        "The loss of every step, and of every evaluation."
-        steps, evals = [h['step'] for h in self.history], [h for h in self.history if h['eval_loss'] is not None]
-        lines = dict(training=(steps, [h['loss'] for h in self.history]))
-        if evals: lines['evaluation'] = [h['step'] for h in evals], [h['eval_loss'] for h in evals]
-        return plot(lines, **(dict(x_label='step', y_label='loss, nats per target token', height=260) | kwargs))
+# %% ../nbs/04_training.ipynb #3d520373
+@patch
+def plot(self:Run,
+    **kwargs, # More for `ftbook.explore.plot`
+)->Picture:
+    "The loss of every step, and of every evaluation."
+    steps, evals = [h['step'] for h in self.history], [h for h in self.history if h['eval_loss'] is not None]
+    lines = dict(training=(steps, [h['loss'] for h in self.history]))
+    if evals: lines['evaluation'] = [h['step'] for h in evals], [h['eval_loss'] for h in evals]
+    return plot(lines, **(dict(x_label='step', y_label='loss, nats per target token', height=260) | kwargs))
 
-def peak_memory(device='cpu')->int: # Bytes
+# %% ../nbs/04_training.ipynb #fe763d32
+def peak_memory(
+    device='cpu', # Where the model is
+)->int: # Bytes
     "The most memory that this process (CPU) or the device has held so far."
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
-class NonFiniteLoss(RuntimeError):
-    "The loss or the gradient of a step was not a finite number; its weights were not touched."
+# %% ../nbs/04_training.ipynb #d28c7273
+def _check_trainable(named, precision, device):
+    "Refuse what would train nothing, or train badly."
+    if not named: raise ValueError("no parameter of the model requires a gradient, so nothing would be trained: apply a method, or `model.requires_grad_(True)`")
+    low = next((n for n, p in named.items() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    if low: raise ValueError(f"{low} is to be trained but is kept in {str(named[low].dtype)[6:]}, which rounds small updates away: "
+                             "load the model in float32 and give `precision='bf16'`")
+    if precision == 'fp16' and device == 'cpu': raise ValueError("fp16 needs a GPU; on a CPU use precision='bf16' or None")
 
-# %% ../nbs/04_training.ipynb #3db34984
+# %% ../nbs/04_training.ipynb #894d1b55
+def _accelerator(precision, device, trackers, out):
+    "An `Accelerator`. It allows one precision to a process; a new run may want another."
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    if AcceleratorState._shared_state and AcceleratorState._shared_state.get('_mixed_precision') != (precision or 'no'): AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision or 'no', cpu=device.type == 'cpu', log_with=trackers, project_dir=out)
+
+def _optimizer(params, settings, device):
+    "AdamW; biases and the weights of norms do not decay."
+    parts = [[p for p in params if (p.dim() > 1) == matrix] for matrix in (True, False)]
+    groups = [dict(params=ps, weight_decay=wd) for ps, wd in zip(parts, (settings.weight_decay, 0.)) if ps]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type in ('cpu', 'cuda') else None)
+
+# %% ../nbs/04_training.ipynb #27abcdf5
 class Loop:
     "The state of a run, and one step of it."
     def __init__(self,
@@ -617,39 +665,19 @@ class Loop:
         trackers=None, # Names of trackers that accelerate knows
         out=None, # Where they may write
     ):
-        from accelerate import Accelerator
-        self.model, self.examples, self.settings, self.packs = model, examples, settings, packs
+        self.model, self.examples, self.settings, self.packs, self.shares = model, examples, settings, packs, _sharing(model)
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         _check_trainable(self.named, settings.precision, model.device.type)
-        _forget_accelerator(settings.precision)
-        self.accelerator = Accelerator(mixed_precision=settings.precision or 'no', cpu=model.device.type == 'cpu', log_with=trackers, project_dir=out)
-        decay = [[p for p in self.named.values() if (p.dim() > 1) == matrix] for matrix in (True, False)]
-        groups = [dict(params=ps, weight_decay=wd) for ps, wd in zip(decay, (settings.weight_decay, 0.)) if ps]
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True if model.device.type in ('cpu', 'cuda') else None)
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(model), optimizer)
-        self.n_steps, self.step, self.best = settings.n_steps(len(examples)), 0, None
-        self.shares, self._order = packs and str(model.config._attn_implementation).startswith('ftbook'), (None, None)
+        self.accelerator = _accelerator(settings.precision, model.device, trackers, out)
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(model), _optimizer(self.params, settings, model.device))
+        self.n_steps, self.step, self.best, self._order = settings.n_steps(len(examples)), 0, None, (None, None)
 
     @property
     def params(self): return list(self.named.values())
     @property
     def world(self): return self.accelerator.num_processes, self.accelerator.process_index
 
-# %% ../nbs/04_training.ipynb #64cca63f
-def _check_trainable(named, precision, device):
-    "Refuse what would train nothing, or train badly."
-    if not named: raise ValueError("no parameter of the model requires a gradient, so nothing would be trained: apply a method, or `model.requires_grad_(True)`")
-    low = next((n for n, p in named.items() if p.dtype in (torch.bfloat16, torch.float16)), None)
-    if low: raise ValueError(f"{low} is to be trained but is kept in {str(named[low].dtype)[6:]}, which rounds small updates away: "
-                             "load the model in float32 and give `precision='bf16'`")
-    if precision == 'fp16' and device == 'cpu': raise ValueError("fp16 needs a GPU; on a CPU use precision='bf16' or None")
-
-def _forget_accelerator(precision):
-    "accelerate allows one precision to a process; a new run may want another."
-    from accelerate.state import AcceleratorState
-    if AcceleratorState._shared_state and AcceleratorState._shared_state.get('_mixed_precision') != (precision or 'no'): AcceleratorState._reset_state()
-
-# %% ../nbs/04_training.ipynb #9da22bb4
+# %% ../nbs/04_training.ipynb #635d0f4f
 @patch
 def batch_of(self:Loop,
     step:int, # From 0
@@ -659,6 +687,7 @@ def batch_of(self:Loop,
     if self._order[0] != epoch: self._order = epoch, length_batches(self.examples, self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
     return sorted(self._order[1][i], key=len)
 
+# %% ../nbs/04_training.ipynb #4fb2ff47
 @patch
 def pieces_of(self:Loop,
     batch:list[Example], # This process's share of a step
@@ -671,31 +700,46 @@ def pieces_of(self:Loop,
         before += len(e)
     return [pack(piece, share=self.shares)[0] if self.packs else pad(piece) for piece in pieces if piece]
 
-# %% ../nbs/04_training.ipynb #b72cfd70
+# %% ../nbs/04_training.ipynb #a4693211
+@patch
+def add_gradients(self:Loop,
+    batch:list[Example], # The whole step's
+)->float: # Mean loss per target token, over all processes
+    "Forward and backward of one step: the gradient of the mean over all target tokens of the batch."
+    (world, rank), n_targets, nats = self.world, sum(e.n_targets for e in batch), 0.
+    mine = batch[rank::world]
+    pieces = self.pieces_of(mine or batch[:1])
+    torch.manual_seed(hash((self.settings.seed, self.step, rank)) % 2**31)
+    for i, piece in enumerate(pieces):
+        with contextlib.nullcontext() if i == len(pieces) - 1 else self.accelerator.no_sync(self.objective):
+            loss = self.objective(_to(piece, self.accelerator.device))*bool(mine)
+            self.accelerator.backward(loss*(world/n_targets))
+        nats = nats + loss.detach()
+    return self.accelerator.reduce(nats, 'sum').item()/n_targets
+
+# %% ../nbs/04_training.ipynb #8f9efc86
 @patch
 def take_step(self:Loop)->dict: # What goes into the history
     "One optimizer step. Raises `NonFiniteLoss` before any weight has changed."
-    start, s, (world, rank) = time.perf_counter(), self.settings, self.world
-    batch = self.batch_of(self.step)
-    mine, n_targets, nats = batch[rank::world], sum(e.n_targets for e in batch), 0.
-    pieces = self.pieces_of(mine or batch[:1]) # a process without a share runs along with weight 0
-    torch.manual_seed(hash((s.seed, self.step, rank)) % 2**31)
-    for group in self.optimizer.param_groups: group['lr'] = lr_at(self.step, self.n_steps, s.lr, s.schedule, s.warmup)
-    for i, piece in enumerate(pieces):
-        last = i == len(pieces) - 1
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
-            loss = self.objective(_to(piece, self.accelerator.device))*bool(mine)
-            self.accelerator.backward(loss*(world/n_targets)) # processes average their gradients; we want the sum
-        nats = nats + loss.detach()
-    mean = self.accelerator.reduce(nats, 'sum').item()/n_targets
+    start, s, batch = time.perf_counter(), self.settings, self.batch_of(self.step)
+    lr = lr_at(self.step, self.n_steps, s.lr, s.schedule, s.warmup)
+    for group in self.optimizer.param_groups: group['lr'] = lr
+    loss = self.add_gradients(batch)
     norm = self.accelerator.clip_grad_norm_(self.params, s.max_grad_norm or math.inf).item()
-    self.check_finite(mean, norm, batch)
+    self.check_finite(loss, norm, batch)
     self.optimizer.step(); self.optimizer.zero_grad()
     self.step += 1
-    return dict(step=self.step, epoch=self.step*s.batch_size/len(self.examples), loss=mean, lr=group['lr'], grad_norm=norm, tokens=sum(map(len, batch)),
-                targets=n_targets, seconds=time.perf_counter() - start, eval_loss=None)
+    return dict(step=self.step, epoch=self.step*s.batch_size/len(self.examples), loss=loss, lr=lr, grad_norm=norm, tokens=sum(map(len, batch)),
+                targets=sum(e.n_targets for e in batch), seconds=time.perf_counter() - start, eval_loss=None)
 
-# %% ../nbs/04_training.ipynb #b76b84a1
+# %% ../nbs/04_training.ipynb #6df96d44
+class NonFiniteLoss(RuntimeError):
+    "The loss or the gradient of a step was not a finite number; its weights were not touched."
+    def __init__(self,
+        message:str, # Names the step and the rows
+    ): super().__init__(message)
+
+# %% ../nbs/04_training.ipynb #7bc277d3
 @patch
 def check_finite(self:Loop,
     loss:float, # Mean of the batch
@@ -711,7 +755,7 @@ def check_finite(self:Loop,
     raise NonFiniteLoss(f"step {self.step + 1}: the {what} is {value}. The batch held rows {rows}. The weights are as they were after step {self.step}. "
                         "Look at these rows, lower the learning rate, or train in float32 or bf16")
 
-# %% ../nbs/04_training.ipynb #de473db9
+# %% ../nbs/04_training.ipynb #2b71c6da
 def fingerprint(
     loop:Loop, # A run
 )->dict: # Short texts and numbers
@@ -721,6 +765,7 @@ def fingerprint(
     shapes = json.dumps({n: list(p.shape) for n, p in loop.named.items()})
     return dict(asdict(loop.settings), data=digest.hexdigest()[:16], trained=hashlib.sha256(shapes.encode()).hexdigest()[:16])
 
+# %% ../nbs/04_training.ipynb #6ce6107c
 @patch
 def tensors(self:Loop)->dict: # Name -> tensor
     "All tensors that a checkpoint needs."
@@ -728,6 +773,7 @@ def tensors(self:Loop)->dict: # Name -> tensor
     best = {f'best.{n}': t for n, t in (self.best or {}).get('weights', {}).items()}
     return {f'weights.{n}': p.data for n, p in self.named.items()} | moments | best
 
+# %% ../nbs/04_training.ipynb #48a65d62
 @patch
 def save(self:Loop,
     run:Run, # Its history goes along
@@ -741,16 +787,19 @@ def save(self:Loop,
     self.accelerator.wait_for_everyone()
     return Path(out)/'checkpoints'/f'step-{self.step:08d}'
 
-# %% ../nbs/04_training.ipynb #a8e4da48
+# %% ../nbs/04_training.ipynb #44bbd3c8
+def _check_same(path, now, then):
+    "Refuse to go on with another run."
+    differ = [f'{k} was {then.get(k)!r} and is {now[k]!r}' for k in now if now[k] != then.get(k)]
+    if differ: raise ValueError(f"{path} belongs to another run: {'; '.join(differ)}. Give the same data and settings, or another `out`")
+
 @patch
 def load(self:Loop,
     path:Path, # A checkpoint of this run
 )->list[dict]: # The history up to there
     "Go back to the moment of a checkpoint."
     tensors, state = read_checkpoint(path)
-    now, then = fingerprint(self), state['fingerprint']
-    differ = [f'{k} was {then.get(k)!r} and is {now[k]!r}' for k in now if now[k] != then.get(k)]
-    if differ: raise ValueError(f"{path} belongs to another run: {'; '.join(differ)}. Give the same data and settings, or another `out`")
+    _check_same(path, fingerprint(self), state['fingerprint'])
     with torch.no_grad():
         for n, p in self.named.items(): p.copy_(tensors[f'weights.{n}'])
     for i, p in enumerate(self.params):
@@ -761,7 +810,7 @@ def load(self:Loop,
     if state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
     return state['history']
 
-# %% ../nbs/04_training.ipynb #c3411700
+# %% ../nbs/04_training.ipynb #039b82e2
 @patch
 def judge(self:Loop,
     loss:float, # Of an evaluation
@@ -774,6 +823,7 @@ def judge(self:Loop,
     else: self.best['since'] += 1
     return self.best['since'] >= patience
 
+# %% ../nbs/04_training.ipynb #d133b4a9
 @contextlib.contextmanager
 def until_interrupted():
     "Yields a list that is filled by Ctrl-C; the second one is not caught."
@@ -786,30 +836,7 @@ def until_interrupted():
     finally:
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/04_training.ipynb #c2a63c61
-@patch
-def train(self:Loop,
-    run:Run, # Filled
-    caught:list, # Filled by Ctrl-C
-    out, save_every, eval_examples, eval_every, patience, callbacks, bar,
-)->str: # Why it stopped
-    "Take steps until there is a reason to stop."
-    why = ''
-    while not why:
-        if self.step >= self.n_steps: return 'max_steps' if self.n_steps == self.settings.max_steps else 'finished'
-        record = self.take_step(); run.history.append(record)
-        if eval_examples and (self.step % eval_every == 0 or self.step == self.n_steps):
-            record['eval_loss'] = evaluate(self.model, eval_examples, max_tokens=self.settings.max_tokens).loss
-            if self.judge(record['eval_loss'], patience): why = 'early'
-        self.accelerator.log({k: v for k, v in record.items() if v is not None}, step=self.step)
-        bar.update(); bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens']/record['seconds']:.0f}")
-        state = _State(self, run)
-        for callback in callbacks: callback(state)
-        if state.stop: why = 'callback'
-        if caught: why = 'interrupted'
-        if out and (why or self.step == self.n_steps or (save_every and self.step % save_every == 0)): self.save(run, out)
-    return why
-
+# %% ../nbs/04_training.ipynb #61063940
 @dataclass
 class _State:
     "What a callback sees."
@@ -825,31 +852,73 @@ class _State:
     @property
     def history(self): return self.run.history
 
-# %% ../nbs/04_training.ipynb #f96123ed
+# %% ../nbs/04_training.ipynb #e77d39c7
+@dataclass
+class _Watch:
+    "Who looks on: nothing here changes what a step does."
+    run:Run
+    out:Path|None
+    save_every:int|None
+    eval_examples:Sequence
+    eval_every:int
+    patience:int|None
+    callbacks:Sequence
+    caught:list
+    bar:object
+
+# %% ../nbs/04_training.ipynb #5d00059d
+def _after_step(loop, watch, record):
+    "Evaluate, log, show, call back; a reason to stop, or ''."
+    why = ''
+    if watch.eval_examples and (loop.step % watch.eval_every == 0 or loop.step == loop.n_steps):
+        record['eval_loss'] = evaluate(loop.model, watch.eval_examples, max_tokens=loop.settings.max_tokens).loss
+        if loop.judge(record['eval_loss'], watch.patience): why = 'early'
+    loop.accelerator.log({k: v for k, v in record.items() if v is not None}, step=loop.step)
+    watch.bar.update(); watch.bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens']/record['seconds']:.0f}")
+    state = _State(loop, watch.run)
+    for callback in watch.callbacks: callback(state)
+    return 'interrupted' if watch.caught else 'callback' if state.stop else why
+
+# %% ../nbs/04_training.ipynb #a812e043
+def _take_steps(loop, watch):
+    "Take steps until there is a reason to stop, and say which."
+    why = ''
+    while not why:
+        if loop.step >= loop.n_steps: return 'max_steps' if loop.n_steps == loop.settings.max_steps else 'finished'
+        watch.run.history.append(record := loop.take_step())
+        why = _after_step(loop, watch, record)
+        due = watch.save_every and loop.step % watch.save_every == 0
+        if watch.out and (why or due or loop.step == loop.n_steps): loop.save(watch.run, watch.out)
+    return why
+
+# %% ../nbs/04_training.ipynb #9c8fed1c
 def _begin(loop, run, out, resume):
     "Find the checkpoint to go on from, or see that there is none."
     found = checkpoints(Path(out)/'checkpoints') if out else []
     if found and not resume: raise ValueError(f"{out} holds a run that reached step {int(found[-1].name[5:])}: go on with it (`resume=True`), or choose another folder")
     if resume and not out: raise ValueError("resume=True needs `out`, the folder of the run to go on with")
     if out:
-        (Path(out)/'checkpoints').mkdir(parents=True, exist_ok=True)
+        try: (Path(out)/'checkpoints').mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise OSError(f"{out} cannot hold the run ({e.strerror}): choose another folder") from e
         for left in (Path(out)/'checkpoints').glob('.writing-*'): shutil.rmtree(left, ignore_errors=True)
     if found: run.history, run.resumed_from = loop.load(found[-1]), loop.step
 
+# %% ../nbs/04_training.ipynb #2ad8e659
 @contextlib.contextmanager
 def _prepared(model, settings, fast):
     "Training mode, attention for packs, operators, checkpointing, and the caller's random numbers: all given back as they were."
     training, cache = model.training, getattr(model.config, 'use_cache', None)
+    checkpointing = ('activation' if hasattr(model, 'activation_checkpointing_enable') else 'gradient') + '_checkpointing_' # transformers renamed it in 5
     with torch.random.fork_rng(), isolated(model, fast) as packs:
-        if settings.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        if settings.gradient_checkpointing: getattr(model, checkpointing + 'enable')(dict(use_reentrant=False))
         model.train(); model.config.use_cache = False
         try: yield packs
         finally:
-            if settings.gradient_checkpointing: model.gradient_checkpointing_disable()
+            if settings.gradient_checkpointing: getattr(model, checkpointing + 'disable')()
             model.train(training); model.config.use_cache = cache
             model.zero_grad()
 
-# %% ../nbs/04_training.ipynb #e70198f8
+# %% ../nbs/04_training.ipynb #2d2453d0
 def finetune(
     model:nn.Module, # Of transformers; what requires a gradient is trained, in place
     examples:Sequence[Example], # From `ftbook.data.encode`
@@ -858,7 +927,7 @@ def finetune(
     epochs:float=1, # Passes over the data
     max_steps:int|None=None, # Stop after so many optimizer steps
     batch_size:int=8, # Examples to a step, over all processes
-    max_tokens:int=2048, # Tokens in one forward pass; a batch with more is run in pieces, with the same result
+    max_tokens:int|None=None, # Tokens in one forward pass; a batch with more is run in pieces, with the same result. None: 1,024 on a CPU, 8,192 elsewhere
     schedule:str='linear', # 'linear', 'cosine' or 'constant'
     warmup:float=.03, # Share of the steps, or their number
     weight_decay:float=0., # AdamW's, on matrices only
@@ -878,16 +947,17 @@ def finetune(
     progress:bool=True, # Show a bar
 )->Run: # Raises `NonFiniteLoss`; ValueError for settings and data that cannot be trained on
     "Fine-tune `model` on `examples`; Ctrl-C finishes the step and saves."
-    settings = Settings(lr, epochs, max_steps, batch_size, max_tokens, schedule, warmup, weight_decay, max_grad_norm, seed, precision, gradient_checkpointing)
+    settings = Settings(lr, epochs, max_steps, batch_size, max_tokens or (1024 if model.device.type == 'cpu' else 8192), schedule, warmup,
+                        weight_decay, max_grad_norm, seed, precision, gradient_checkpointing)
     if not examples: raise ValueError("there is no example to train on")
+    if patience and not eval_examples: raise ValueError("patience counts evaluations, so it needs `eval_examples`")
     run = Run()
     with _prepared(model, settings, fast) as packs, until_interrupted() as caught:
         loop = Loop(model, examples, settings, packs, trackers, out)
         _begin(loop, run, out, resume)
         if trackers: loop.accelerator.init_trackers('ftbook', config={k: v for k, v in asdict(settings).items() if v is not None})
-        every = eval_every or max(1, loop.n_steps//10)
         with tqdm(total=loop.n_steps, initial=loop.step, disable=not progress, desc='train', unit='step') as bar:
-            run.stopped = loop.train(run, caught, out, save_every, eval_examples, every, patience, callbacks, bar)
+            run.stopped = _take_steps(loop, _Watch(run, out, save_every, eval_examples, eval_every or max(1, loop.n_steps//10), patience, callbacks, caught, bar))
         if loop.best and run.stopped in ('finished', 'max_steps', 'early'): model.load_state_dict(loop.best['weights'], strict=False)
         if trackers: loop.accelerator.end_training()
     run.peak_memory_bytes = peak_memory(model.device)

@@ -113,7 +113,7 @@ def ladder(model, tokenizer, examples, dtype, rung):
     for batch in batches(examples):
         start = time.perf_counter()
         n = sum(e.n_targets for e in batch)
-        loss = model(**pad(batch, tokenizer.pad_token_id)).loss if rung == 0 else objective(pack(batch)[0])/n
+        loss = model(**pad(batch, tokenizer.pad_token_id)).loss if rung == 0 else objective(pack(batch, share=rung > 5)[0])/n
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.)
         optimizer.step(); optimizer.zero_grad()
@@ -162,7 +162,7 @@ def bound(model, tokenizer, examples, dtype):
 
 
 VARIANTS = dict(trainer=trainer, sft=lambda *a: sft(*a, False), sft_packed=lambda *a: sft(*a, True), ftbook=ours, bound=bound,
-                **{f'rung{i}': (lambda i: lambda *a: ladder(*a, i))(i) for i in range(6)})
+                **{f'rung{i}': (lambda i: lambda *a: ladder(*a, i))(i) for i in range(7)})
 
 
 def main(variant, dtype, threads):

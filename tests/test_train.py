@@ -1,0 +1,389 @@
+"ftbook.train: what a chapter would not show. Killed runs, other architectures, several processes, and what must be given back."
+import copy, errno, json, math, multiprocessing, os, random, signal, subprocess, sys, textwrap, time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import ftbook.train as train
+from ftbook.data import Example, isolate_, pack, pad
+from ftbook.lora import LoRA
+from ftbook.train import (Loop, NonFiniteLoss, Objective, Settings, checkpoints, chunked_loss, evaluate, fast_, finetune, isolated, like_lengths,
+                          slow_, write_checkpoint)
+
+V = 97
+KILLS = int(os.environ.get("FTBOOK_KILLS", 4))  # how often the run of test_killed_and_resumed is killed
+
+
+def example(rng, n, n_prompt=None, index=None):
+    "A row of random tokens."
+    n_prompt = max(1, n//3) if n_prompt is None else n_prompt
+    return Example([rng.randrange(V) for _ in range(n)], [i >= n_prompt for i in range(n)], n_prompt, index=index)
+
+
+def rows(n=12, seed=0, opening=0):
+    "Rows of 5 to 40 tokens, all with the same `opening`."
+    rng = random.Random(seed)
+    head = [rng.randrange(V) for _ in range(opening)]
+    made = [example(rng, rng.randint(5, 40), index=i) for i in range(n)]
+    return [Example(head + e.input_ids, [False]*opening + e.trained, opening + e.n_prompt, index=e.index) for e in made]
+
+
+def tiny(seed=0, **more):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**shape | more))
+
+
+def student(): return LoRA(rank=4, alpha=8, dropout=.1).apply(tiny())
+def trained(model): return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def off(a, b): return ((a - b).norm()/b.norm()).item()
+
+
+# --- a run that dies ---------------------------------------------------------------------------------------------
+
+PLAN = dict(lr=1e-3, batch_size=4, epochs=8, progress=False)
+
+
+def work(out, end, die=None):
+    "A process that trains, or goes on with, the run in `out`; at its end the weights go to `end`."
+    torch.set_num_threads(1)
+    if die:  # in the middle of writing that checkpoint
+        rename = os.rename
+        def dying(a, b):
+            if str(b).endswith(die): os.kill(os.getpid(), signal.SIGKILL)
+            rename(a, b)
+        os.rename = dying
+    model = student()
+    finetune(model, rows(), out=out, save_every=1, resume=bool(checkpoints(Path(out)/"checkpoints")), **PLAN)
+    torch.save(trained(model), end + ".part")
+    os.replace(end + ".part", end)
+
+
+def start(*args):
+    child = multiprocessing.get_context("fork").Process(target=work, args=args)
+    child.start()
+    return child
+
+
+@pytest.fixture(scope="module")
+def never_stopped():
+    torch.set_num_threads(1)
+    model, began = student(), time.perf_counter()
+    finetune(model, rows(), **PLAN)
+    return trained(model), time.perf_counter() - began
+
+
+def test_killed_and_resumed(tmp_path, never_stopped):
+    want, seconds = never_stopped
+    rng, kills, out, end = random.Random(time.time_ns()), 0, tmp_path/"run", tmp_path/"end.pt"
+    while not end.exists():
+        child = start(str(out), str(end))
+        child.join(rng.uniform(0, 1.2*seconds) if kills < KILLS else None)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join()
+        if child.exitcode not in (0, -signal.SIGKILL): pytest.fail(f"the run ended with {child.exitcode}")
+        if child.exitcode == 0 and kills < KILLS:  # it was through before it was killed: once more from the start
+            assert torch.equal(torch.load(end, weights_only=True), want)
+            end.unlink()
+            out = tmp_path/f"run-{kills}-{rng.random()}"
+    assert kills == KILLS and torch.equal(torch.load(end, weights_only=True), want)
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path, never_stopped):
+    out, end = tmp_path/"run", tmp_path/"end.pt"
+    child = start(str(out), str(end), "step-00000007")
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    left = sorted(o.name for o in (out/"checkpoints").iterdir())
+    assert len(left) == 3 and left[0].startswith(".writing-7-") and left[1:] == ["step-00000005", "step-00000006"]
+    child = start(str(out), str(end))
+    child.join()
+    assert child.exitcode == 0 and torch.equal(torch.load(end, weights_only=True), never_stopped[0])
+    assert sorted(o.name for o in (out/"checkpoints").iterdir()) == ["step-00000023", "step-00000024"]
+
+
+@pytest.mark.parametrize("code, words", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")])
+def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch, code, words):
+    model = student()
+    finetune(model, rows(), out=tmp_path, **PLAN | dict(max_steps=1))
+    last = checkpoints(tmp_path/"checkpoints")[0]
+    before = {f.name: f.read_bytes() for f in last.iterdir()}
+    def full(*args): raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(train, "save_file", full)
+    with pytest.raises(OSError, match=f"step 2 could not be written to .*{words}.*nothing is half-written"): write_checkpoint(tmp_path/"checkpoints", 2, {}, {})
+    assert [o.name for o in (tmp_path/"checkpoints").iterdir()] == [last.name]
+    assert {f.name: f.read_bytes() for f in last.iterdir()} == before
+
+
+def test_the_best_weights_survive_a_stop(tmp_path):
+    held_out, plan = rows(6, seed=9), PLAN | dict(lr=.05, epochs=20, eval_every=1, patience=3)
+    whole = student()
+    reference = finetune(whole, rows(), eval_examples=held_out, **plan)
+    assert reference.stopped == "early"
+    def stop(state): state.stop = state.step == len(reference.history) - 1
+    first = finetune(student(), rows(), eval_examples=held_out, out=tmp_path, callbacks=[stop], **plan)
+    assert first.stopped == "callback"
+    second = student()
+    run = finetune(second, rows(), eval_examples=held_out, out=tmp_path, resume=True, **plan)
+    assert run.stopped == "early" and run.resumed_from == len(first.history)
+    assert [h["loss"] for h in run.history] == [h["loss"] for h in reference.history]
+    assert torch.equal(trained(second), trained(whole))
+
+
+def test_a_folder_that_cannot_be_one(tmp_path):
+    (tmp_path/"file").write_text("")
+    with pytest.raises(OSError, match="cannot hold the run"): finetune(student(), rows(), out=tmp_path/"file", **PLAN)
+    with pytest.raises(ValueError, match="needs `out`"): finetune(student(), rows(), resume=True, **PLAN)
+    with pytest.raises(ValueError, match="needs `eval_examples`"): finetune(student(), rows(), patience=2, **PLAN)
+
+
+# --- the same numbers, whichever way ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more", [dict(max_tokens=1), dict(max_tokens=60), dict(gradient_checkpointing=True), dict(fast=False)], ids=str)
+@pytest.mark.parametrize("opening", [0, 12])
+def test_the_way_does_not_matter(more, opening):
+    a, b = tiny(), tiny()
+    runs = [finetune(m, rows(opening=opening), lr=1e-3, batch_size=6, progress=False, **o) for m, o in ((a, {}), (b, more))]
+    assert [h["loss"] for h in runs[1].history] == pytest.approx([h["loss"] for h in runs[0].history], abs=1e-5)
+    assert (trained(a) - trained(b)).abs().max() < 1e-5
+
+
+def test_a_model_that_takes_no_packs_gets_padded_batches(monkeypatch):
+    a, b = tiny(), tiny()
+    monkeypatch.setattr(b, "_supports_sdpa", False, raising=False)
+    with isolated(b) as packs: assert not packs
+    runs = [finetune(m, rows(opening=9), lr=1e-3, batch_size=6, eval_examples=rows(4, seed=2), progress=False) for m in (a, b)]
+    for key in ("loss", "eval_loss"):
+        for x, y in zip(*(r.history for r in runs)): assert (x[key] is None and y[key] is None) or x[key] == pytest.approx(y[key], abs=1e-5)
+    assert (trained(a) - trained(b)).abs().max() < 1e-5
+
+
+def test_a_head_that_does_more():
+    model = isolate_(tiny())
+    model.lm_head.register_forward_hook(lambda m, x, y: 3*torch.tanh(y/3))
+    objective, few = Objective(model), rows(5)
+    assert not objective.linear
+    batch = pad(few, 0)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    want = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    assert off(gradient(model, objective(pack(few)[0])), gradient(model, want)) < 1e-5
+
+
+SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+KINDS = {"llama": {}, "qwen2": {}, "qwen3": {}, "mistral": dict(sliding_window=7), "gemma": {}, "olmo2": {}, "smollm3": {}, "phi3": dict(pad_token_id=0), "granite": {},
+         "gpt_neox": dict(head_dim=None), "gpt2": dict(n_embd=32, n_head=4, n_layer=2)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_architectures(kind):
+    "Our operators, packs and shared openings against the model's own code on a padded batch."
+    torch.manual_seed(0)
+    given = {k: v for k, v in (SHAPE | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2) | KINDS[kind]).items() if v is not None}
+    if kind == "gpt2": given = dict(vocab_size=V, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.) | KINDS[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given), attn_implementation="sdpa").float()
+    few, plain = rows(5, opening=10), model.state_dict()
+    batch = pad(few, 0)
+    n = sum(e.n_targets for e in few)
+    want = gradient(model, model(**batch).loss)
+    with isolated(model, fast=True) as packs:
+        assert packs
+        got = gradient(model, Objective(model)(pack(few, share=True)[0])/n)
+    assert off(got, want) < 2e-5
+    assert all(torch.equal(v, plain[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_rounding_in_bfloat16_is_of_the_size_of_the_models_own(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | KINDS[kind]), attn_implementation="sdpa").float()
+    few = rows(5, opening=10)
+    n = sum(e.n_targets for e in few)
+    truth = gradient(model, model(**pad(few, 0)).loss)
+    low = copy.deepcopy(model).bfloat16()
+    theirs = gradient(low, low(**pad(few, 0)).loss).float()
+    with isolated(low, fast=True): ours = gradient(low, Objective(low)(pack(few, share=True)[0])/n).float()
+    assert off(ours, truth) < 1.5*off(theirs, truth)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(0, 20), st.sampled_from([(4, 2), (3, 1), (2, 2)]), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_attention_by_groups(lengths, prefix, heads, seed):
+    "Whatever the lengths: our attention and its gradient against PyTorch's, example by example, in float64."
+    torch.manual_seed(seed)
+    sizes = ([prefix] if prefix else []) + lengths
+    q, k, v = (torch.randn(1, h, sum(sizes), 4, dtype=torch.float64, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
+    def by_example(q, k, v):
+        outs, parts = [], [t.split(sizes, 2) for t in (q, k, v)]
+        for i, (a, b, c) in enumerate(zip(*parts)):
+            past = prefix if prefix and i else 0
+            if past: b, c = torch.cat([parts[1][0], b], 2), torch.cat([parts[2][0], c], 2)
+            seen = torch.ones(a.shape[2], b.shape[2], dtype=torch.bool).tril(past)
+            outs.append(F.scaled_dot_product_attention(a, b, c, attn_mask=seen, enable_gqa=True, scale=.5))
+        return torch.cat(outs, 2).transpose(1, 2)
+    want, got = by_example(q, k, v), train._Attention.apply(q, k, v, tuple(sizes), prefix, .5)
+    assert torch.allclose(got, want, atol=1e-12)
+    g = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g)): assert torch.allclose(a, b, atol=1e-11)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(0, 30))
+def test_groups_hold_every_token_once(lengths, prefix):
+    sizes = ([prefix] if prefix else []) + lengths
+    taken = torch.cat([g.take[g.real] for g in like_lengths(tuple(sizes), prefix)])
+    assert sorted(taken.tolist()) == list(range(sum(sizes)))
+
+
+@given(st.integers(1, 400), st.integers(1, 70), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(deadline=None, max_examples=30)
+def test_chunked_loss_in_any_chunks(n, chunk, dtype):
+    torch.manual_seed(n)
+    h, w, y = torch.randn(n, 8, dtype=dtype), torch.randn(33, 8, dtype=dtype), torch.randint(33, (n,))
+    inputs = [t.clone().requires_grad_() for t in (h, w)]
+    loss = chunked_loss(*inputs, y, chunk)
+    truth = [t.double().requires_grad_() for t in (h, w)]
+    want = F.cross_entropy(truth[0] @ truth[1].t(), y, reduction="sum")
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert loss.item() == pytest.approx(want.item(), rel=tolerance)
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(want, truth)): assert off(a.double(), b) < tolerance
+
+
+def test_logits_that_would_overflow():
+    h = torch.tensor([[300.]], requires_grad=True)
+    loss = chunked_loss(h, torch.tensor([[1.], [-1.]]), torch.tensor([1]))
+    assert loss.item() == 600 and torch.autograd.grad(loss, h)[0].item() == 2
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 80))
+def test_pieces_hold_every_row_once(sizes, max_tokens):
+    rng, loop = random.Random(0), Loop.__new__(Loop)
+    loop.settings, loop.packs, loop.shares = Settings(max_tokens=max_tokens), True, False
+    batch = [example(rng, n, 0) for n in sorted(sizes)]
+    pieces = loop.pieces_of(batch)
+    assert [t for p in pieces for t in p.input_ids[0].tolist()] == [t for e in batch for t in e.input_ids]
+    assert all(sum(p.lengths) <= max_tokens + max(sizes) for p in pieces)
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+def test_two_processes_make_the_same_step(tmp_path):
+    "Five rows to a step on two processes, in pieces of unlike size, against one process; the last step leaves one process without a row."
+    script = tmp_path/"two.py"
+    script.write_text(textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch; torch.set_num_threads(1)
+        from test_train import finetune, rows, tiny, trained
+        model = tiny()
+        run = finetune(model, rows(11), lr=1e-3, batch_size=5, max_tokens=50, out={str(tmp_path/"run")!r}, progress=False)
+        from accelerate import PartialState
+        if PartialState().is_main_process: torch.save([trained(model), [h["loss"] for h in run.history]], {str(tmp_path/"two.pt")!r})
+    """))
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-endpoint", "localhost:0", "--rdzv-backend", "c10d", script],
+                          capture_output=True, text=True, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights, losses = torch.load(tmp_path/"two.pt", weights_only=True)
+    model = tiny()
+    run = finetune(model, rows(11), lr=1e-3, batch_size=5, progress=False)
+    assert losses == pytest.approx([h["loss"] for h in run.history], abs=1e-5)
+    assert (weights - trained(model)).abs().max() < 1e-5
+    assert len(checkpoints(tmp_path/"run"/"checkpoints")) == 1
+
+
+# --- what is borrowed is given back ------------------------------------------------------------------------------
+
+def test_everything_is_given_back():
+    model = tiny().eval()
+    torch.manual_seed(5)
+    before = (model.config._attn_implementation, model.config.use_cache, signal.getsignal(signal.SIGINT), torch.random.get_rng_state())
+    finetune(model, rows(), max_steps=2, gradient_checkpointing=True, progress=False)
+    evaluate(model, rows(3))
+    after = (model.config._attn_implementation, model.config.use_cache, signal.getsignal(signal.SIGINT), torch.random.get_rng_state())
+    assert before[:3] == after[:3] and torch.equal(before[3], after[3])
+    assert not model.training and not model.is_gradient_checkpointing and all(p.grad is None for p in model.parameters())
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_everything_is_given_back_after_an_error():
+    model = tiny()
+    def fail(state): raise KeyError("mine")
+    with pytest.raises(KeyError, match="mine"): finetune(model, rows(), callbacks=[fail], progress=False)
+    assert model.config._attn_implementation == "sdpa" and not any("forward" in m.__dict__ for m in model.modules())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_is_not_caught():
+    with pytest.raises(KeyboardInterrupt):
+        with train.until_interrupted() as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+            while not caught: pass
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert caught == [signal.SIGINT]
+
+
+# --- settings, history, trackers ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrong, words", [(dict(lr=0.), "lr must be above 0"), (dict(lr=math.nan), "lr must be above 0"), (dict(epochs=-1), "epochs must be above 0"),
+    (dict(batch_size=0), "batch_size must be 1 or more"), (dict(max_steps=0), "max_steps must be 1 or more"), (dict(max_grad_norm=0.), "max_grad_norm must be above 0"),
+    (dict(warmup=-.1), "warmup must be 0 or more"), (dict(schedule="steps"), "schedule must be"), (dict(precision="int8"), "precision must be"), (dict(precision="fp16"), "fp16 needs a GPU")], ids=str)
+def test_wrong_settings(wrong, words):
+    with pytest.raises(ValueError, match=words): finetune(tiny(), rows(), progress=False, **wrong)
+
+
+def test_weights_in_bfloat16_are_refused():
+    with pytest.raises(ValueError, match="is to be trained but is kept in bfloat16"): finetune(tiny().bfloat16(), rows(), progress=False)
+    with pytest.raises(ValueError, match="nothing would be trained"): finetune(tiny().requires_grad_(False), rows(), progress=False)
+
+
+def test_bf16_autocast_learns():
+    model = tiny()
+    run = finetune(model, rows(), lr=5e-3, batch_size=4, epochs=6, precision="bf16", progress=False)
+    assert run.history[-1]["loss"] < run.history[0]["loss"] and all(p.dtype == torch.float32 for p in model.parameters())
+    finetune(model, rows(), max_steps=1, progress=False)  # another precision in the same process
+
+
+def test_history():
+    run = finetune(tiny(), rows(), batch_size=4, epochs=2, eval_examples=rows(3), eval_every=3, progress=False)
+    assert [h["step"] for h in run.history] == list(range(1, 7)) and run.stopped == "finished"
+    assert [h["step"] for h in run.history if h["eval_loss"] is not None] == [3, 6]
+    assert run.tokens == 2*sum(map(len, rows())) and sum(h["targets"] for h in run.history) == 2*sum(e.n_targets for e in rows())
+    json.dumps(run.history)
+
+
+def test_the_rows_of_a_bad_batch_are_named():
+    model = tiny()
+    bad = rows()
+    token = bad[7].input_ids[0]
+    with torch.no_grad(): model.model.embed_tokens.weight[token] = math.nan
+    has = {e.index for e in bad if token in e.input_ids}
+    with pytest.raises(NonFiniteLoss, match="the loss is nan") as error: finetune(model, bad, batch_size=1, epochs=1, max_grad_norm=None, progress=False)
+    named = int(str(error.value).split("held rows ")[1].split(".")[0])
+    assert named in has
+
+
+def test_trackers_hear_every_step():
+    from accelerate.tracking import GeneralTracker
+    class Notes(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "notes", False, True
+        def __init__(self): super().__init__(); self.config, self.heard = None, []
+        @property
+        def tracker(self): return self
+        def store_init_configuration(self, values): self.config = values
+        def log(self, values, step=None, **kwargs): self.heard.append((step, values["loss"]))
+    notes = Notes()
+    run = finetune(tiny(), rows(), max_steps=3, trackers=[notes], progress=False)
+    assert notes.heard == [(h["step"], h["loss"]) for h in run.history] and notes.config["batch_size"] == 8

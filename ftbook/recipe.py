@@ -1137,7 +1137,7 @@ def _samples(p, before, after):
     return [dict(row=row['row'], question=asked(row), wanted=_answer(row), before=b, after=a, right_before=right(b, row), right_after=right(a, row))
             for row, b, a in zip(p.test_rows, before['answers'], after['answers'])]
 
-# %% ../nbs/16_recipe.ipynb #ba40bb36
+# %% ../nbs/16_recipe.ipynb #34c7079c
 def collect(
     p:Prepared, # The rows
     job:Job, # The stages
@@ -1154,7 +1154,7 @@ def collect(
         commonest=commonest, tokens_per_second=trained.tokens_per_second, peak_memory_bytes=max(trained.peak_memory_bytes, peak_memory(model.device)), memory_plan=p.memory,
         forgetting=lost, seconds=sum(job.seconds.values()), seconds_by_stage=job.seconds, n_train=len(p.train), n_left=p.n_left, train_tokens=trained.tokens,
         steps=len(trained.history), stopped=trained.stopped, resumed_from=trained.resumed_from, trained_parameters=summary.trained, total_parameters=summary.total,
-        device=device, dtype=str(dtype)[6:], precision=precision, device_reasons=probe_device(p.recipe.model.device).reasons, findings=[asdict(f) for f in p.findings],
+        device=device, threads=torch.get_num_threads(), dtype=str(dtype)[6:], precision=precision, device_reasons=probe_device(p.recipe.model.device).reasons, findings=[asdict(f) for f in p.findings],
         ended=time.strftime('%Y-%m-%d %H:%M:%S'), history=trained.history, samples=_samples(p, before, after), recipe=asdict(p.recipe), seed=seed, versions=_versions())
     return json.loads(json.dumps(facts))
 
@@ -1323,15 +1323,16 @@ def loading_code(
     return (f"from ftbook.models import load_model\nfrom ftbook.methods import load_adapter\n\nmodel, tokenizer = load_model({name!r})\n"
             "load_adapter(model, 'adapter')  # the folder beside this report; peft reads it too")
 
-# %% ../nbs/16_recipe.ipynb #7f03dc66
+# %% ../nbs/16_recipe.ipynb #1aa57eb5
 _stages = dict(check='read and check', load='load the model', before='judge before', train='train', after='judge after', save='save')
 
 def _cost(f):
     "Time and memory."
     plan = {k: v for k, v in f['memory_plan'].items() if v}
     rows = [dict(what=k, memory=_bytes(v)) for k, v in (plan | {'planned, without activations': sum(plan.values()), 'measured peak, all in all': f['peak_memory_bytes']}).items()]
+    threads = f" with {f['threads']} thread" + 's'*(f['threads'] > 1) if f['device'] == 'cpu' else ''
     return [bars({_stages.get(k, k): round(v, 1) for k, v in f['seconds_by_stage'].items()}, x_label='seconds', title='Where the time went'), table(rows, title='Memory'),
-            _p(f"{f['device']}, weights in {f['dtype']}. " + ' '.join(f['device_reasons']), 'ft-note')]
+            _p(f"{f['device']}{threads}, weights in {f['dtype']}. " + ' '.join(f['device_reasons']), 'ft-note')]
 
 # %% ../nbs/16_recipe.ipynb #ac7d160a
 def draw_findings(

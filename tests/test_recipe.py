@@ -287,7 +287,7 @@ def test_the_report_is_one_safe_page(make, tmp_path):
 def test_slots_are_shown():
     facts = json.loads(json.dumps(dict(accuracy_before=None, accuracy_after=None, loss_before=1., loss_after=.5, loss_change=-.5, loss_change_interval=[-.6, -.4], n_eval=9, n_left=0,
         tokens_per_second=1., peak_memory_bytes=1, memory_plan={}, forgetting={}, seconds=1., seconds_by_stage=dict(train=1.), n_train=1, train_tokens=1, steps=1, trained_parameters=1,
-        total_parameters=2, device="cpu", dtype="float32", device_reasons=["r"], findings=[], history=[dict(step=1, loss=1., lr=.1, eval_loss=None)], samples=[], recipe=asdict(r.Recipe()), seed=0, versions=dict(a="1"))))
+        total_parameters=2, device="cpu", threads=2, dtype="float32", device_reasons=["r"], findings=[], history=[dict(step=1, loss=1., lr=.1, eval_loss=None)], samples=[], recipe=asdict(r.Recipe()), seed=0, versions=dict(a="1"))))
     html = r.Report(facts, audit=["AUDIT"], plan=["PLAN"], preflight=["PREFLIGHT"], forgetting=["BATTERY"]).html()
     assert all(word in html for word in ("AUDIT", "PLAN", "PREFLIGHT", "BATTERY"))
 

@@ -25,7 +25,7 @@ def _fail(message, as_json, code=1, **more):
     if as_json: print(json.dumps(dict(error=message, **more)))
     raise typer.Exit(code)
 
-# %% ../nbs/18_cli.ipynb #71ddd192
+# %% ../nbs/18_cli.ipynb #3ca9925c
 @contextmanager
 def _guarded(as_json, debug):
     "Turn exceptions into a message and an exit code."
@@ -100,7 +100,7 @@ def _run_folder(config, out):
     "Where the run of `config` goes."
     return out or (config if config.is_dir() else Path('ftbook-runs')/config.stem)
 
-# %% ../nbs/18_cli.ipynb #b1224725
+# %% ../nbs/18_cli.ipynb #4f95561d
 @app.command(cls=_KeysHelp)
 def train(
     config:Annotated[Path, typer.Argument(help='A YAML file, or the folder of a run to go on with.', show_default=False)], # YAML, or the folder of a run

@@ -97,7 +97,7 @@ class MethodKeys:
     target_modules:Annotated[str|list[str], "endings of module names, a regular expression, or all-linear"]='all-linear'
     use_rslora:Annotated[bool, "scale by alpha / sqrt(rank)"]=False
 
-# %% ../nbs/16_recipe.ipynb #36479dfc
+# %% ../nbs/16_recipe.ipynb #bb053546
 @dataclass
 class TrainKeys:
     "How it is trained."
@@ -105,7 +105,7 @@ class TrainKeys:
     epochs:Annotated[float, "passes over the data", _positive]=1.
     max_steps:Annotated[int|None, "stop after so many steps", _at_least(1)]=None
     batch_size:Annotated[int, "rows to a step", _at_least(1)]=8
-    max_tokens:Annotated[int, "tokens in one forward pass; larger batches run in pieces", _at_least(1)]=2048
+    max_tokens:Annotated[int|None, "tokens in one forward pass, larger batches run in pieces; null: 1024 on a CPU, 8192 elsewhere", _at_least(1)]=None
     schedule:Annotated[str, "of the learning rate", _one_of('linear', 'cosine', 'constant')]='linear'
     warmup:Annotated[float, "share of the steps, or their number", _at_least(0)]=.03
     weight_decay:Annotated[float, "AdamW's", _at_least(0)]=0.

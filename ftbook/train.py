@@ -10,7 +10,7 @@ __all__ = ['nats_and_gradient_', 'chunked_loss', 'has_linear_head', 'Objective',
            'evaluate', 'lr_at', 'write_checkpoint', 'checkpoints', 'read_checkpoint', 'Settings', 'Run', 'peak_memory',
            'Loop', 'NonFiniteLoss', 'fingerprint', 'until_interrupted', 'finetune']
 
-# %% ../nbs/04_training.ipynb #4dfb1657
+# %% ../nbs/04_training.ipynb #001d3880
 import contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.autograd import Function
 from tqdm.auto import tqdm
 
-from .data import IGNORE, Batch, Example, isolate_, length_batches, pack, pad
+from .data import IGNORE, Batch, Example, isolate_, length_batches, pack, pad, shared_prefix
 from .explore import Picture, plot
 
 # %% ../nbs/04_training.ipynb #3791073f
@@ -42,22 +42,30 @@ def nats_and_gradient_(
     p.scatter_add_(1, targets, at_target.new_full(targets.shape, -1.))
     return (log_total - at_target).sum()
 
-# %% ../nbs/04_training.ipynb #577c76e7
+# %% ../nbs/04_training.ipynb #731b84af
+def _turn_(logits, targets, wide):
+    "`nats_and_gradient_`, a few rows at a time in float32, so that they stay in the processor's cache."
+    nats = wide.new_zeros(())
+    for some, y in zip(logits.split(len(wide)), targets.split(len(wide))):
+        if some.dtype == wide.dtype: nats += nats_and_gradient_(some, y[:, None])
+        else:
+            nats += nats_and_gradient_(p := wide[:len(some)].copy_(some), y[:, None])
+            some.copy_(p)
+    return nats
+
+# %% ../nbs/04_training.ipynb #0072c20c
 class _ChunkedLoss(Function):
     "Head and cross-entropy in chunks, the gradient computed on the way forward."
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk): # (n, d), (V, d), (n,)
-        n, buffer = len(hidden), hidden.new_empty(min(chunk, len(hidden)), len(weight))
-        wide = buffer if buffer.dtype == torch.float32 else buffer.float()
+        buffer, wide = hidden.new_empty(min(chunk, len(hidden)), len(weight)), hidden.new_empty(min(32, len(hidden)), len(weight), dtype=torch.float32)
         grads = [torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
                  torch.zeros_like(weight) if ctx.needs_input_grad[1] else None]
-        nats = hidden.new_zeros((), dtype=torch.float32)
-        for i in range(0, n, chunk):
+        nats = wide.new_zeros(())
+        for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk); h = hidden[part]
             logits = torch.mm(h, weight.t(), out=buffer[:len(h)])
-            p = wide[:len(h)] if wide is buffer else wide[:len(h)].copy_(logits)
-            nats += nats_and_gradient_(p, targets[part, None])
-            if p.dtype != logits.dtype: logits.copy_(p)
+            nats += _turn_(logits, targets[part], wide)
             if grads[0] is not None: torch.mm(logits, weight, out=grads[0][part])
             if grads[1] is not None: grads[1].addmm_(logits.t(), h)
         ctx.grads = grads
@@ -156,6 +164,14 @@ class _Gate(Function):
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(g*up, gate), F.silu(gate).mul_(g)
+
+# %% ../nbs/04_training.ipynb #85ce9643
+def _made_again(h, gate, up):
+    "While this is open, autograd keeps no `h`: it is computed from `gate` and `up` again."
+    where, shape = h.data_ptr(), h.shape
+    def note(t): return None if t.data_ptr() == where and t.shape == shape else t
+    def give(t): return F.silu(gate).mul_(up) if t is None else t
+    return torch.autograd.graph.saved_tensors_hooks(note, give)
 
 # %% ../nbs/04_training.ipynb #29d81d8b
 def rotate(
@@ -331,11 +347,12 @@ def _norm_forward(self, x):
     if not torch.is_grad_enabled() or x.dtype != self.weight.dtype: return type(self).forward(self, x)
     return _Norm.apply(x, self.weight, self.variance_epsilon)
 
-# %% ../nbs/04_training.ipynb #cc626e7d
+# %% ../nbs/04_training.ipynb #aec84cab
 def _gated_forward(self, x):
     "A gated feed-forward's forward that trains with `_Gate`."
     if not torch.is_grad_enabled(): return type(self).forward(self, x)
-    return self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x)))
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    with _made_again(h := _Gate.apply(gate, up), gate.detach(), up.detach()): return self.down_proj(h)
 
 # %% ../nbs/04_training.ipynb #9bcf2398
 def _candidate(module):
@@ -687,17 +704,18 @@ def batch_of(self:Loop,
     if self._order[0] != epoch: self._order = epoch, length_batches(self.examples, self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
     return sorted(self._order[1][i], key=len)
 
-# %% ../nbs/04_training.ipynb #4fb2ff47
+# %% ../nbs/04_training.ipynb #87f7af66
 @patch
 def pieces_of(self:Loop,
     batch:list[Example], # This process's share of a step
 )->list: # What it runs, one after the other
-    "Cut a batch into even pieces of about `max_tokens` tokens at most."
-    total, before = sum(map(len, batch)), 0
-    pieces = [[] for _ in range(math.ceil(total/self.settings.max_tokens))]
+    "Cut a batch into even pieces of about `max_tokens` tokens at most; a shared opening counts once."
+    once = shared_prefix(batch) if self.shares else 0
+    total, before = sum(len(e) - once for e in batch), 0
+    pieces = [[] for _ in range(math.ceil((once + total)/self.settings.max_tokens))]
     for e in batch:
         pieces[before*len(pieces)//total].append(e)
-        before += len(e)
+        before += len(e) - once
     return [pack(piece, share=self.shares)[0] if self.packs else pad(piece) for piece in pieces if piece]
 
 # %% ../nbs/04_training.ipynb #a4693211

@@ -165,12 +165,13 @@ class _Gate(Function):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(g*up, gate), F.silu(gate).mul_(g)
 
-# %% ../nbs/04_training.ipynb #85ce9643
+# %% ../nbs/04_training.ipynb #0bedf5ff
 def _made_again(h, gate, up):
     "While this is open, autograd keeps no `h`: it is computed from `gate` and `up` again."
     where, shape = h.data_ptr(), h.shape
     def note(t): return None if t.data_ptr() == where and t.shape == shape else t
     def give(t): return F.silu(gate).mul_(up) if t is None else t
+    if torch._C._autograd._top_saved_tensors_default_hooks(False): return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(note, give)
 
 # %% ../nbs/04_training.ipynb #29d81d8b

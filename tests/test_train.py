@@ -1,5 +1,5 @@
 "ftbook.train: what a chapter would not show. Killed runs, other architectures, several processes, and what must be given back."
-import copy, errno, json, math, multiprocessing, os, random, signal, subprocess, sys, textwrap, time
+import copy, errno, gc, json, math, multiprocessing, os, random, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import pytest
@@ -160,6 +160,19 @@ def test_the_way_does_not_matter(more, opening):
     runs = [finetune(m, rows(opening=opening), lr=1e-3, batch_size=6, progress=False, **o) for m, o in ((a, {}), (b, more))]
     assert [h["loss"] for h in runs[1].history] == pytest.approx([h["loss"] for h in runs[0].history], abs=1e-5)
     assert (trained(a) - trained(b)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_is_not_undone(checkpointing):
+    "What is kept to make the gated product again is not kept where whole layers are made again."
+    model = tiny(intermediate_size=72)
+    with isolated(model, fast=True):
+        if checkpointing: model.activation_checkpointing_enable(dict(use_reentrant=False))
+        loss = Objective(model.train())(pack(rows(4))[0])
+        gc.collect()
+        held = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dim() == 3 and t.shape[-1] == 72 and t.is_floating_point() and not t.requires_grad]
+        assert len(held) == (0 if checkpointing else 4)  # gate and up, in two layers
+        loss.backward()
 
 
 def test_a_model_that_takes_no_packs_gets_padded_batches(monkeypatch):

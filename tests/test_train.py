@@ -338,6 +338,18 @@ def test_everything_is_given_back_after_an_error():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path, capsys):
+    def press(state):
+        if state.step == 5: os.kill(os.getpid(), signal.SIGINT)
+    model, plan = student(), dict(lr=1e-3, batch_size=4, epochs=4, progress=False)
+    run = finetune(model, rows(), out=tmp_path, callbacks=[press], **plan)
+    assert (run.stopped, len(run.history)) == ("interrupted", 5) and "interrupted after step 5 of 12; saved" in capsys.readouterr().out
+    resumed, whole = student(), student()
+    finetune(resumed, rows(), out=tmp_path, resume=True, **plan)
+    finetune(whole, rows(), **plan)
+    assert torch.equal(trained(resumed), trained(whole))
+
+
 def test_a_second_ctrl_c_is_not_caught():
     with pytest.raises(KeyboardInterrupt):
         with train.until_interrupted() as caught:

@@ -628,14 +628,14 @@ def _side_by_side(examples, prefix):
     return Batch(line(ids), line([[IGNORE]*len(o) for o in first] + [[IGNORE] + e.labels[prefix + 1:] for e in examples]),
                  line([range(len(o)) for o in first] + [range(prefix, len(e)) for e in examples]), [len(o) for o in ids], prefix)
 
-# %% ../nbs/02_data.ipynb #2390fe0f
+# %% ../nbs/02_data.ipynb #5a4e4c1c
 def shared_prefix(
     examples:Sequence[Example], # Of one pack
 )->int: # Tokens; 0 where it would not pay
     "How many tokens all `examples` begin with, as far as none of them is asked about."
     common = len(os.path.commonprefix([e.input_ids for e in examples]))
     asked = [i for e in examples for i, on in enumerate(e.trained) if on and i]
-    n = min([common, *(i - 1 for i in asked)])
+    n = min([common, *(i - 1 for i in asked), *(len(e) - 1 for e in examples)])
     return n if len(examples) > 1 and n >= 8 else 0
 
 # %% ../nbs/02_data.ipynb #df7b1a6a

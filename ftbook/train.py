@@ -90,7 +90,7 @@ def chunked_loss(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False): return _ChunkedLoss.apply(hidden, weight, targets, chunk)
 
-# %% ../nbs/04_training.ipynb #c1da76db
+# %% ../nbs/04_training.ipynb #c05e9323
 def _agree(a, b, rtol=2e-2):
     "Are all of `a` within `rtol` of the largest entry of `b`'s? What is not a number agrees with nothing."
     return all((x.float() - y.float()).abs().max() <= rtol*y.float().abs().max() for x, y in zip(a, b))
@@ -100,8 +100,8 @@ def has_linear_head(
 )->bool: # True: logits = head weight times final hidden state, and nothing else
     "Does the head of `model` do what its weight says?"
     head = model.get_output_embeddings()
-    changed = head._forward_hooks or head._forward_pre_hooks or getattr(model.config, 'final_logit_softcapping', None)
-    if type(head) is not nn.Linear or head.bias is not None or changed: return False
+    if type(head) is not nn.Linear or head.bias is not None: return False
+    if head._forward_hooks or head._forward_pre_hooks or getattr(model.config, 'final_logit_softcapping', None): return False
     ids, training = torch.arange(1, 5, device=head.weight.device)[None], model.training
     with torch.no_grad():
         out, hidden = model.eval()(ids), model.base_model(ids)[0]

@@ -294,3 +294,10 @@ def test_gradient_checkpointing_hands_the_lengths_on():
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     assert torch.equal(grad(), want)
     with pytest.raises(ValueError, match="a pack is one row: the examples have 3 tokens"): model(**b.kwargs() | dict(lengths=[3]))
+
+
+def test_a_shared_opening_leaves_every_row_something():
+    "Rows that are asked about nothing, or that end where the others go on, keep a token of their own."
+    rows = [Example(list(range(10)), [False]*10), Example(list(range(10)) + [50], [False]*10 + [True])]
+    (packed,) = pack(rows, share=True)
+    assert packed.prefix == 9 and packed.lengths == [9, 1, 2] and packed.input_ids[0].tolist() == [*range(9), 9, 9, 50]

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import ftbook.train as train
 from ftbook.data import Example, isolate_, pack, pad
 from ftbook.lora import LoRA
-from ftbook.train import (Loop, NonFiniteLoss, Objective, Settings, checkpoints, chunked_loss, evaluate, fast_, finetune, isolated, like_lengths,
-                          slow_, write_checkpoint)
+from ftbook.train import (Loop, NonFiniteLoss, Objective, Settings, checkpoints, chunked_loss, evaluate, finetune, isolated, like_lengths,
+                          write_checkpoint)
 
 V = 97
 KILLS = int(os.environ.get("FTBOOK_KILLS", 4))  # how often the run of test_killed_and_resumed is killed
@@ -412,3 +412,9 @@ def test_trackers_hear_every_step():
     notes = Notes()
     run = finetune(tiny(), rows(), max_steps=3, trackers=[notes], progress=False)
     assert notes.heard == [(h["step"], h["loss"]) for h in run.history] and notes.config["batch_size"] == 8
+
+
+def test_a_model_without_a_head_of_its_own(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert not train.has_linear_head(model)

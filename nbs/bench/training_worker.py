@@ -156,7 +156,7 @@ def bound(model, tokenizer, examples, dtype):
             for q, k, s in heads:
                 q@k.transpose(1, 2); s@k                                    # forward
                 q@k.transpose(1, 2); q@k.transpose(1, 2); s@k; s.transpose(1, 2)@q; s.transpose(1, 2)@q
-        for part in h.split(128): part@head.t()@head
+        for part in h.split(256): part@head.t()@head                         # forward, and to the input
         seconds.append(time.perf_counter() - start)
     return seconds, [sum(map(len, b)) for b in batches(examples)], [], memory.stop()
 

@@ -7,7 +7,7 @@ Docs: https://ftbook.github.io/ftbook/models.html.md"""
 # %% auto #0
 __all__ = ['SHIPPED', 'ROLES', 'BYTES', 'TRAINING', 'SHAPES', 'cache_dir', 'build_once', 'file_sha256', 'fetch_package',
            'Shipped', 'model_folder', 'Facts', 'Device', 'choose_device', 'read_facts', 'probe_device', 'as_dtype',
-           'check_weights', 'load_model', 'role_of', 'count_parameters', 'weigh', 'training_bytes',
+           'check_weights', 'load_model', 'load_tokenizer', 'role_of', 'count_parameters', 'weigh', 'training_bytes',
            'adapter_parameters', 'skeleton', 'scale_bytes', 'gpus_needed', 'load_encoder', 'mean_pool', 'embed']
 
 # %% ../nbs/01_models.ipynb #163d148d
@@ -393,6 +393,15 @@ def load_model(
     "A causal language model, ready to run, and its tokenizer."
     if name in SHIPPED and SHIPPED[name].kind != 'causal': raise ValueError(f'{name} is an encoder and writes no text: use `load_encoder`')
     return _load('AutoModelForCausalLM', name, dtype, device, attention)
+
+# %% ../nbs/01_models.ipynb #6770ce32
+def load_tokenizer(
+    name:str|Path, # A shipped name, a hub id, or a local folder
+): # A transformers tokenizer. Raises ValueError where none loads
+    "The tokenizer of a model, without the model."
+    from transformers import AutoTokenizer
+    try: return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e: raise ValueError(f"{name} has no tokenizer that loads: {e}") from e
 
 # %% ../nbs/01_models.ipynb #8687d491
 ROLES = ('embedding', 'attention', 'mlp', 'norm', 'head', 'other')

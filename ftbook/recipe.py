@@ -6,16 +6,16 @@ Docs: https://ftbook.github.io/ftbook/recipe.html.md"""
 
 # %% auto #0
 __all__ = ['Rule', 'ModelKeys', 'DataKeys', 'MethodKeys', 'TrainKeys', 'EvaluateKeys', 'ForgettingKeys', 'Recipe', 'list_keys',
-           'make_recipe', 'load_recipe', 'guess_shape', 'name_label', 'find_labels', 'shape_rows', 'Finding',
-           'Findings', 'CheckFailed', 'Prepared', 'make_method', 'choose_precision', 'plan_memory', 'free_memory',
-           'holds_run', 'disk_needed', 'prepare', 'check', 'wilson', 'paired_bootstrap', 'choice_ids', 'choice_scores',
-           'forgetting_texts', 'plain_example', 'Forgetting', 'compare_losses', 'write_answers', 'named_first',
-           'measure', 'judge', 'smoke_step', 'write_text', 'recipe_yaml', 'Job', 'train_settings', 'Result', 'run',
-           'release_memory', 'collect', 'summary_line', 'summary_sentence', 'draw_intervals', 'cards', 'draw_samples',
-           'draw_losses', 'forgetting_words', 'advice', 'loading_code', 'draw_findings', 'Report', 'sections',
-           'quickstart_recipe', 'free_folder', 'quickstart']
+           'make_recipe', 'load_recipe', 'guess_shape', 'name_label', 'find_labels', 'shape_rows', 'CheckFailed',
+           'Prepared', 'make_method', 'choose_precision', 'plan_memory', 'free_memory', 'holds_run', 'disk_needed',
+           'prepare', 'check', 'wilson', 'paired_bootstrap', 'choice_ids', 'choice_scores', 'forgetting_texts',
+           'plain_example', 'Forgetting', 'compare_losses', 'write_answers', 'named_first', 'measure', 'judge',
+           'smoke_step', 'write_text', 'recipe_yaml', 'Job', 'train_settings', 'Result', 'run', 'release_memory',
+           'collect', 'summary_line', 'summary_sentence', 'draw_intervals', 'cards', 'draw_samples', 'draw_losses',
+           'forgetting_words', 'advice', 'loading_code', 'draw_findings', 'Report', 'sections', 'quickstart_recipe',
+           'free_folder', 'quickstart']
 
-# %% ../nbs/16_recipe.ipynb #c5ea8494
+# %% ../nbs/16_recipe.ipynb #89892d87
 import copy, ctypes, difflib, errno, json, math, os, platform, random, re, shutil, sys, tempfile, textwrap, time
 from bisect import bisect_left
 from collections import Counter
@@ -39,7 +39,8 @@ from .data import (DICTIONARIES, READERS, SURVEYS, Encoded, Example, classificat
 from .explore import Picture, bars, escape, page, plot, table, tidy
 from .lora import LoRA
 from .methods import save_adapter, trainable_summary
-from .models import SHIPPED, as_dtype, count_parameters, load_model, model_folder, probe_device, skeleton, training_bytes
+from .models import SHIPPED, as_dtype, count_parameters, load_model, load_tokenizer, probe_device, skeleton, training_bytes
+from .quality import Finding, Findings, audit, view_rows
 from .train import Evaluation, Objective, Run, checkpoints, evaluate, finetune, has_linear_head, isolated, peak_memory
 
 # %% ../nbs/16_recipe.ipynb #51ccf2c8
@@ -65,7 +66,7 @@ class ModelKeys:
     device:Annotated[str|None, "where it runs; null takes the fastest", _device]=None
     attention:Annotated[str|None, "sdpa, eager or flash_attention_2; null asks the device"]=None
 
-# %% ../nbs/16_recipe.ipynb #ccfd0391
+# %% ../nbs/16_recipe.ipynb #cddea74b
 @dataclass
 class DataKeys:
     "Where the rows come from, and what becomes of them."
@@ -83,6 +84,7 @@ class DataKeys:
     test_size:Annotated[float, "rows to hold out: a share below 1, or a number", _positive]=0.1
     max_rows:Annotated[int|None, "train on so many at most", _at_least(1)]=None
     max_length:Annotated[int|None, "cut a row after so many tokens; null refuses what is longer than the model's limit", _at_least(2)]=None
+    audit:Annotated[bool, "look for damaged, repeated and leaking rows before the run"]=True
     loss_on:Annotated[str, "tokens to learn: the completion, every turn of the assistant, or all", _one_of('completion', 'assistant', 'all')]='completion'
     bad_rows:Annotated[str, "stop at rows that cannot be used, or skip and list them", _one_of('stop', 'skip')]='stop'
 
@@ -350,35 +352,6 @@ def shape_rows(
         if made: shaped.append(dict(made, row=i))
     return shaped, refused
 
-# %% ../nbs/16_recipe.ipynb #0457f1e5
-@dataclass
-class Finding:
-    "Something that a check found."
-    level:str # 'error' (a run would stop), 'warning' or 'note'
-    where:str # The key of the configuration that it is about
-    message:str # What is so
-    remedy:str='' # What to do about it
-    def __str__(self): return f"{self.level:8}{self.where}: {self.message}" + f"\n{'':8}-> {self.remedy}"*bool(self.remedy)
-
-# %% ../nbs/16_recipe.ipynb #7f964cc8
-class Findings(list):
-    "A list of findings that prints well."
-    def __init__(self,
-        found=(), # `Finding`s
-    ): super().__init__(found)
-
-    def add(self,
-        level:str, # 'error', 'warning' or 'note'
-        where:str, # A key
-        message:str, # What is so
-        remedy:str='', # What to do
-    ):
-        "Note a finding."
-        self.append(Finding(level, where, message, remedy))
-    @property
-    def errors(self): return [f for f in self if f.level == 'error']
-    def __repr__(self): return '\n'.join(map(str, self)) or 'nothing found'
-
 # %% ../nbs/16_recipe.ipynb #8dbbf997
 class CheckFailed(ValueError):
     "A recipe that cannot be run; `.findings` says why."
@@ -465,7 +438,7 @@ def _shape(p, rows, where):
     _refuse(p, refused, len(rows), where)
     return shaped
 
-# %% ../nbs/16_recipe.ipynb #2edaf9ee
+# %% ../nbs/16_recipe.ipynb #dd7a695e
 def _check_rows(p):
     "Read the rows and split them."
     d, rows = p.recipe.data, _read(p.recipe.data.source, p.recipe.data.split)
@@ -479,6 +452,18 @@ def _check_rows(p):
     p.n_left = len(halves[0]) - len(p.train_rows)
     p.findings.add('note', 'data.source', f"{len(rows):,} rows read; {len(p.train_rows):,} to train on, {len(p.test_rows):,} to judge by")
     if p.labels: _check_labels(p)
+    if d.audit: _check_quality(p, rows, _read(d.test_source, d.test_split) if d.test_source else rows)
+
+# %% ../nbs/16_recipe.ipynb #0d150f9a
+_looked_for = 'form.encoding', 'form.residue', 'form.endings', 'form.personal', 'duplicates.conflict', 'duplicates.near', 'leakage.near', 'leakage.contained'
+
+def _check_quality(p, rows, test):
+    "What the audit says of the rows to train on."
+    d = p.recipe.data
+    try: train, held = (view_rows(r, d.text_column, d.label_column).only([row['row'] for row in chosen]) for r, chosen in ((rows, p.train_rows), (test, p.test_rows)))
+    except ValueError: return # rows of another shape: the recipe reads them, the audit does not
+    for f in audit(train, encoder=None, test=held, progress=False).findings:
+        if f.where in _looked_for: p.findings.add('warning', f.where, f.message, f.remedy, rows=f.rows, evidence=f.evidence)
 
 # %% ../nbs/16_recipe.ipynb #5bc33b28
 def _check_labels(p):
@@ -491,18 +476,12 @@ def _check_labels(p):
     if len(counts) > 1 and counts[top] > .8*n: p.findings.add('warning', 'data.labels', f"{counts[top]/n:.0%} of the training rows have the label {top!r}",
         'compare the accuracy with that share, for who always says it is right that often')
 
-# %% ../nbs/16_recipe.ipynb #c53de07f
-def _tokenizer(name):
-    from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e: raise ValueError(f"{name} has no tokenizer that loads: {e}") from e
-
-# %% ../nbs/16_recipe.ipynb #49931565
+# %% ../nbs/16_recipe.ipynb #db7010c5
 def _check_model(p):
     "Load tokenizer and skeleton."
     keys, add = p.recipe.model, p.findings.add
     if keys.name in SHIPPED and SHIPPED[keys.name].kind != 'causal': raise ValueError(f"{keys.name} is an encoder and writes no text; take a causal language model such as smollm2-135m")
-    p.skeleton, p.tokenizer = skeleton(keys.name), _tokenizer(keys.name)
+    p.skeleton, p.tokenizer = skeleton(keys.name), load_tokenizer(keys.name)
     p.n_limit = min(n for n in (p.tokenizer.model_max_length, getattr(p.skeleton.config.get_text_config(), 'max_position_embeddings', None)) if n)
     p.tokenizer.model_max_length, most = p.n_limit, p.recipe.data.max_length
     if most and most > p.n_limit: add('error', 'data.max_length', f"{most} tokens are more than {keys.name} can read", f'set data.max_length to {p.n_limit} or less')

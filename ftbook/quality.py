@@ -12,11 +12,14 @@ __all__ = ['RESIDUE', 'KEYS', 'FORM', 'SOLO', 'BASE', 'CLOSE', 'METHODS', 'COPIE
            'choose_keeper', 'find_duplicates', 'semantic_duplicates', 'contained', 'leakage', 'choose_bands',
            'write_datatrove', 'class_codes', 'deal_folds', 'fit_probe', 'out_of_fold', 'confident_thresholds',
            'confident_class', 'confident_joint', 'calibrate_joint', 'flag_labels', 'label_scores', 'label_errors',
-           'balance', 'class_weights', 'resample', 'adjust_logits', 'macro_f1', 'long_tail', 'check_duplicates',
-           'check_balance', 'check_labels', 'check_leakage', 'check_contamination', 'Audit', 'audit', 'clean',
-           'write_clean', 'audit_report', 'save_audit']
+           'balance', 'class_weights', 'resample', 'adjust_logits', 'macro_f1', 'long_tail', 'bits_per_byte',
+           'pool_bits', 'rank_auc', 'domain_auc', 'embedding_distance', 'ngram_divergence', 'domain_distances',
+           'telling_words', 'check_domain', 'power_law', 'fit_power_law', 'Curve', 'fit_curve', 'Needed', 'data_needed',
+           'learning_curve', 'draw_curve', 'check_duplicates', 'check_balance', 'check_labels', 'check_size',
+           'check_leakage', 'check_contamination', 'Audit', 'audit', 'clean', 'write_clean', 'audit_report',
+           'save_audit']
 
-# %% ../nbs/03_quality.ipynb #e3c0eb3d
+# %% ../nbs/03_quality.ipynb #bce36879
 import csv, io, json, os, re, statistics, unicodedata, warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -31,7 +34,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import normalise, read_rows, row_parts
-from .explore import bars, escape, page, row, table
+from .explore import bars, escape, page, plot, row, table
 
 # %% ../nbs/03_quality.ipynb #e0a50517
 @dataclass
@@ -230,11 +233,12 @@ def check_language(
     others = {i: best[i] for i, p in spoken.items() if sum(p[code] for code in meant) < doubt}
     return _note(Findings(), view, others, 'warning', 'form.language', f"not in the language of the rest ({', '.join(sorted(meant))})", 'look at them; leave them out if they are not meant')
 
-# %% ../nbs/03_quality.ipynb #1b3a2d4b
+# %% ../nbs/03_quality.ipynb #ad90cb85
 def _ends(text):
     last = text.rstrip()[-1:]
     return not last.isalnum() and last not in ',;:-–—(/' or unicodedata.category(last or ' ') == 'Lo' # scripts without full stops
 
+# %% ../nbs/03_quality.ipynb #823f13f1
 def check_endings(
     view:View, # The rows
     least_words:int=8, # Shorter answers may end as they like
@@ -268,11 +272,12 @@ def check_personal(
     "E-mail addresses, telephone numbers and keys."
     return _note(Findings(), view, _per_row(view, lambda t: _personal(t, region)), 'warning', 'form.personal', 'with something personal or secret', 'replace it, unless it is public and meant to be learnt')
 
-# %% ../nbs/03_quality.ipynb #cb6df00c
+# %% ../nbs/03_quality.ipynb #0ea1522b
 def _token_counts(view, tokenizer):
     ids = tokenizer([t for t in view.texts], add_special_tokens=False, return_attention_mask=False, verbose=False)['input_ids']
     return list(map(len, ids))
 
+# %% ../nbs/03_quality.ipynb #b33ebefd
 def check_lengths(
     view:View, # The rows
     tokenizer=None, # The model's; None counts words
@@ -371,7 +376,7 @@ def words(
     kinds = _kinds()
     return ''.join((' ', c, f' {c} ')[kinds[ord(c)]] for c in normalise(text)).split()
 
-# %% ../nbs/03_quality.ipynb #e2d2e23d
+# %% ../nbs/03_quality.ipynb #7e0457ab
 def shingles(
     text:str, # Any
     n_words:int=2, # Length of a run
@@ -380,6 +385,7 @@ def shingles(
     w = words(text)
     return {tuple(w[i:i + n_words]) for i in range(max(1, len(w) - n_words + 1))} if w else set()
 
+# %% ../nbs/03_quality.ipynb #79fe3f90
 def jaccard(
     a:set, # Shingles
     b:set, # Shingles
@@ -429,7 +435,7 @@ def s_curve(
     "How likely banding is to bring two sets together."
     return 1 - (1 - np.asarray(similarity)**rows)**bands
 
-# %% ../nbs/03_quality.ipynb #b12822a5
+# %% ../nbs/03_quality.ipynb #c7662c9e
 BASE = 0xD1342543DE82EF95 # odd, so that it has an inverse modulo 2^64
 
 @lru_cache(4)
@@ -437,17 +443,19 @@ def _powers(n):
     def row(b): return np.cumprod(np.r_[np.uint64(1), np.full(n - 1, b, np.uint64)])
     return row(BASE), row(pow(BASE, -1, 2**64))
 
+# %% ../nbs/03_quality.ipynb #49f4fb84
 def _span_hashes(values, starts):
     if len(starts) == 0: return np.empty(0, np.uint64)
     up, down = _powers(1 << max(16, len(values).bit_length()))
     return _mix(np.add.reduceat(values*up[:len(values)], starts)*down[starts])
 
-# %% ../nbs/03_quality.ipynb #25ae1309
+# %% ../nbs/03_quality.ipynb #15363279
 @lru_cache(1)
 def _letters():
     kind = _kinds()
     return np.where(kind > 0, _mix(np.arange(1, len(kind) + 1, dtype=np.uint64)*np.uint64(0x9E3779B97F4A7C15)), np.uint64(0))
 
+# %% ../nbs/03_quality.ipynb #dbc9b036
 def _code_points(texts):
     folded = [(t if t.isascii() else unicodedata.normalize('NFKC', t)).casefold() for t in texts]
     ends, joined = np.cumsum([len(t) + 1 for t in folded]), ' '.join(folded)
@@ -536,11 +544,12 @@ def _rarest_first(runs, sizes):
     sizes = sizes - np.add.reduceat(again, starts, dtype=np.int64) if len(sizes) else sizes
     return _sets(keys[~again], sizes)
 
-# %% ../nbs/03_quality.ipynb #ee203bbd
+# %% ../nbs/03_quality.ipynb #abd521cb
 def _sets(keys, sizes):
     bits = np.uint64(1) << (_mix(keys) & np.uint64(63))
     return _Sets(keys, sizes, _starts(sizes), np.bitwise_xor.reduceat(bits, _starts(sizes)) if len(sizes) else bits)
 
+# %% ../nbs/03_quality.ipynb #4e95c009
 def _similarity(s, a, b):
     out, both = np.empty(len(a)), s.sizes[a] + s.sizes[b]
     for rows in _alike(both):
@@ -643,16 +652,18 @@ def near_duplicates(
     found = Matches(rows[a], rows[b], similarity, skipped)
     return _with_copies(found, first) if other is None else _across(found, first, n)
 
-# %% ../nbs/03_quality.ipynb #e334cf3b
+# %% ../nbs/03_quality.ipynb #48393418
 def _with_copies(found, first):
     copy = np.flatnonzero((first >= 0) & (first < np.arange(len(first))))
     return Matches(np.r_[found.a, first[copy]], np.r_[found.b, copy], np.r_[found.similarity, np.ones(len(copy))], found.skipped)
 
+# %% ../nbs/03_quality.ipynb #2aa7495a
 def _spread(rows, ends): # each link that ends in one of `rows`, with the position of that row
     order = np.argsort(ends, kind='stable')
     lo, hi = (np.searchsorted(ends[order], rows, side) for side in ('left', 'right'))
     return order[_ranges(lo, hi - lo)], np.repeat(np.arange(len(rows)), hi - lo)
 
+# %% ../nbs/03_quality.ipynb #299530d0
 def _across(found, first, n):
     right = np.arange(n, len(first))
     copy, own = right[(first[right] >= 0) & (first[right] < n)], right[first[right] >= n]
@@ -692,11 +703,12 @@ def choose_keeper(
     able = sorted(r for r in able if len(normalise(texts[r])) == longest)
     return able[0], '; '.join([*why, 'the longest' if len({normalise(texts[r]) for r in rows}) > 1 else 'the first'])
 
-# %% ../nbs/03_quality.ipynb #e89c53aa
+# %% ../nbs/03_quality.ipynb #7a15e465
 def _group(rows, kind, similarity, texts, labels):
     votes = dict(Counter(labels[r] for r in rows)) if labels is not None else {}
     return Group(rows, kind, similarity, *choose_keeper(rows, texts, labels), votes)
 
+# %% ../nbs/03_quality.ipynb #aa3d00a3
 def _groups(matches, texts, labels, kind=None):
     groups = matches.groups()
     of = {r: i for i, rows in enumerate(groups) for r in rows}
@@ -743,7 +755,7 @@ def semantic_duplicates(
         label = _merged(label, a, b)
     return Matches(*map(np.concatenate, zip(*found))) if found else Matches(*np.empty((2, 0), np.int64), np.empty(0))
 
-# %% ../nbs/03_quality.ipynb #4a9faf83
+# %% ../nbs/03_quality.ipynb #513795da
 def _joining(label, a, b, similarity):
     order = np.argsort(-similarity, kind='stable')
     pair = np.sort(np.stack([label[a], label[b]]), axis=0)[:, order]
@@ -751,6 +763,7 @@ def _joining(label, a, b, similarity):
     one = np.sort(order[first[pair[0][first] != pair[1][first]]])
     return a[one], b[one], similarity[one].astype(float)
 
+# %% ../nbs/03_quality.ipynb #91dfae6a
 def _merged(label, a, b):
     to = np.arange(len(label))
     for group in group_rows(label[a], label[b]): to[group] = group[0]
@@ -765,7 +778,7 @@ class _Probe:
     sizes:np.ndarray # how many texts have the key
     rows:np.ndarray # texts
 
-# %% ../nbs/03_quality.ipynb #0eded2a6
+# %% ../nbs/03_quality.ipynb #e81ad139
 def _probe(hashes, counts, rows, n_words, crowd):
     runs, sizes = _runs(hashes[_ranges(_starts(counts)[rows], counts[rows])], counts[rows], n_words)
     row = np.repeat(rows, sizes)
@@ -776,6 +789,7 @@ def _probe(hashes, counts, rows, n_words, crowd):
     rare = sizes <= crowd # what more texts share is a frame around them
     return _Probe(n_words, runs[new][starts[rare]], starts[rare], sizes[rare], row[new])
 
+# %% ../nbs/03_quality.ipynb #099c016e
 def _hits(probe, hashes, counts, n_texts):
     runs, sizes = _runs(hashes, counts, probe.n_words)
     place = np.minimum(np.searchsorted(probe.keys, runs), len(probe.keys) - 1)
@@ -819,7 +833,7 @@ def contained(
     at, who = _spread(first, b)
     return Matches(a[at], who, shared[at]/total[b[at]], int((total[first] == 0).sum()))
 
-# %% ../nbs/03_quality.ipynb #c797cfe0
+# %% ../nbs/03_quality.ipynb #71a807dd
 def leakage(
     train:Sequence[str], # Texts of the training rows
     test:Sequence[str], # Texts of the test rows, or of a benchmark
@@ -838,6 +852,7 @@ def leakage(
         for a, b, similarity in links: found.setdefault(b, dict(test=b, train=a, kind=kind, similarity=similarity))
     return sorted(found.values(), key=lambda f: (('exact', 'near', 'contained').index(f['kind']), f['test']))
 
+# %% ../nbs/03_quality.ipynb #29082dc1
 def _best_first(m):
     order = np.lexsort((m.a, -m.similarity))
     return zip(m.a[order].tolist(), m.b[order].tolist(), m.similarity[order].tolist())
@@ -962,7 +977,7 @@ def deal_folds(
     folds[order] = np.arange(len(codes)) % n_folds
     return folds
 
-# %% ../nbs/03_quality.ipynb #e5f3b8d7
+# %% ../nbs/03_quality.ipynb #8a14d8c6
 def _check_features(features, n):
     x = np.asarray(features, dtype=float)
     if x.ndim != 2 or len(x) != n: raise ValueError(f"features have the shape {x.shape}, but there are {n} labels: give one row of numbers for each label")
@@ -970,6 +985,7 @@ def _check_features(features, n):
     if len(wrong): raise ValueError(f"the features of row {wrong[0]} are not finite ({len(wrong)} such rows): embed them again, or leave them out")
     return x
 
+# %% ../nbs/03_quality.ipynb #ab5ec2d0
 def _check_folds(classes, codes, n_folds):
     if len(classes) < 2: raise ValueError(f"every row has the label {classes[0]!r}: one class leaves nothing to tell apart" if classes else "there are no rows")
     if n_folds < 2: raise ValueError(f"n_folds must be 2 or more, not {n_folds}")
@@ -997,12 +1013,13 @@ def fit_probe(
         return out
     return predict
 
-# %% ../nbs/03_quality.ipynb #a5fa6be3
+# %% ../nbs/03_quality.ipynb #774821e5
 def out_of_fold(
     features, # (n, d) numbers, an array or a tensor: `embed` gives them
     labels:Sequence, # n of them
     n_folds:int=5, # 2 or more, at most n
     seed:int=0, # Of the folds
+    C:float=1., # Inverse strength of the judge's penalty; 10 flags more rows and is right less often
 )->np.ndarray: # (n, k) probabilities, classes in sorted order. ValueError for labels or features that cannot be used
     "What a model that never saw the row thinks of it, for every row. Warns of classes with one row."
     classes, codes = class_codes(labels)
@@ -1010,7 +1027,7 @@ def out_of_fold(
     x, folds = _check_features(features, len(codes)), deal_folds(codes, n_folds, seed)
     probabilities = np.empty((len(codes), len(classes)))
     for f in range(n_folds):
-        predict = fit_probe(x[folds != f], codes[folds != f], n_classes=len(classes))
+        predict = fit_probe(x[folds != f], codes[folds != f], n_classes=len(classes), C=C)
         probabilities[folds == f] = predict(x[folds == f])
     return probabilities
 
@@ -1067,13 +1084,14 @@ def calibrate_joint(
     stretched = joint.T.copy() / joint.sum(1) * counts     # laid out like cleanlab's: a sum's last bit decides how halves are rounded
     return _round_rows((stretched / stretched.sum() * counts.sum()).T)
 
-# %% ../nbs/03_quality.ipynb #875ab2ce
+# %% ../nbs/03_quality.ipynb #4d6abc87
 def _leave_one(joint):
     short = np.maximum(joint.diagonal(), 1) - joint.diagonal()
     fewer = (joint - (short / np.maximum(np.count_nonzero(joint, axis=1) - 1, 1))[:, None]).clip(0)
     np.fill_diagonal(fewer, joint.diagonal() + short)
     return fewer.astype(int)
 
+# %% ../nbs/03_quality.ipynb #307bf522
 def _by_noise_rate(codes, probabilities, confident):
     k = probabilities.shape[1]
     wrong, counts = np.zeros(len(codes), bool), np.bincount(codes, minlength=k)
@@ -1221,6 +1239,365 @@ def long_tail(
     share = ratio ** -np.linspace(0, 1, n_classes)
     return _round_rows((n*share / share.sum())[None])[0]
 
+# %% ../nbs/03_quality.ipynb #924c5aef
+def _start_token(tokenizer):
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None: raise ValueError("the tokenizer has neither a bos nor an eos token: say which token comes first (start)")
+    return start
+
+def _windows(ids, start, max_length):
+    "(read, predicted) pieces of one text."
+    both = [start, *ids]
+    return [(both[i:i + max_length], both[i + 1:i + max_length + 1]) for i in range(0, len(ids), max_length)]
+
+def _utf8(text): return text.encode('utf-8', 'replace') # a lone surrogate has no bytes
+
+# %% ../nbs/03_quality.ipynb #3b9d6cb6
+def _window_bits(model, windows):
+    width = max(len(read) for read, _ in windows)
+    ids = torch.tensor([read + [0]*(width - len(read)) for read, _ in windows], device=model.device) # (B, T)
+    mask = torch.tensor([[1]*len(read) + [0]*(width - len(read)) for read, _ in windows], device=model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits # (B, T, vocabulary)
+    def nats(row, targets): return torch.nn.functional.cross_entropy(row[:len(targets)].float(), targets.to(row.device), reduction='sum').item()
+    return [nats(row, torch.tensor(targets))/np.log(2) for row, (_, targets) in zip(logits, windows)]
+
+# %% ../nbs/03_quality.ipynb #3c84878a
+@torch.no_grad()
+def bits_per_byte(
+    model, # A causal language model, from `load_model`
+    tokenizer, # Its tokenizer
+    texts:Sequence[str], # Any; ValueError names a row that is no string
+    batch_size:int=8, # Pieces at a time
+    max_length:int=512, # Tokens in a piece; the model's limit or less
+    start:int|None=None, # Token before the first; None: bos, or eos where there is none
+)->np.ndarray: # (n,) bits per UTF-8 byte; nan for an empty text. `pool_bits` makes one number of them
+    "How surprised a language model is by each text."
+    _check_texts(texts)
+    if batch_size < 1 or max_length < 1: raise ValueError(f"batch_size and max_length must be 1 or more, not {batch_size} and {max_length}")
+    start, sizes = _start_token(tokenizer) if start is None else start, np.array([len(_utf8(t)) for t in texts], int)
+    ids = [tokenizer(_utf8(t).decode(), add_special_tokens=False, split_special_tokens=True, verbose=False)['input_ids'] for t in texts]
+    windows = sorted(((i, w) for i, x in enumerate(ids) for w in _windows(x, start, max_length)), key=lambda w: len(w[1][0]))
+    total, was_training = np.zeros(len(texts)), model.training
+    model.eval()
+    for at in range(0, len(windows), batch_size):
+        rows, batch = zip(*windows[at:at + batch_size])
+        np.add.at(total, list(rows), _window_bits(model, batch))
+    model.train(was_training)
+    return np.divide(total, sizes, out=np.full(len(texts), np.nan), where=sizes > 0)
+
+# %% ../nbs/03_quality.ipynb #49ebe3fc
+def pool_bits(
+    values, # (n,) from `bits_per_byte`
+    texts:Sequence[str], # The same texts
+)->float: # All bits over all bytes; ValueError where there is no byte
+    "One number for many texts, in which a long text counts for more."
+    sizes = np.array([len(_utf8(t)) for t in texts])
+    if len(sizes) != len(values): raise ValueError(f"{len(values)} values for {len(sizes)} texts")
+    if not sizes.sum(): raise ValueError("no text has a byte")
+    return float(np.nansum(values*sizes)/sizes.sum())
+
+# %% ../nbs/03_quality.ipynb #45dbd26d
+def rank_auc(
+    scores, # (n,) numbers
+    positive, # (n,) bool: which of them ought to be high
+)->float: # 0 to 1; nan where all rows are of one kind
+    "The probability that a positive row scores above another."
+    _, at, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    rank, n = (np.cumsum(counts) - (counts - 1)/2)[at], np.count_nonzero(positive)
+    pairs = n*(len(rank) - n)
+    return float((rank[np.asarray(positive, bool)].sum() - n*(n + 1)/2)/pairs) if pairs else float('nan')
+
+# %% ../nbs/03_quality.ipynb #b5a3d7d0
+def _two_samples(a, b, least):
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if not a.ndim == b.ndim == 2 or a.shape[1] != b.shape[1]: raise ValueError(f"vectors of the shapes {a.shape} and {b.shape}: both must be (rows, d), with the same d")
+    for side, x in dict(first=a, second=b).items():
+        if len(x) < least: raise ValueError(f"the {side} side has {len(x)} rows, and {least} are needed: bring more")
+        wrong = np.flatnonzero(~np.isfinite(x).all(1))
+        if len(wrong): raise ValueError(f"row {wrong[0]} of the {side} side is not finite: embed it again, or leave it out")
+    return a, b
+
+# %% ../nbs/03_quality.ipynb #0b659ad0
+def domain_auc(
+    a, # (n, d) embeddings of one side
+    b, # (m, d) of the other
+    n_folds:int=5, # 2 or more; each side needs as many rows
+    seed:int=0, # Of the folds
+)->float: # .5: one domain; 1: told apart without a mistake. ValueError for vectors that do not fit
+    "How well a classifier that never saw a row tells which side it is from."
+    if n_folds < 2: raise ValueError(f"n_folds must be 2 or more, not {n_folds}")
+    a, b = _two_samples(a, b, n_folds)
+    x, side = np.concatenate([a, b]), np.repeat([0, 1], [len(a), len(b)])
+    _, first, same = np.unique(x.round(5), axis=0, return_index=True, return_inverse=True)
+    folds, aucs = deal_folds(side[first], n_folds, seed)[same], []
+    for f in np.unique(folds):
+        held = folds == f
+        predict = fit_probe(x[~held], side[~held], n_classes=2)
+        aucs.append(rank_auc(predict(x[held])[:, 1], side[held]))
+    return float(np.nanmean(aucs))
+
+# %% ../nbs/03_quality.ipynb #69c04c0f
+def _mean_distance(a, b, n_pairs): return sum(torch.cdist(part, b).sum().item() for part in a.split(1024))/n_pairs
+
+def embedding_distance(
+    a, # (n, d) embeddings of one side, two or more
+    b, # (m, d) of the other
+)->float: # 0 for one domain, up to sampling noise on both sides of it
+    "The energy distance between two clouds of vectors, without bias."
+    a, b = map(torch.from_numpy, _two_samples(a, b, 2))
+    n, m = len(a), len(b)
+    return 2*_mean_distance(a, b, n*m) - _mean_distance(a, a, n*(n - 1)) - _mean_distance(b, b, m*(m - 1))
+
+# %% ../nbs/03_quality.ipynb #99bdedb6
+def _ngram_counts(texts, n): return Counter(run for t in texts for w in [words(t)] for run in zip(*(w[i:] for i in range(n))))
+
+def _ngram_shares(a, b, size, rng):
+    every = list(a | b)
+    counts = [np.array([c[x] for x in every]) for c in (a, b)]
+    if size: counts = [rng.multivariate_hypergeometric(c, min(size, c.sum()), method='marginals') for c in counts]
+    return every, *(c/c.sum() for c in counts)
+
+def _js_terms(p, q):
+    m = np.where(p + q > 0, (p + q)/2, 1)
+    return sum(x*np.log2(np.where(x > 0, x, m)/m) for x in (p, q))/2
+
+# %% ../nbs/03_quality.ipynb #67f2384d
+def ngram_divergence(
+    a:Sequence[str], # Texts of one side
+    b:Sequence[str], # Texts of the other
+    n:int=1, # Words in a run
+    *,
+    size:int|None=None, # Draw so many runs from each side; None takes all
+    seed:int=0, # Of the draw
+)->float: # 0 to 1 bit. ValueError where a side has no run of n words
+    "The Jensen-Shannon divergence of two sides' runs of words; fewer runs make it larger."
+    _check_texts(a), _check_texts(b)
+    if n < 1: raise ValueError(f"n must be 1 or more, not {n}")
+    one, two = _ngram_counts(a, n), _ngram_counts(b, n)
+    if not one or not two: raise ValueError(f"the {'second' if one else 'first'} side has no run of {n} words: bring texts, or take a smaller n")
+    _, p, q = _ngram_shares(one, two, size, np.random.default_rng(seed))
+    return float(_js_terms(p, q).sum().clip(0, 1))
+
+# %% ../nbs/03_quality.ipynb #72446dee
+def _divergences(a, b, seed):
+    rng, both = np.random.default_rng(seed), [*a, *b]
+    mixed = [both[i] for i in rng.permutation(len(both))]
+    one, two = mixed[:len(a)], mixed[len(a):]
+    size = min(_ngram_counts(t, 1).total() for t in (a, b, one, two))
+    return dict(ngrams=ngram_divergence(a, b, size=size, seed=seed), ngrams_mixed=ngram_divergence(one, two, size=size, seed=seed))
+
+def _drawn(n_rows, total, rng): return np.sort(rng.permutation(total)[:n_rows])
+
+# %% ../nbs/03_quality.ipynb #2c0c997b
+def domain_distances(
+    train:Sequence[str], # Texts to learn from
+    target:Sequence[str], # Texts as they will come
+    train_vectors=None, # (n, d) embeddings of `train`; None leaves out what needs them
+    target_vectors=None, # (m, d) of `target`
+    *,
+    n_rows:int=1000, # Most rows to take of each side; both give equally many
+    seed:int=0, # Of the draw
+)->dict: # rows; ngrams and ngrams_mixed, the same of both sides dealt out anew (bits); auc; distance. ValueError where a side is too small
+    "How far two sets of rows are from each other."
+    _check_texts(train, 'training text'), _check_texts(target, 'target text')
+    if (train_vectors is None) != (target_vectors is None): raise ValueError("give vectors of both sides, or of none")
+    for name, texts, vectors in ('train', train, train_vectors), ('target', target, target_vectors):
+        if vectors is not None and len(vectors) != len(texts): raise ValueError(f"{len(vectors)} {name}_vectors for {len(texts)} texts")
+    n, rng = min(n_rows, len(train), len(target)), np.random.default_rng(seed)
+    i, j = (_drawn(n, len(texts), rng) for texts in (train, target))
+    found = dict(rows=n) | _divergences([train[k] for k in i], [target[k] for k in j], seed)
+    if train_vectors is None: return found
+    x, y = np.asarray(train_vectors)[i], np.asarray(target_vectors)[j]
+    return found | dict(auc=domain_auc(x, y, seed=seed), distance=embedding_distance(x, y))
+
+# %% ../nbs/03_quality.ipynb #b6fd00c9
+def telling_words(
+    a:Sequence[str], # Texts of one side
+    b:Sequence[str], # Texts of the other
+    n_words:int=8, # Most of each side
+)->tuple[list[str], list[str]]: # Typical of `a`, typical of `b`; the most telling first
+    "The words by which two sides differ most."
+    _check_texts(a), _check_texts(b)
+    one, two = _ngram_counts(a, 1), _ngram_counts(b, 1)
+    if not one or not two: return [], []
+    every, p, q = _ngram_shares(one, two, None, None)
+    order = np.argsort(-_js_terms(p, q), kind='stable')
+    return [every[i][0] for i in order if p[i] > q[i]][:n_words], [every[i][0] for i in order if q[i] > p[i]][:n_words]
+
+# %% ../nbs/03_quality.ipynb #b8360bf6
+def _is_far(d):
+    if 'auc' not in d: return d['rows'] >= 200 and d['ngrams'] - d['ngrams_mixed'] > .05
+    error = 1.5*np.sqrt((2*d['rows'] + 1)/12)/d['rows'] # of an AUC of .5; folds that share rows make it half as large again
+    return d['auc'] > max(.8, .5 + 3*error)
+
+def _comparable(view, n_rows, seed):
+    rng, use = np.random.default_rng(seed), view.usable
+    return [i for i in (use[k] for k in _drawn(n_rows, len(use), rng)) if words(view.texts[i][:5000])]
+
+# %% ../nbs/03_quality.ipynb #11372ffb
+def check_domain(
+    view:View, # Training rows
+    test:View, # Held-out rows, or rows as they will come
+    vectors=None, # (len(view), d) embeddings
+    test_vectors=None, # (len(test), d); both or none
+    *,
+    n_rows:int=1000, # Most rows to look at on each side
+    seed:int=0, # Of the draw
+)->Findings: # At most one, about no single row
+    "Whether held-out rows come from another domain."
+    found, i, j = Findings(), _comparable(view, n_rows, seed), _comparable(test, n_rows, seed)
+    if min(len(i), len(j)) < 20: return found
+    a, b = ([v.texts[k][:5000] for k in rows] for v, rows in ((view, i), (test, j)))
+    sides = () if vectors is None or test_vectors is None else (np.asarray(vectors)[i], np.asarray(test_vectors)[j])
+    d, (here, there) = domain_distances(a, b, *sides, n_rows=n_rows, seed=seed), telling_words(a, b, 5)
+    told = f"a classifier tells them apart with AUC {d['auc']:.2f} (one domain: 0.50), energy distance {d['distance']:.2f}; " if sides else ''
+    if _is_far(d): found.add('warning', 'domain.shift', f"held-out rows are from another domain: {told}their words diverge by {d['ngrams']:.2f} bits, a mixture of both by "
+                             f"{d['ngrams_mixed']:.2f}; training says {', '.join(here)}, the others {', '.join(there)}", 'train on rows like those that will come, or expect to lose')
+    return found
+
+# %% ../nbs/03_quality.ipynb #44a2deba
+def power_law(
+    n, # Examples, a number or an array
+    floor, # c: the error that stays
+    scale, # a
+    power, # b
+): # Error, of the same shape
+    "Error against number of examples."
+    return floor + scale*np.asarray(n, float)**-power
+
+# %% ../nbs/03_quality.ipynb #b7310ae1
+def _line(x, y, weight):
+    "Weighted (floor, scale), neither below 0: x (P, k), y (D, k), weight (k,) that adds up to 1 -> two (P, D)."
+    mean_x, mean_y, xy = (x@weight)[:, None], y@weight, (x*weight)@y.T
+    scale = (xy - mean_x*mean_y)/((x*x)@weight[:, None] - mean_x**2)
+    through_0 = mean_y < scale*mean_x
+    scale = np.where(through_0, xy/((x*x)@weight[:, None]), scale).clip(0)
+    return np.where(through_0, 0., mean_y - scale*mean_x), scale
+
+# %% ../nbs/03_quality.ipynb #bb3d8293
+def fit_power_law(
+    n:np.ndarray, # (k,) numbers of examples, three or more
+    error:np.ndarray, # (D, k) errors: D curves are fitted, each by itself
+)->np.ndarray: # (D, 3): floor, scale and power of each
+    "Least squares on the error relative to its mean, or to .005 where that is more, over a grid of powers."
+    powers = np.geomspace(.05, 3, 120)
+    x, weight = np.asarray(n, float)**-powers[:, None], 1/error.mean(0).clip(.005)**2
+    floor, scale = _line(x, error, weight/weight.sum())
+    miss = ((floor[..., None] + scale[..., None]*x[:, None] - error)**2)@weight # (P, D)
+    best, each = miss.argmin(0), np.arange(len(error))
+    return np.stack([floor[best, each], scale[best, each], powers[best]], 1)
+
+# %% ../nbs/03_quality.ipynb #2fd5d658
+@dataclass
+class Curve:
+    "A learning curve: measured scores, and the power law through their errors."
+    n:np.ndarray # (k,) numbers of examples, ascending
+    scores:list[np.ndarray] # For each of them the scores of its runs, 0..1
+    fit:np.ndarray # (3,) floor, scale and power of the error
+    draws:np.ndarray # (D, 3) the same, of means drawn again
+
+    def __call__(self, n): return 1 - power_law(n, *self.fit)
+
+    def band(self,
+        n, # Examples, a number or an array
+        level:float=.9, # Share of the draws inside
+    )->np.ndarray: # (2, ...) low and high score
+        "Where the fits would lie if the seeds had been others."
+        scores = 1 - power_law(np.asarray(n, float)[..., None], *self.draws.T)
+        return np.quantile(scores, [(1 - level)/2, (1 + level)/2], axis=-1)
+
+    def doubling(self,
+        n:int|None=None, # From so many examples; None: from the most that were measured
+    )->tuple: # (gain, low, high) of the score
+        "What twice the examples would bring."
+        n = n or self.n[-1]
+        gains = power_law(n, *self.draws.T) - power_law(2*n, *self.draws.T)
+        return float(self(2*n) - self(n)), *np.quantile(gains, [.05, .95]).tolist()
+
+# %% ../nbs/03_quality.ipynb #617e01d8
+def fit_curve(
+    runs:Sequence[dict], # n (examples) and score (0..1) of each run; three sizes or more, two runs or more of each
+    n_draws:int=400, # Times that the means are drawn again, for the band
+    seed:int=0, # Of the draws
+)->Curve: # ValueError where there are too few, or a score is none
+    "Fit a power law to a learning curve, with a band."
+    wrong = next((r for r in runs if not (r['n'] >= 1 and 0 <= r['score'] <= 1)), None)
+    if wrong: raise ValueError(f"a run has n {wrong['n']} and score {wrong['score']}: n is 1 or more, a score lies between 0 and 1")
+    n = sorted({r['n'] for r in runs})
+    scores = [np.array([r['score'] for r in runs if r['n'] == k]) for k in n]
+    if len(n) < 3 or min(map(len, scores)) < 2: raise ValueError(f"runs of {len(n)} sizes, at least {min(map(len, scores), default=0)} of each: a curve needs three sizes and two runs of each")
+    rng = np.random.default_rng(seed)
+    again = np.stack([s.mean() + rng.standard_t(len(s) - 1, n_draws)*s.std(ddof=1)/len(s)**.5 for s in scores], 1).clip(0, 1)
+    return Curve(np.array(n), scores, fit_power_law(n, 1 - np.array([[s.mean() for s in scores]]))[0], fit_power_law(n, 1 - again))
+
+# %% ../nbs/03_quality.ipynb #2143c3fe
+@dataclass
+class Needed:
+    "How many examples a score takes."
+    target:float # The score
+    rows:float # Examples, after the best fit; infinite where its floor is too high
+    low:float # 5 % of the fits say less
+    high:float # 5 % say more
+    reach:float # Share of the fits that reach the score at all
+    ceiling:tuple # (low, high): where endless examples would end, 90 % of the fits
+    measured:int # The most examples that were measured
+    def __repr__(self):
+        if self.reach < .5: return f"{self.target:g} is out of reach: this curve ends between {self.ceiling[0]:.3f} and {self.ceiling[1]:.3f}"
+        def say(n): return f'{n:,.0f}' if np.isfinite(n) else 'never'
+        far = f"; {self.rows/self.measured:.0f} times what was measured, so do not lean on it"*bool(10*self.measured < self.rows < np.inf)
+        return f"{say(self.rows)} examples for {self.target:g} ({say(self.low)} to {say(self.high)}; {self.reach:.0%} of the fits reach it){far}"
+
+# %% ../nbs/03_quality.ipynb #34a97159
+def data_needed(
+    curve:Curve, # From `fit_curve`
+    target:float, # The score that is wanted, between 0 and 1
+)->Needed: # With an interval; says when the target is out of reach
+    "How many examples a score would take."
+    if not 0 < target < 1: raise ValueError(f"target must lie between 0 and 1, not {target}")
+    floor, scale, power = np.vstack([curve.fit, curve.draws]).T
+    room = 1 - target - floor
+    with np.errstate(divide='ignore', over='ignore'):
+        rows = np.where(scale == 0, np.where(room >= 0, 1., np.inf), (scale/room.clip(0))**(1/power))
+    low, high = np.quantile(rows[1:], [.05, .95], method='inverted_cdf')
+    return Needed(target, float(rows[0].clip(1)), float(low.clip(1)), float(high.clip(1)), float(np.isfinite(rows[1:]).mean()),
+                  tuple(np.quantile(1 - floor[1:], [.05, .95]).tolist()), int(curve.n[-1]))
+
+# %% ../nbs/03_quality.ipynb #2a4bc045
+def learning_curve(
+    features, # (n, d) numbers, such as embeddings
+    labels:Sequence, # n of them
+    sizes:Sequence[int]|None=None, # Examples to learn from; None: doubling from 32
+    n_seeds:int=5, # Splits
+    n_test:int=1000, # Rows that judge, at most a third of all
+    progress:bool=True, # Show a bar
+)->list[dict]: # n, seed and score (accuracy on rows not learnt from), for `fit_curve`
+    "Accuracy of a linear probe against the number of examples; the smaller sets are parts of the larger ones."
+    classes, codes = class_codes(labels)
+    x, n_test = _check_features(features, len(codes)), min(n_test, len(codes)//3)
+    most = len(codes) - n_test
+    sizes = sizes or [32*2**k for k in range(8) if 32*2**k <= most]
+    if len(classes) < 2 or not sizes or max(sizes) > most: raise ValueError(f"{len(codes)} rows of {len(classes)} classes cannot give {max(sizes, default=32)} to learn from and {n_test} to judge by")
+    runs = []
+    for seed in tqdm(range(n_seeds), desc='learning curve', disable=not progress, leave=False):
+        order = np.random.default_rng(seed).permutation(len(codes))
+        test, train = order[:n_test], order[n_test:]
+        for n in sizes:
+            predict = fit_probe(x[train[:n]], codes[train[:n]], n_classes=len(classes))
+            runs.append(dict(n=n, seed=seed, score=float((predict(x[test]).argmax(1) == codes[test]).mean())))
+    return runs
+
+# %% ../nbs/03_quality.ipynb #7c34f7b8
+def draw_curve(
+    curves:dict, # name -> `Curve`
+    up_to:int|None=None, # Examples on the axis; None: four times what was measured
+    title:str='', # Of the picture
+): # A picture
+    "Measured means, the fits and their bands, on a logarithmic axis."
+    grid = np.geomspace(min(c.n[0] for c in curves.values()), up_to or 4*max(c.n[-1] for c in curves.values()), 40)
+    return plot(lines={name: (grid, c(grid)) for name, c in curves.items()}, bands={name: (grid, *c.band(grid)) for name, c in curves.items()},
+                points={name: (c.n, [s.mean() for s in c.scores]) for name, c in curves.items()}, log_x=True,
+                x_label='examples', y_label='score', title=title)
+
 # %% ../nbs/03_quality.ipynb #7b7d15d9
 def _rows_of(view, groups, kind):
     "(copies, evidence) of groups of one kind, in the view's row numbers."
@@ -1249,12 +1626,13 @@ def check_duplicates(
                            'look at them: meaning is a guess' if kind == 'semantic' else 'keep one of each', rows=rows, evidence=why, drop=() if kind == 'semantic' else rows)
     return found
 
-# %% ../nbs/03_quality.ipynb #d7389d39
+# %% ../nbs/03_quality.ipynb #c2fc24aa
 def _odd_labels(view):
     kinds = {i: _kind(view.labels[i]) for i in view.usable}
     usual = Counter(kinds.values()).most_common(1)[0][0] if kinds else ''
     return {i: f'{view.labels[i]!r} is {k}, most are {usual}' for i, k in kinds.items() if k != usual}
 
+# %% ../nbs/03_quality.ipynb #22092ce5
 def check_balance(
     view:View, # A classification
 )->Findings: # Types, classes, balance
@@ -1270,7 +1648,7 @@ def check_balance(
     if spread['ratio'] >= 10: found.add('warning', 'labels.balance', said, 'weigh the classes, or adjust the logits; judge by macro-F1')
     return found
 
-# %% ../nbs/03_quality.ipynb #d6f3902b
+# %% ../nbs/03_quality.ipynb #d0262401
 def check_labels(
     view:View, # A classification
     vectors, # (n, d) embeddings; None: nothing is checked
@@ -1289,11 +1667,31 @@ def check_labels(
     p = out_of_fold(np.asarray(vectors)[[use[k] for k in many]], given, n_folds)
     doubts, agreed = label_errors(given, p), (p.argmax(1) == class_codes(given)[1]).mean()
     rows = [use[many[d['row']]] for d in doubts]
-    if rows: found.add('warning', 'labels.errors', f"{_share(len(rows), len(view))} with a label that a judge doubts who agrees with {agreed:.0%} of all labels", 'read them from the top, where the doubt is strongest; mend or leave out',
+    if rows: found.add('warning', 'labels.errors', f"{_share(len(rows), len(view))} with a label that a judge doubts who agrees with {agreed:.0%} of all labels", 'read them from the top and mend what is wrong; many are right, so do not drop them unread',
                        rows=rows, evidence=[f"{d['suggested']}? ({d['p_suggested']:.0%}, as given {d['p_given']:.0%})" for d in doubts], drop=rows)
     return found
 
-# %% ../nbs/03_quality.ipynb #4c48a8d1
+# %% ../nbs/03_quality.ipynb #cee30717
+def _curve_runs(view, vectors, most=3000):
+    "Runs of `learning_curve` on at most so many usable rows; none where there are too few."
+    labels = {i: str(view.labels[i]).strip() for i in view.usable} if view.labels else {}
+    if vectors is None or len(labels) < 192 or not 1 < len(set(labels.values())) <= len(labels)//20: return []
+    some = np.random.default_rng(0).permutation(list(labels))[:most]
+    return learning_curve(np.asarray(vectors)[some], [labels[i] for i in some.tolist()], progress=False)
+
+# %% ../nbs/03_quality.ipynb #077c2348
+def check_size(
+    runs:Sequence[dict], # From `learning_curve`; none: nothing is said
+)->Findings: # At most one, a note
+    "What more rows of the same kind would bring."
+    found, curve = Findings(), fit_curve(runs) if runs else None
+    if not curve: return found
+    gain, low, high = (100*g for g in curve.doubling())
+    found.add('note', 'size.curve', f"a linear probe on a frozen encoder is right on {curve.scores[-1].mean():.1%} after {curve.n[-1]:,} rows; twice as many would bring {gain:+.1f} points ({low:+.1f} to {high:+.1f})",
+              'bring more rows' if low > 1 else 'more rows of this kind hardly help: look for better labels, harder rows or a larger model')
+    return found
+
+# %% ../nbs/03_quality.ipynb #98d5677f
 def check_leakage(
     view:View, # Training rows
     test:View, # Held-out rows
@@ -1306,6 +1704,7 @@ def check_leakage(
         _note(found, view, hits, 'error', f'leakage.{kind}', 'giving a held-out row away', 'leave them out of training', drop=True)
     return found
 
+# %% ../nbs/03_quality.ipynb #386f28a7
 def check_contamination(
     view:View, # Training rows
     benchmarks:Sequence[str], # Texts that must not have been trained on
@@ -1328,7 +1727,9 @@ def _embed_rows(view, encoder, progress, slice_size=2048):
             out[part] = embed(model, tokenizer, [view.texts[i][:5000] for i in part]); bar.update(len(part))
     return out.numpy()
 
-# %% ../nbs/03_quality.ipynb #6e011aaf
+# %% ../nbs/03_quality.ipynb #c24c1eb6
+SAFE = 'form.unusable', 'duplicates.exact', 'duplicates.near' # kinds that `clean` leaves out unless it is told otherwise
+
 @dataclass
 class Audit:
     "What was found in some rows."
@@ -1361,7 +1762,7 @@ def _guarded(checks, findings, progress):
             findings += check()
     return findings
 
-# %% ../nbs/03_quality.ipynb #605db448
+# %% ../nbs/03_quality.ipynb #a75bd33e
 def audit(
     data, # A file, a dataset, rows, or a `View`
     *,
@@ -1379,15 +1780,17 @@ def audit(
     "Look for what is wrong with rows, before a model learns it."
     view = data if isinstance(data, View) else view_rows(data, text_column, label_column, split)
     vectors = _embed_rows(view, encoder, progress) if encoder and view.usable else None
+    runs = _curve_runs(view, vectors)
     checks = [('form', lambda: check_form(view, tokenizer, max_length, region)), ('duplicates', lambda: check_duplicates(view, vectors))]
-    if view.kind == 'classification': checks += [('balance', lambda: check_balance(view)), ('labels', lambda: check_labels(view, vectors))]
-    if test is not None: checks.append(('leakage', lambda: check_leakage(view, test if isinstance(test, View) else view_rows(test, text_column, label_column, 'test'))))
+    if view.kind == 'classification': checks += [('balance', lambda: check_balance(view)), ('labels', lambda: check_labels(view, vectors)), ('size', lambda: check_size(runs))]
+    if test is not None:
+        held = test if isinstance(test, View) else view_rows(test, text_column, label_column, 'test')
+        held_vectors = _embed_rows(held.only(_comparable(held, 1000, 0)), encoder, progress) if encoder and held.usable else None
+        checks += [('leakage', lambda: check_leakage(view, held)), ('domain', lambda: check_domain(view, held, vectors, held_vectors))]
     if benchmarks: checks.append(('contamination', lambda: check_contamination(view, benchmarks)))
-    return Audit(view, _guarded(checks, Findings(), progress), dict(rows=len(view), usable=len(view.usable), kind=view.kind))
+    return Audit(view, _guarded(checks, Findings(), progress), dict(rows=len(view), usable=len(view.usable), kind=view.kind, learning_curve=runs))
 
-# %% ../nbs/03_quality.ipynb #cfa26ed6
-SAFE = 'form.unusable', 'duplicates.exact', 'duplicates.near' # kinds that `clean` leaves out unless it is told otherwise
-
+# %% ../nbs/03_quality.ipynb #83c96f82
 def clean(
     audit:Audit, # What was found
     kinds:Sequence[str]=SAFE, # Kinds of findings, or their beginnings ('duplicates', 'labels')
@@ -1400,7 +1803,7 @@ def clean(
         for i in f.drop: left.setdefault(i, dict(row=i, where=f.where, why=str(why.get(i, f.message))))
     return [i for i in range(len(audit.view)) if i not in left], [left[i] for i in sorted(left)]
 
-# %% ../nbs/03_quality.ipynb #1e4c4bd8
+# %% ../nbs/03_quality.ipynb #3f1d1e15
 def _beside(path, text_or_table):
     "Write a file whole or not at all."
     writing = path.with_name(f'.{path.name}.{os.getpid()}')
@@ -1413,6 +1816,7 @@ def _beside(path, text_or_table):
     finally: writing.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/03_quality.ipynb #66411969
 def _as_csv(rows, delimiter=','):
     out = io.StringIO(newline='')
     writer = csv.DictWriter(out, list(rows[0]) if rows else ['row'], delimiter=delimiter)
@@ -1459,12 +1863,13 @@ def _worst(view, finding, n=8):
     pairs = list(zip(finding.rows, [*finding.evidence, *['']*(len(finding.rows) - len(finding.evidence))]))
     return table([line(i, why) for i, why in pairs[:n]])
 
-# %% ../nbs/03_quality.ipynb #2aa3788a
+# %% ../nbs/03_quality.ipynb #27c064e1
 def _histogram(sizes, n_bins=12):
     edges = np.unique(np.round(np.geomspace(1, max(1, *sizes) + 1, n_bins + 1)).astype(int))
     counts, _ = np.histogram(sizes, edges)
     return {f'{a:,} to {b - 1:,}' if b - a > 1 else f'{a:,}': int(n) for a, b, n in zip(edges, edges[1:], counts)}
 
+# %% ../nbs/03_quality.ipynb #82741c77
 def _figures(view):
     sizes = [len(t.split()) for i, t in enumerate(view.texts) if i not in view.unusable] or [0]
     drawn = [bars(_histogram(sizes), x_label='rows', title='Words in a row')]
@@ -1472,10 +1877,16 @@ def _figures(view):
     if counts: drawn.append(bars(dict(counts.most_common(20)), x_label='rows', title='Labels' + ', the 20 most common'*(len(counts) > 20)))
     return row(*drawn)
 
-# %% ../nbs/03_quality.ipynb #26b75414
+# %% ../nbs/03_quality.ipynb #0a1438af
+def _more_rows(audit):
+    runs = audit.facts.get('learning_curve')
+    return [('What more rows would bring', draw_curve({'a linear probe on a frozen encoder': fit_curve(runs)}))] if runs else []
+
+# %% ../nbs/03_quality.ipynb #0f62f9db
 def _overview(findings):
     return table([{'': f.level, 'kind': f.where, 'rows': len(f.rows), 'to leave out': len(f.drop), 'what': f.message, 'what to do': f.remedy} for f in findings])
 
+# %% ../nbs/03_quality.ipynb #5c3487e4
 def audit_report(
     audit:Audit, # What was found
     title:str='The audit', # Heading of the page
@@ -1485,7 +1896,7 @@ def audit_report(
     listed = sorted(audit.findings, key=lambda f: rank[f.level])
     kinds = [(f.where, [f'<p>{escape(f.message)}. {escape(f.remedy)}</p>', _worst(audit.view, f)]) for f in listed if len(f.rows)]
     summary = [f'<p>{escape(audit.sentence())}.</p>', *([_overview(listed)] if listed else [])]
-    return page(title, ('What was found', summary), ('The rows', _figures(audit.view)), *kinds)
+    return page(title, ('What was found', summary), ('The rows', _figures(audit.view)), *_more_rows(audit), *kinds)
 
 # %% ../nbs/03_quality.ipynb #4a99e8ef
 def save_audit(

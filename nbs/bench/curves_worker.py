@@ -128,7 +128,7 @@ def frozen_audit(task, seed, n, detail):
     X, T, truth, right, found = arrays(task, rows), arrays(task, test), [r['label'] for r in test], np.array([r['label'] for r in rows]), {}
     for level in AUDIT_LEVELS:
         labels = np.array(noisy(rows, level, seed))
-        bad, wrong = flag_labels(labels.tolist(), out_of_fold(X, labels.tolist(), seed=seed)), labels != right
+        bad, wrong = flag_labels(labels.tolist(), out_of_fold(X, labels.tolist(), seed=seed, C=10)), labels != right
         lot = np.random.default_rng(seed).permutation(bad)
         for name, keep in {'as they came': bad | True, 'audited': ~bad, 'as many by lot': ~lot, 'without the wrong ones': ~wrong}.items():
             found[f'{level}: {name}'] = audited(X, labels, keep).score(T, truth)

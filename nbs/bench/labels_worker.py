@@ -24,7 +24,7 @@ SIZES = 250, 500, 1000, 2000, 4000     # rows to clean and to train on, as far a
 HELD_OUT = .3                          # share of the rows that judge
 PENALTIES = 10, 1                      # `C` of the judge, and of the probe that is trained on what is left; 10 is the default
 RATIOS = 1, 2, 5, 10, 20, 50, 100
-BALANCE = dict(news=(400, 60), movie=(1000, 500), newsgroups=(1600, 150))   # task -> rows to train on in all, rows of each class to test on
+BALANCE = dict(news=(400, 50), movie=(1000, 500), newsgroups=(1600, 150))   # task -> rows to train on in all, rows of each class to test on
 SEEDS = dict(noise=10, cleaning=10, balance=20)
 TASKS = dict(noise=DOMAINS, cleaning=DOMAINS, balance=tuple(BALANCE))
 

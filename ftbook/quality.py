@@ -93,11 +93,12 @@ class View:
         def blank(column): return ['' if i in others else v for i, v in enumerate(column)]
         return replace(self, texts=blank(self.texts), questions=blank(self.questions), answers=blank(self.answers), unusable=self.unusable | dict.fromkeys(others, 'passed over'))
 
-# %% ../nbs/03_quality.ipynb #dd7dbc93
+# %% ../nbs/03_quality.ipynb #73a4d82a
 def _said(messages):
     if isinstance(messages, str): return messages
     return '\n'.join(str(m.get('content') or m.get('tool_calls') or '') for m in messages)
 
+# %% ../nbs/03_quality.ipynb #25e1cbd6
 def _one_text(value, column):
     if not isinstance(value, str): raise ValueError(f"{column!r} is {'empty' if value is None else 'a ' + type(value).__name__}, not text")
     if not value.strip(): raise ValueError(f"{column!r} is empty")
@@ -174,11 +175,12 @@ def _damaged(text):
     if hit := _damage.search(text): return f'character U+{ord(hit[0]):04X} at {hit.start()}'
     return 'read in a wrong encoding' if not text.isascii() and is_bad(text) else ''
 
-# %% ../nbs/03_quality.ipynb #000297e5
+# %% ../nbs/03_quality.ipynb #2bf7ef68
 def _per_row(view, test):
     "{row number: what `test` says of its text} where it says something."
     return {i: said for i, text in enumerate(view.texts) if text and (said := test(text))}
 
+# %% ../nbs/03_quality.ipynb #2099da82
 def _note(found, view, hits, level, where, message, remedy, drop=False):
     rows = sorted(hits)
     if rows: found.add(level, where, f"{_share(len(rows), len(view))} {message}", remedy, rows=rows, evidence=[hits[i] for i in rows], drop=rows if drop else [])
@@ -491,12 +493,13 @@ def _runs(hashes, counts, n_words):
     sizes = np.where(counts < n_words, np.minimum(counts, 1), counts - n_words + 1)
     return runs[_ranges(starts, sizes)], sizes
 
-# %% ../nbs/03_quality.ipynb #44977977
+# %% ../nbs/03_quality.ipynb #5155d60a
 def _blocks(texts, n_chars=1 << 22):
     at = np.cumsum([len(t) for t in texts])
     cuts = np.unique(np.searchsorted(at, np.arange(0, 1 + sum(at[-1:]), n_chars))).tolist()
     return ((a, texts[a:b]) for a, b in zip(cuts, [*cuts[1:], len(texts)]))
 
+# %% ../nbs/03_quality.ipynb #7bb3c7c1
 def _firsts(hashes):
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse] # for each row the first one that equals it
@@ -1424,12 +1427,13 @@ def telling_words(
     order = np.argsort(-_js_terms(p, q), kind='stable')
     return [every[i][0] for i in order if p[i] > q[i]][:n_words], [every[i][0] for i in order if q[i] > p[i]][:n_words]
 
-# %% ../nbs/03_quality.ipynb #b8360bf6
+# %% ../nbs/03_quality.ipynb #01a5783c
 def _is_far(d):
     if 'auc' not in d: return d['rows'] >= 200 and d['ngrams'] - d['ngrams_mixed'] > .05
     error = 1.5*np.sqrt((2*d['rows'] + 1)/12)/d['rows'] # of an AUC of .5; folds that share rows make it half as large again
     return d['auc'] > max(.8, .5 + 3*error)
 
+# %% ../nbs/03_quality.ipynb #cbbfdbb5
 def _comparable(view, n_rows, seed):
     rng, use = np.random.default_rng(seed), view.usable
     return [i for i in (use[k] for k in _drawn(n_rows, len(use), rng)) if words(view.texts[i][:5000])]

@@ -177,10 +177,10 @@ def test_every_row_is_judged_by_a_model_that_never_saw_it():
     x, codes = blobs([30, 25, 20])
     p, folds = out_of_fold(x, codes.tolist(), seed=3), deal_folds(codes, 5, 3)
     for f in range(5):
-        np.testing.assert_array_equal(p[folds == f], fit_probe(x[folds != f], codes[folds != f], n_classes=3)(x[folds == f]))
+        np.testing.assert_array_equal(p[folds == f], fit_probe(x[folds != f], codes[folds != f], n_classes=3, C=1)(x[folds == f]))
     np.testing.assert_allclose(p.sum(1), 1)
     turned = codes.copy(); turned[7] = 2
-    assert out_of_fold(x, turned.tolist(), seed=3)[7, 0] > .5
+    assert out_of_fold(x, turned.tolist(), seed=3, C=10)[7, 0] > .5 > out_of_fold(x, turned.tolist(), seed=3)[7, 2]
 
 
 def test_arrays_tensors_and_lists_are_alike():
@@ -262,9 +262,10 @@ def view_of(labels): return view_rows([dict(text=f'row {i}', label=l) for i, l i
 def test_planted_errors_are_found_in_the_view():
     x, codes = blobs([60, 60])
     labels = [('no', 'yes')[c] for c in codes]
-    for i in (3, 17, 90): labels[i] = dict(no='yes', yes='no')[labels[i]]
+    typical = {int(np.argmax(x[:, 0])), int(np.argsort(x[:, 0])[-2]), int(np.argmax(x[:, 1]))} # a row at the border may be either
+    for i in typical: labels[i] = dict(no='yes', yes='no')[labels[i]]
     found = check_labels(view_of(labels), x)
-    assert {3, 17, 90} <= set(found[0].rows) and len(found[0].rows) == len(found[0].evidence)
+    assert typical <= set(found[0].rows) and len(found[0].rows) == len(found[0].evidence)
     assert all(0 <= i < 120 for i in found[0].rows)
 
 

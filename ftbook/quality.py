@@ -307,9 +307,10 @@ def check_form(
     found = [f for check in FORM for f in check(view)]
     return Findings([*found, *check_personal(view, region), *check_lengths(view, tokenizer, max_length)])
 
-# %% ../nbs/03_quality.ipynb #8aea1fe1
+# %% ../nbs/03_quality.ipynb #c8ccf34d
 def _check_texts(texts, what='text'):
     if isinstance(texts, str): raise ValueError(f"give a list of strings, not one string: {texts[:40]!r}")
+    if set(map(type, texts)) <= {str}: return
     wrong = next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)
     if wrong is not None: raise ValueError(f"{what} {wrong} is {type(texts[wrong]).__name__}, not a string")
 
@@ -493,8 +494,8 @@ def _runs(hashes, counts, n_words):
     sizes = np.where(counts < n_words, np.minimum(counts, 1), counts - n_words + 1)
     return runs[_ranges(starts, sizes)], sizes
 
-# %% ../nbs/03_quality.ipynb #5155d60a
-def _blocks(texts, n_chars=1 << 22):
+# %% ../nbs/03_quality.ipynb #562b12f6
+def _blocks(texts, n_chars=1 << 18):
     at = np.cumsum([len(t) for t in texts])
     cuts = np.unique(np.searchsorted(at, np.arange(0, 1 + sum(at[-1:]), n_chars))).tolist()
     return ((a, texts[a:b]) for a, b in zip(cuts, [*cuts[1:], len(texts)]))
@@ -504,7 +505,7 @@ def _firsts(hashes):
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse] # for each row the first one that equals it
 
-# %% ../nbs/03_quality.ipynb #7c80fa6a
+# %% ../nbs/03_quality.ipynb #41241111
 def _read_shingles(texts, n_words):
     wholes, parts = [np.empty(0, np.uint64)], [(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))]
     for at, block in _blocks(texts):
@@ -513,44 +514,61 @@ def _read_shingles(texts, n_words):
         new = np.flatnonzero((counts > 0) & (_firsts(whole) == np.arange(len(whole))))
         runs, sizes = _runs(hashes[_ranges(_starts(counts)[new], counts[new])], counts[new], n_words)
         wholes.append(whole), parts.append((runs, sizes, new + at))
-    whole, (runs, sizes, rows) = np.concatenate(wholes), map(np.concatenate, zip(*parts))
+    whole = np.concatenate(wholes)
     first = np.where(whole > 0, _firsts(whole), -1) # -1: no words
-    keep = first[rows] == rows
-    return runs[np.repeat(keep, sizes)], sizes[keep], rows[keep], first
+    for i, (runs, sizes, rows) in enumerate(parts):
+        keep = first[rows] == rows
+        parts[i] = runs[np.repeat(keep, sizes)], sizes[keep], rows[keep]
+    return *map(np.concatenate, zip(*parts)), first
 
-# %% ../nbs/03_quality.ipynb #940f9f5c
-def _alike(sizes, block=1 << 22):
+# %% ../nbs/03_quality.ipynb #250def71
+def _slabs(x, size=1 << 18): return (x[i:i + size] for i in range(0, len(x), size))
+
+# %% ../nbs/03_quality.ipynb #2845455b
+def _alike(sizes, block=1 << 18):
     order = np.argsort(sizes, kind='stable')
     for group in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1) if len(sizes) else []:
         step = max(1, block//int(sizes[group[0]]))
         yield from (group[i:i + step] for i in range(0, len(group), step))
 
-# %% ../nbs/03_quality.ipynb #f861c18a
+# %% ../nbs/03_quality.ipynb #9c00c268
 @dataclass
 class _Sets:
     keys:np.ndarray # sorted within each set
     sizes:np.ndarray # of each set
-    starts:np.ndarray # of each set in `keys`
     bitmap:np.ndarray # 64 bits a set
 
-# %% ../nbs/03_quality.ipynb #557a610a
-def _rarest_first(runs, sizes):
-    bits, starts = min(24, len(runs).bit_length() + 1), _starts(sizes)
-    slot = (runs >> np.uint64(64 - bits)).astype(np.int64)
-    count = np.minimum(np.bincount(slot), 0xFFFF).astype(np.uint64)
-    keys = (count[slot] << np.uint64(48)) | (runs >> np.uint64(16))
+    def __post_init__(self): self.starts = _starts(self.sizes) # of each set in `keys`
+
+# %% ../nbs/03_quality.ipynb #79689ce5
+def _counts(runs):
+    bits = min(22, len(runs).bit_length() + 1)
+    counts, shift = np.zeros(1 << bits, np.int64), np.uint64(64 - bits)
+    for some in _slabs(runs, 1 << 21): counts += np.bincount((some >> shift).astype(np.int64), minlength=1 << bits)
+    return np.minimum(counts, 0xFFFF).astype(np.uint16), shift # a shingle's count stands at its first bits
+
+# %% ../nbs/03_quality.ipynb #c40fd523
+def _rarest_first_(runs, sizes): # the keys are written over the runs
+    (counts, shift), rest, end, parts = _counts(runs), runs, 0, [(np.empty(0, np.int64), np.empty(0, np.uint64))]
+    for size in np.split(sizes, np.flatnonzero(np.diff(np.cumsum(sizes) >> 18)) + 1) if len(sizes) else []:
+        some, rest = np.split(rest, [size.sum()])
+        rarity = counts[(some >> shift).astype(np.int64)].astype(np.uint64)
+        keys, *part = _sorted_sets((rarity << np.uint64(48)) | (some >> np.uint64(16)), size)
+        runs[end:end + len(keys)], end = keys, end + len(keys)
+        parts.append(part)
+    return _Sets(runs[:end], *map(np.concatenate, zip(*parts)))
+
+# %% ../nbs/03_quality.ipynb #7a436ae0
+def _sorted_sets(keys, sizes):
+    starts = _starts(sizes)
     for rows in _alike(sizes):
         at = starts[rows][:, None] + np.arange(sizes[rows[0]])
         keys[at] = np.sort(keys[at], axis=1)
-    again = np.r_[False, keys[1:] == keys[:-1]][:len(keys)]
+    again = np.r_[False, keys[1:] == keys[:-1]]
     again[starts] = False
-    sizes = sizes - np.add.reduceat(again, starts, dtype=np.int64) if len(sizes) else sizes
-    return _sets(keys[~again], sizes)
-
-# %% ../nbs/03_quality.ipynb #abd521cb
-def _sets(keys, sizes):
+    if again.any(): keys, sizes = keys[~again], sizes - np.add.reduceat(again, starts, dtype=np.int64)
     bits = np.uint64(1) << (_mix(keys) & np.uint64(63))
-    return _Sets(keys, sizes, _starts(sizes), np.bitwise_xor.reduceat(bits, _starts(sizes)) if len(sizes) else bits)
+    return keys, sizes, np.bitwise_xor.reduceat(bits, _starts(sizes))
 
 # %% ../nbs/03_quality.ipynb #4e95c009
 def _similarity(s, a, b):
@@ -577,36 +595,43 @@ def _verify(s, a, b, threshold):
     good = similarity >= threshold - 1e-9
     return a[good], b[good], similarity[good]
 
-# %% ../nbs/03_quality.ipynb #0fe6d891
+# %% ../nbs/03_quality.ipynb #91279e26
 def _index(s, threshold):
-    n = s.sizes - np.ceil(threshold*s.sizes - 1e-9).astype(np.int64) + 1
-    at, row = _ranges(s.starts, n), np.repeat(np.arange(len(n)), n)
-    often = s.keys[at] >> np.uint64(48) > 1
-    at, row = at[often], row[often]
-    order = np.argsort(s.keys[at], kind='stable')
-    at, row = at[order], row[order]
-    return s.keys[at], row, s.sizes[row] - at + s.starts[row] # key, set, shingles from here on
+    n, parts = s.sizes - np.ceil(threshold*s.sizes - 1e-9).astype(np.int64) + 1, [(np.empty(0, np.uint64),) + (np.empty(0, np.int64),)*2]
+    for rows in _slabs(np.arange(len(n)), 1 << 14):
+        at, row = _ranges(s.starts[rows], n[rows]), np.repeat(rows, n[rows])
+        often = s.keys[at] >> np.uint64(48) > 1
+        at, row = at[often], row[often]
+        parts.append((s.keys[at], row, s.sizes[row] - at + s.starts[row]))
+    key, row, left = map(np.concatenate, zip(*parts))
+    order = np.argsort(key, kind='stable')
+    return key[order], row[order], left[order] # key, set, shingles from here on
 
-# %% ../nbs/03_quality.ipynb #3e20c3de
-def _apart(side, a, b): return True if side is None else side[a] != side[b]
+# %% ../nbs/03_quality.ipynb #7b1242ac
+def _apart(side, a, b): return np.full(len(a), True) if side is None else side[a] != side[b]
 
 def _lists(key):
     edges = np.r_[0, np.flatnonzero(np.diff(key)) + 1, len(key)]
     return edges[:-1], np.diff(edges)
 
+def _steps(one, after): # entries with another one `step` further down their list
+    for step in range(1, 1 + after[one].max(initial=0)):
+        one = one[after[one] >= step]
+        yield one, one + step
+
+# %% ../nbs/03_quality.ipynb #e5098dec
 def _short_lists(s, index, threshold, side, crowd):
     (key, row, left), found, slack = index, [], _slack(s, threshold)
-    starts, sizes = _lists(key)
-    after = np.repeat(np.where(sizes <= crowd, starts + sizes, 0), sizes) - np.arange(len(key)) - 1
-    one = np.flatnonzero(after > 0)
-    for step in range(1, crowd):
-        one = one[after[one] >= step]
-        a, b = row[one], row[one + step]
-        both = s.sizes[a] + s.sizes[b]
-        enough = 2*np.minimum(left[one], left[one + step]) >= both - slack[both]
-        good = enough & _may_match(s, a, b, slack) & _apart(side, a, b)
-        found.append((a[good], b[good]))
-        if len(one) == 0: break
+    size, bitmap, (starts, n) = s.sizes[row], s.bitmap[row], _lists(key) # in the order of the lists: neighbours in memory
+    after = np.repeat(np.where(n <= crowd, starts + n, 0), n) - np.arange(len(key)) - 1
+    for some in _slabs(np.flatnonzero(after > 0)):
+        for one, two in _steps(some, after):
+            both = size[one] + size[two]
+            enough = 2*np.minimum(left[one], left[two]) >= both - slack[both]
+            good = enough & (np.bitwise_count(bitmap[one] ^ bitmap[two]) <= slack[both])
+            a, b = row[one[good]], row[two[good]]
+            good = _apart(side, a, b)
+            found.append((a[good], b[good]))
     return found
 
 # %% ../nbs/03_quality.ipynb #18384290
@@ -637,7 +662,7 @@ def _join(s, threshold, side, crowd):
     _, one = np.unique(a*len(s.sizes) + b, return_index=True)
     return a[one], b[one], similarity[one], skipped
 
-# %% ../nbs/03_quality.ipynb #d492e687
+# %% ../nbs/03_quality.ipynb #955328d1
 def near_duplicates(
     texts:Sequence[str], # Any; ValueError names a row that is no string
     threshold:float=.8, # Least Jaccard similarity of two texts' shingles
@@ -651,7 +676,7 @@ def near_duplicates(
     if n_words < 1 or crowd < 1: raise ValueError(f"n_words and crowd must be 1 or more, not {n_words} and {crowd}")
     n, every = len(texts), [*texts, *(other or [])]
     runs, sizes, rows, first = _read_shingles(every, n_words)
-    a, b, similarity, skipped = _join(_rarest_first(runs, sizes), threshold, None if other is None else rows >= n, crowd)
+    a, b, similarity, skipped = _join(_rarest_first_(runs, sizes), threshold, None if other is None else rows >= n, crowd)
     found = Matches(rows[a], rows[b], similarity, skipped)
     return _with_copies(found, first) if other is None else _across(found, first, n)
 
@@ -873,7 +898,7 @@ def choose_bands(
     if not able: raise ValueError(f"{n_hashes} hashes cannot reach a recall of {recall} at {threshold}")
     return min(able)[1:]
 
-# %% ../nbs/03_quality.ipynb #f892238a
+# %% ../nbs/03_quality.ipynb #2d050160
 _datatrove = """\"""Drop near duplicates from a folder of JSONL files with datatrove's MinHash. Written by ftbook.quality.write_datatrove.\"""
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
@@ -896,6 +921,10 @@ def executor(pipeline, tasks, name, depends):
     from datatrove.executor import RayPipelineExecutor
     return RayPipelineExecutor(workers=WORKERS, **shared)
 
+def row(self, data, path, id_in_file): # the reader would drop rows without text; a space passes
+    found = self._default_adapter(data, path, id_in_file)
+    return found | dict(text=found['text'] or ' ')
+
 class Words(WordTokenizer):
     def word_tokenize(self, text):
         from ftbook.quality import words
@@ -909,7 +938,7 @@ config = MinhashConfig(n_grams=N_WORDS, num_buckets=BANDS, hashes_per_bucket=ROW
                        hash_config=HashConfig(hash_fc='sha1')) # the xxhash of datatrove 0.10 fails with xxhash 4
 
 def stages():
-    read = JsonlReader(INPUT, text_key=TEXT)
+    read = JsonlReader(INPUT, text_key=TEXT, adapter=row)
     one = executor([read, MinhashDedupSignature(f'{OUTPUT}/signatures', config, Words())], TASKS, 'signatures', None)
     two = executor([MinhashDedupBuckets(f'{OUTPUT}/signatures', f'{OUTPUT}/buckets', config=config)], BANDS, 'buckets', one)
     three = executor([MinhashDedupCluster(f'{OUTPUT}/buckets', f'{OUTPUT}/clusters', config, save_cluster_id=True)], 1, 'clusters', two)

@@ -500,10 +500,13 @@ def _blocks(texts, n_chars=1 << 18):
     cuts = np.unique(np.searchsorted(at, np.arange(0, 1 + sum(at[-1:]), n_chars))).tolist()
     return ((a, texts[a:b]) for a, b in zip(cuts, [*cuts[1:], len(texts)]))
 
-# %% ../nbs/03_quality.ipynb #7bb3c7c1
+# %% ../nbs/03_quality.ipynb #a861a445
 def _firsts(hashes):
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    return first[inverse] # for each row the first one that equals it
+    order = np.argsort(hashes)
+    start = np.flatnonzero(np.r_[True, hashes[order][1:] != hashes[order][:-1]][:len(order)])
+    out = np.empty(len(order), np.int64) # for each row the first one that equals it
+    out[order] = np.repeat(np.minimum.reduceat(order, start), np.diff(np.r_[start, len(order)])) if len(order) else 0
+    return out
 
 # %% ../nbs/03_quality.ipynb #41241111
 def _read_shingles(texts, n_words):
@@ -595,7 +598,7 @@ def _verify(s, a, b, threshold):
     good = similarity >= threshold - 1e-9
     return a[good], b[good], similarity[good]
 
-# %% ../nbs/03_quality.ipynb #91279e26
+# %% ../nbs/03_quality.ipynb #f82091a6
 def _index(s, threshold):
     n, parts = s.sizes - np.ceil(threshold*s.sizes - 1e-9).astype(np.int64) + 1, [(np.empty(0, np.uint64),) + (np.empty(0, np.int64),)*2]
     for rows in _slabs(np.arange(len(n)), 1 << 14):
@@ -604,8 +607,10 @@ def _index(s, threshold):
         at, row = at[often], row[often]
         parts.append((s.keys[at], row, s.sizes[row] - at + s.starts[row]))
     key, row, left = map(np.concatenate, zip(*parts))
-    order = np.argsort(key, kind='stable')
-    return key[order], row[order], left[order] # key, set, shingles from here on
+    bits = np.uint64(len(key).bit_length())
+    key = np.sort((key << np.uint64(16)) >> bits << bits | np.arange(len(key), dtype=np.uint64)) # numbers sort ten times as fast as an order
+    order = (key & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int64)
+    return key >> bits, row[order], left[order] # key, set, shingles from here on
 
 # %% ../nbs/03_quality.ipynb #7b1242ac
 def _apart(side, a, b): return np.full(len(a), True) if side is None else side[a] != side[b]

@@ -598,7 +598,7 @@ def _verify(s, a, b, threshold):
     good = similarity >= threshold - 1e-9
     return a[good], b[good], similarity[good]
 
-# %% ../nbs/03_quality.ipynb #f82091a6
+# %% ../nbs/03_quality.ipynb #f4bdf4be
 def _index(s, threshold):
     n, parts = s.sizes - np.ceil(threshold*s.sizes - 1e-9).astype(np.int64) + 1, [(np.empty(0, np.uint64),) + (np.empty(0, np.int64),)*2]
     for rows in _slabs(np.arange(len(n)), 1 << 14):
@@ -608,7 +608,7 @@ def _index(s, threshold):
         parts.append((s.keys[at], row, s.sizes[row] - at + s.starts[row]))
     key, row, left = map(np.concatenate, zip(*parts))
     bits = np.uint64(len(key).bit_length())
-    key = np.sort((key << np.uint64(16)) >> bits << bits | np.arange(len(key), dtype=np.uint64)) # numbers sort ten times as fast as an order
+    key = np.sort((key << np.uint64(16)) >> bits << bits | np.arange(len(key), dtype=np.uint64)) # sorting numbers is faster than sorting an order
     order = (key & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int64)
     return key >> bits, row[order], left[order] # key, set, shingles from here on
 

@@ -1,9 +1,9 @@
 """The file of `audit.ipynb`: 100,000 real rows with planted faults, and how many of these `ftbook audit` finds.
 
-    python audit_worker.py FOLDER [ROWS]     makes FOLDER/planted.csv, audits it, appends the scores to results/audit.json
-    python audit_worker.py shipped           audits the four shipped domains as they are, and appends what was found to results/shipped.json
+    python audit_worker.py FOLDER [ROWS] [ENCODER]   makes FOLDER/planted.csv, audits it, appends the scores to results/audit.json
+    python audit_worker.py shipped                   audits the four shipped domains as they are, and appends what was found to results/shipped.json
 
-Rows are WordNet's words with their glosses; the label is the lexicographer's file (noun.animal, verb.motion, ...), which experts chose by hand.
+Rows are WordNet's words with their glosses; the label is the lexicographer's file (noun.animal, verb.motion, adj.all, ...), which experts chose by hand.
 """
 import csv, io, json, os, random, resource, subprocess, sys, tarfile, tempfile, time
 from collections import defaultdict
@@ -14,8 +14,9 @@ from domains_worker import HERE, append
 
 RESULTS = HERE/'results'/'audit.json'
 PARTS = dict(noun='Tops act animal artifact attribute body cognition communication event feeling food group location motive object person phenomenon plant possession process quantity relation shape state substance time'.split(),
-             verb='body change cognition communication competition consumption contact creation emotion motion perception possession social stative weather'.split())
-FIRST = dict(noun=3, verb=29)               # number of the first lexicographer file of a part of speech
+             verb='body change cognition communication competition consumption contact creation emotion motion perception possession social stative weather'.split(),
+             adj=['all', 'relational', *['']*42, 'participle'], adv=['all'])
+FIRST = dict(noun=3, verb=29, adj=0, adv=2)               # number of the first lexicographer file of a part of speech
 LANGUAGES = 'deu_1996', 'fra', 'spa', 'rus', 'por_PT', 'ita', 'pol', 'ell_monotonic', 'jpn', 'arb'
 RESIDUE = '<|im_start|>user {}', '{} <|im_end|>', '[INST] {} [/INST]', 'Dear {{{{ name }}}}, {}', '<p>{}</p>', '{} &nbsp;', 'As an AI language model, I can say: {}', '### Response: {}'
 OWN = 'Write to {name}@example.org. {{}}', '{{}} Call +49 30 9018{n:05d}.', '{{}} AKIA{key}', 'token ghp_{long} {{}}', '{{}} Ring +1 212-555-{m:04d} now.'
@@ -33,7 +34,7 @@ def debian(package, inside):
 
 @cache
 def glosses():
-    "(text, label) of nouns and verbs; the examples in quotation marks are left out."
+    "(text, label) of every entry; the examples in quotation marks are left out."
     rows = []
     for name, content in debian('wordnet-base', [f'usr/share/wordnet/data.{p}' for p in PARTS]).items():
         part = name.split('.')[1]
@@ -86,8 +87,10 @@ def plant(n=100_000, seed=0):
         for kind in kinds: faults[kind][len(rows)] = len(rows) - 1 if kind.startswith('duplicates') else None
         rows.append(dict(text=text, label=label))
     labels, vocabulary = sorted({l for _, l in base}), ' '.join(t for t, _ in base[:2000]).split()
+    at_length = [r for r in base if len(r[0].split()) >= 22]
+    base = [r for r in base if len(r[0].split()) < 22]
     def take(): return base.pop()
-    def long(): return next((r for r in iter(take, None) if len(r[0].split()) >= 22))
+    def long(): return at_length.pop()
     copied = [long() for _ in range(20*unit)]
     leaked, contained, marked = ([long() for _ in range(2*unit)] for _ in range(3))
     for text, label in copied[:10*unit]: add(text, label); add(rng.choice((text.upper(), f' {text} ', text.replace(' ', '  '), text)), label, 'duplicates.exact')
@@ -115,7 +118,9 @@ def plant(n=100_000, seed=0):
     for _ in range(max(1, unit//2)): add(' '.join(take()[0] for _ in range(60)), rng.choice(labels), 'form.length')
     for kind, some in dict(leak=leaked, contained=contained, benchmark=marked).items():
         for text, label in some: add(text, label, 'leakage.benchmark' if kind == 'benchmark' else 'leakage')
-    while len(rows) < n and base: add(*take())
+    base += at_length
+    rng.shuffle(base)
+    while len(rows) < n: add(*take())
     order = rng.sample(range(len(rows)), len(rows))
     place = {old: new for new, old in enumerate(order)}
     test = [dict(text=rng.choice((text.title(), nearly(text, rng, vocabulary))), label=label) for text, label in leaked]
@@ -130,10 +135,10 @@ def write_csv(path, rows):
         writer = csv.DictWriter(f, ['text', 'label'])
         writer.writeheader(); writer.writerows(rows)
 
-def audit(folder):
+def audit(folder, encoder):
     "(seconds, peak bytes) of the command, and {kind: {row: is it proposed to be left out}}."
     from ftbook.data import read_rows
-    line = ['audit', f'{folder}/planted.csv', '--out', f'{folder}/audit', '--test', f'{folder}/test.csv', '--benchmarks', f'{folder}/benchmark.txt', '--json']
+    line = ['audit', f'{folder}/planted.csv', '--out', f'{folder}/audit', '--test', f'{folder}/test.csv', '--benchmarks', f'{folder}/benchmark.txt', '--encoder', encoder, '--json']
     start = time.perf_counter()
     done = subprocess.run([sys.executable, '-c', 'from ftbook.cli import main; main()', *line], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr[-2000:])
@@ -149,9 +154,10 @@ def really_near(rows, numbers, folder):
     said = {r['row']: int(re.search(r'row (\d+)', r['evidence'])[1]) for r in read_rows(folder/'audit'/'findings.parquet') if r['where'] == 'duplicates.near'}
     return sum(similarity(rows[i]['text'], rows[said[i]]['text']) >= .8 for i in numbers)
 
-def score(rows, faults, found, folder):
+def score(rows, faults, found, folder, encoder):
     scores = []
     for kind in sorted(faults):
+        if encoder == 'none' and kind == 'labels.errors': continue     # nobody looked
         planted, flagged = faults[kind], set(found[kind])
         either = {*planted, *planted.values()} # which of two copies stays is the audit's choice
         hits = sum(bool(flagged & {i, j}) for i, j in planted.items())
@@ -160,16 +166,16 @@ def score(rows, faults, found, folder):
         scores.append(dict(kind=kind, planted=len(planted), flagged=len(flagged), recall=round(hits/len(planted), 4), precision=round(len(flagged & either)/max(1, len(flagged)), 4), **more))
     return scores
 
-def main(folder, n=100_000):
+def main(folder, n=100_000, encoder='minilm-l6'):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows, test, benchmark, faults = plant(int(n))
     write_csv(folder/'planted.csv', rows); write_csv(folder/'test.csv', test)
     (folder/'benchmark.txt').write_text('\n'.join(benchmark), encoding='utf-8')
-    seconds, peak, found = audit(folder)
+    seconds, peak, found = audit(folder, encoder)
     from ftbook.models import probe_device
-    append([dict(rows=len(rows), seconds=round(seconds, 1), peak_bytes=peak, seed=0, dtype=str(probe_device().dtype), scores=score(rows, faults, found, folder))], RESULTS)
-    print(json.dumps(score(rows, faults, found, folder), indent=1), seconds, peak)
+    append([dict(rows=len(rows), encoder=encoder, seconds=round(seconds, 1), peak_bytes=peak, seed=0, dtype=str(probe_device().dtype), scores=score(rows, faults, found, folder, encoder))], RESULTS)
+    print(json.dumps(score(rows, faults, found, folder, encoder), indent=1), seconds, peak)
 
 
 def shipped():

@@ -598,14 +598,14 @@ def _verify(s, a, b, threshold):
     good = similarity >= threshold - 1e-9
     return a[good], b[good], similarity[good]
 
-# %% ../nbs/03_quality.ipynb #f4bdf4be
+# %% ../nbs/03_quality.ipynb #81d80319
 def _index(s, threshold):
-    n, parts = s.sizes - np.ceil(threshold*s.sizes - 1e-9).astype(np.int64) + 1, [(np.empty(0, np.uint64),) + (np.empty(0, np.int64),)*2]
+    n, parts = s.sizes - np.ceil(threshold*s.sizes - 1e-9).astype(np.int64) + 1, [(np.empty(0, np.uint64),) + (np.empty(0, np.int32),)*2]
     for rows in _slabs(np.arange(len(n)), 1 << 14):
-        at, row = _ranges(s.starts[rows], n[rows]), np.repeat(rows, n[rows])
+        at, row = _ranges(s.starts[rows], n[rows]), np.repeat(rows.astype(np.int32), n[rows])
         often = s.keys[at] >> np.uint64(48) > 1
         at, row = at[often], row[often]
-        parts.append((s.keys[at], row, s.sizes[row] - at + s.starts[row]))
+        parts.append((s.keys[at], row, (s.sizes[row] - at + s.starts[row]).astype(np.int32)))
     key, row, left = map(np.concatenate, zip(*parts))
     bits = np.uint64(len(key).bit_length())
     key = np.sort((key << np.uint64(16)) >> bits << bits | np.arange(len(key), dtype=np.uint64)) # sorting numbers is faster than sorting an order
@@ -624,17 +624,17 @@ def _steps(one, after): # entries with another one `step` further down their lis
         one = one[after[one] >= step]
         yield one, one + step
 
-# %% ../nbs/03_quality.ipynb #e5098dec
+# %% ../nbs/03_quality.ipynb #3972d070
 def _short_lists(s, index, threshold, side, crowd):
     (key, row, left), found, slack = index, [], _slack(s, threshold)
-    size, bitmap, (starts, n) = s.sizes[row], s.bitmap[row], _lists(key) # in the order of the lists: neighbours in memory
+    size, bitmap, (starts, n) = s.sizes.astype(np.int32)[row], s.bitmap[row], _lists(key) # in the order of the lists: neighbours in memory
     after = np.repeat(np.where(n <= crowd, starts + n, 0), n) - np.arange(len(key)) - 1
     for some in _slabs(np.flatnonzero(after > 0)):
         for one, two in _steps(some, after):
             both = size[one] + size[two]
             enough = 2*np.minimum(left[one], left[two]) >= both - slack[both]
             good = enough & (np.bitwise_count(bitmap[one] ^ bitmap[two]) <= slack[both])
-            a, b = row[one[good]], row[two[good]]
+            a, b = (row[x[good]].astype(np.int64) for x in (one, two))
             good = _apart(side, a, b)
             found.append((a[good], b[good]))
     return found
@@ -653,7 +653,7 @@ def _crowd(s, rows, threshold, side, n_leaders=1024):
         n_leaders, n = n_leaders - n, max(1, min(2*n, 32, (1 << 22)//max(1, len(rest))))
     return found, len(leaders)*len(rest) if side is not None else len(rest)*(len(rest) - 1)//2
 
-# %% ../nbs/03_quality.ipynb #88f3c79f
+# %% ../nbs/03_quality.ipynb #f9dfb6c8
 def _join(s, threshold, side, crowd):
     index = _index(s, threshold)
     pairs = _short_lists(s, index, threshold, side, crowd)
@@ -661,7 +661,7 @@ def _join(s, threshold, side, crowd):
     found, skipped = [_verify(s, a, b, threshold)], 0
     starts, n = _lists(index[0])
     for start, size in zip(starts[n > crowd], n[n > crowd]):
-        more, left = _crowd(s, np.sort(index[1][start:start + size]), threshold, side)
+        more, left = _crowd(s, np.sort(index[1][start:start + size]).astype(np.int64), threshold, side)
         found, skipped = found + more, skipped + left
     a, b, similarity = map(np.concatenate, zip(*found))
     _, one = np.unique(a*len(s.sizes) + b, return_index=True)

@@ -143,16 +143,18 @@ def _tokenizer(name):
     from ftbook.models import load_tokenizer
     return load_tokenizer(name) if name else None
 
-# %% ../nbs/18_cli.ipynb #e2048f02
-def _audited(audit, source, out, kinds, as_json):
-    "Write what an audit found, and say where."
+# %% ../nbs/18_cli.ipynb #ef9913e6
+def _written(audit, source, out, kinds):
+    "Write what an audit found; the files."
     from ftbook.quality import save_audit, write_clean
-    written = [save_audit(audit, out, f'{source}: the audit')/'report.html', *(write_clean(audit, source, kinds) if kinds else [])]
-    if as_json: return print(json.dumps(dict(audit.facts, sentence=audit.sentence(), written=list(map(str, written)),
-                                             findings=[dict(level=f.level, where=f.where, message=f.message, remedy=f.remedy, rows=len(f.rows), drop=len(f.drop)) for f in audit.findings])))
-    print(f'{audit}\n', *map(_short, map(Path.absolute, written)), sep='\n')
+    return [save_audit(audit, out, f'{source}: the audit')/'report.html', *(write_clean(audit, source, kinds) if kinds else [])]
 
-# %% ../nbs/18_cli.ipynb #20a54e35
+def _told(audit, written):
+    "What a program wants to know of an audit."
+    found = [dict(level=f.level, where=f.where, message=f.message, remedy=f.remedy, rows=len(f.rows), drop=len(f.drop)) for f in audit.findings]
+    return dict(rows=audit.facts['rows'], usable=audit.facts['usable'], kind=audit.facts['kind'], sentence=audit.sentence(), written=list(map(str, written)), findings=found)
+
+# %% ../nbs/18_cli.ipynb #a34c12af
 @app.command()
 def audit(
     file:Annotated[str, typer.Argument(help='A file (.jsonl .json .csv .tsv .parquet) or a hub id.', show_default=False)], # What to look at
@@ -177,7 +179,8 @@ def audit(
         if (clean or drop) and not Path(file).is_file(): raise ValueError(f'{file} is no file here: --clean writes beside a file')
         found = audit(_source(file), text_column=text_column, label_column=label_column, encoder=None if encoder == 'none' else encoder, tokenizer=_tokenizer(model),
                       max_length=max_length, test=test and _source(test), benchmarks=_texts(benchmarks) if benchmarks else (), region=region)
-        _audited(found, file, out or Path('ftbook-audits')/Path(file).stem, (drop or SAFE) if clean or drop else (), as_json)
+        written = _written(found, file, out or Path('ftbook-audits')/Path(file).stem, (drop or SAFE) if clean or drop else ())
+    print(json.dumps(_told(found, written)) if as_json else '\n'.join([f'{found}\n', *(str(_short(f.absolute())) for f in written)]))
     if strict and found.findings.errors: raise typer.Exit(1)
 
 # %% ../nbs/18_cli.ipynb #4c89c461

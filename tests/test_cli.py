@@ -37,7 +37,7 @@ def files(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for 
 
 # The shape of a command
 
-@pytest.mark.parametrize("name", ["", "quickstart", "train", "check", "models"])
+@pytest.mark.parametrize("name", ["", "quickstart", "train", "check", "audit", "models"])
 def test_help(name):
     done = ftbook(*[name] * bool(name), "--help")
     assert done.exit_code == 0 and done.stdout.startswith(f"Usage: ftbook {name}".strip())
@@ -316,3 +316,45 @@ def test_a_fault_of_ours_says_so(desk, monkeypatch):
     done = ftbook("train", "it.yaml", "--json")
     assert done.exit_code == 1 and "KeyError: 'gone'. This is a fault of ftbook; --debug shows where" in done.stderr and "KeyError" in json.loads(done.stdout)["error"]
     assert isinstance(CliRunner().invoke(cli.app, ["train", "it.yaml", "--debug"]).exception, KeyError)
+
+
+# The audit
+
+def audited(desk, *args):
+    rows = [dict(text=f"A film about the {n}th summer of a long war.", label="fine" if n % 2 else "dull") for n in range(12)]
+    write_rows(desk/"films.jsonl", [*rows, rows[3], dict(text="Dear {{ name }},", label="dull"), dict(text="", label="fine")])
+    return ftbook("audit", "films.jsonl", "--encoder", "none", *args)
+
+
+def test_an_audit_writes_a_report_and_leaves_the_rows_alone(desk):
+    done = audited(desk, "--out", "out")
+    assert done.exit_code == 0 and "duplicates.exact: 1 row" in done.stdout and "form.residue" in done.stdout
+    assert sorted(f.name for f in (desk/"out").iterdir()) == ["findings.json", "findings.parquet", "report.html"]
+    before = (desk/"films.jsonl").read_bytes()
+    cleaned = audited(desk, "--clean")
+    assert cleaned.exit_code == 0 and (desk/"films.jsonl").read_bytes() == before
+    kept, left = ((desk/f"films.{name}.jsonl").read_text().splitlines() for name in ("clean", "left_out"))
+    assert len(kept) + len(left) == 15 and [json.loads(l)["row"] for l in left] == sorted(json.loads(l)["row"] for l in left)
+
+
+def test_an_audit_for_programs(desk):
+    told = json.loads(audited(desk, "--json").stdout)
+    assert told["rows"] == 15 and {f["where"] for f in told["findings"]} >= {"form.unusable", "duplicates.exact", "form.residue"}
+    assert audited(desk, "--strict").exit_code == 1 # there is an error among the findings
+
+
+@pytest.mark.parametrize("args, says", [(("nowhere.csv",), "nowhere.csv"), (("films.jsonl", "--text-column", "body"), "no column 'body'; there are 'label', 'text'"),
+                                        (("films.jsonl", "--test", "gone.csv"), "gone.csv"), (("films.jsonl", "--benchmarks", "gone.txt"), "gone.txt"),
+                                        (("films.jsonl", "--model", "gone"), "gone"), (("somebody/rows", "--clean"), "--clean writes beside a file")])
+def test_an_audit_of_what_is_not_there(desk, args, says):
+    write_rows(desk/"films.jsonl", [dict(text="A film.", label="fine")]*3)
+    done = ftbook("audit", "--encoder", "none", *args)
+    assert done.exit_code == 1 and says in done.output
+    assert not (desk/"ftbook-audits").exists()
+
+
+def test_held_out_rows_and_benchmarks_are_looked_for(desk):
+    write_rows(desk/"held.jsonl", [dict(text="a film about the 3th summer of a LONG war", label="fine")])
+    (desk/"texts.txt").write_text("A film about the 5th summer of a long war.\n")
+    found = {f["where"]: f["rows"] for f in json.loads(audited(desk, "--json", "--test", "held.jsonl", "--benchmarks", "texts.txt").stdout)["findings"]}
+    assert found["leakage.benchmark"] == 1 and sum(n for where, n in found.items() if where in ("leakage.exact", "leakage.near")) >= 1

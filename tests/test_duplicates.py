@@ -278,7 +278,7 @@ def planted_rows(n=4000, seed=0):
             elif kind < .7: del w[at]
             else: w.insert(at, rng.choice(real).split()[0])
         texts.append(' '.join(w))
-    texts += [t.upper() for t in texts[:40]] + ['Yes', 'yes!', '?!', 'no']
+    texts += [t.upper() for t in texts[:40]] + ['Yes', 'yes!', '?!', 'no', '']
     rng.shuffle(texts)
     return texts
 

@@ -1568,7 +1568,7 @@ def fit_curve(
     again = np.stack([s.mean() + rng.standard_t(len(s) - 1, n_draws)*s.std(ddof=1)/len(s)**.5 for s in scores], 1).clip(0, 1)
     return Curve(np.array(n), scores, fit_power_law(n, 1 - np.array([[s.mean() for s in scores]]))[0], fit_power_law(n, 1 - again))
 
-# %% ../nbs/03_quality.ipynb #2143c3fe
+# %% ../nbs/03_quality.ipynb #c0d5a4f6
 @dataclass
 class Needed:
     "How many examples a score takes."
@@ -1580,6 +1580,7 @@ class Needed:
     ceiling:tuple # (low, high): where endless examples would end, 90 % of the fits
     measured:int # The most examples that were measured
     def __repr__(self):
+        if 1000*self.measured < self.rows < np.inf: return f"{self.target:g} is out of reach: it would take more than a thousand times the {self.measured:,} examples that were measured"
         if self.reach < .5: return f"{self.target:g} is out of reach: this curve ends between {self.ceiling[0]:.3f} and {self.ceiling[1]:.3f}"
         def say(n): return f'{n:,.0f}' if np.isfinite(n) else 'never'
         far = f"; {self.rows/self.measured:.0f} times what was measured, so do not lean on it"*bool(10*self.measured < self.rows < np.inf)

@@ -235,10 +235,10 @@ def check_language(
     others = {i: best[i] for i, p in spoken.items() if sum(p[code] for code in meant) < doubt}
     return _note(Findings(), view, others, 'warning', 'form.language', f"not in the language of the rest ({', '.join(sorted(meant))})", 'look at them; leave them out if they are not meant')
 
-# %% ../nbs/03_quality.ipynb #ad90cb85
+# %% ../nbs/03_quality.ipynb #feb58845
 def _ends(text):
     last = text.rstrip()[-1:]
-    return not last.isalnum() and last not in ',;:-–—(/' or unicodedata.category(last or ' ') == 'Lo' # scripts without full stops
+    return not last.isalnum() and last not in ',;:-\u2013\u2014(/' or unicodedata.category(last or ' ') == 'Lo' # scripts without full stops
 
 # %% ../nbs/03_quality.ipynb #823f13f1
 def check_endings(

@@ -691,14 +691,16 @@ def choice_ids(
     begins = any(a == b[:len(a)] for a in bare for b in bare if a is not b)
     return whole if begins else bare
 
-# %% ../nbs/16_recipe.ipynb #271e7973
+# %% ../nbs/16_recipe.ipynb #1ac3f53c
 class _Reader:
     "A model that has read how all prompts begin."
     def __init__(self, model, prefix):
         self.model, self.linear, self.past = model, has_linear_head(model), None
         if len(prefix) < 8: return
         past = getattr(model(torch.tensor([prefix], device=model.device), use_cache=True, logits_to_keep=1), 'past_key_values', None)
-        if hasattr(past, 'batch_repeat_interleave'): self.past = past
+        try: known = past.get_seq_length()
+        except (AttributeError, ValueError): return # no cache, or one without attention, such as Mamba's: it has no length
+        if known and hasattr(past, 'batch_repeat_interleave'): self.past = past
 
     def states(self, rows):
         "Final hidden states of `rows` (lists of ids), (B, T, d); logits where the head is more than a matrix."

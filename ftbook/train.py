@@ -454,8 +454,8 @@ def isolated(
     fast:bool=False, # With the operators of `fast_`?
 ): # Yields whether the model takes packs
     "Lend `model` the attention that keeps packed examples apart; give it back as it was."
-    before, packs = model.config._attn_implementation, True
-    if not str(before).startswith(('ftbook', 'flash')):
+    before, packs = model.config._attn_implementation, getattr(model, 'ftbook_packs', True) # virtual tokens stand before every row
+    if packs and not str(before).startswith(('ftbook', 'flash')):
         try: isolate_(model)
         except ValueError: packs = False
     if fast: fast_(model)
@@ -667,9 +667,10 @@ def _accelerator(precision, device, trackers, out):
     return Accelerator(mixed_precision=precision or 'no', cpu=device.type == 'cpu', log_with=trackers, project_dir=out)
 
 def _optimizer(params, settings, device):
-    "AdamW; biases and the weights of norms do not decay."
-    parts = [[p for p in params if (p.dim() > 1) == matrix] for matrix in (True, False)]
-    groups = [dict(params=ps, weight_decay=wd) for ps, wd in zip(parts, (settings.weight_decay, 0.)) if ps]
+    "AdamW; biases and the weights of norms do not decay, and a parameter's `lr_scale` multiplies its learning rate."
+    kinds = {}
+    for p in params: kinds.setdefault((p.dim() <= 1, getattr(p, 'lr_scale', 1.)), []).append(p)
+    groups = [dict(params=ps, weight_decay=0. if flat else settings.weight_decay, lr_scale=scale) for (flat, scale), ps in sorted(kinds.items(), key=lambda o: o[0])]
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type in ('cpu', 'cuda') else None)
 
 # %% ../nbs/04_training.ipynb #27abcdf5
@@ -742,7 +743,7 @@ def take_step(self:Loop)->dict: # What goes into the history
     "One optimizer step. Raises `NonFiniteLoss` before any weight has changed."
     start, s, batch = time.perf_counter(), self.settings, self.batch_of(self.step)
     lr = lr_at(self.step, self.n_steps, s.lr, s.schedule, s.warmup)
-    for group in self.optimizer.param_groups: group['lr'] = lr
+    for group in self.optimizer.param_groups: group['lr'] = lr*group['lr_scale']
     loss = self.add_gradients(batch)
     norm = self.accelerator.clip_grad_norm_(self.params, s.max_grad_norm or math.inf).item()
     self.check_finite(loss, norm, batch)

@@ -11,10 +11,10 @@ __all__ = ['METHODS', 'CONFIG', 'WEIGHTS', 'MARK', 'is_linear', 'linear_size', '
            'save_adapter', 'read_adapter_config', 'read_adapter_tensors', 'check_fit', 'read_method', 'load_adapter',
            'merge_', 'unmerge_', 'remove_']
 
-# %% ../nbs/06_peft.ipynb #f1bee976
+# %% ../nbs/06_peft.ipynb #1c9fb062
 import copy, json, os, re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -75,12 +75,13 @@ def _no_match(model, wanted, linears):
 def find_modules(
     model:nn.Module, # Any model
     target_modules:str|Sequence[str]='all-linear', # Endings of names, a regular expression for whole names, or 'all-linear': all but the head
-)->list[str]: # Full names of linear layers, in the model's order. ValueError if a target matches none, with what would
-    "The linear layers that `target_modules` means."
-    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
+    accept:Callable=is_linear, # Which layers may be named
+)->list[str]: # Full names of layers, in the model's order. ValueError if a target matches none, with what would
+    "The layers that `target_modules` means."
+    linears = {n: m for n, m in model.named_modules() if accept(m)}
     if isinstance(target_modules, str) and target_modules.lower() == 'all-linear':
         head = set((head_of(model) or nn.Module()).modules())
-        found = [n for n, m in linears.items() if m not in head]
+        found = [n for n, m in linears.items() if is_linear(m) and m not in head]
         if not found: raise _no_match(model, target_modules, found)
         return found
     wanted = [target_modules] if isinstance(target_modules, str) else [[o] for o in target_modules]
@@ -158,12 +159,12 @@ class Whole(Part):
 # %% ../nbs/06_peft.ipynb #0c114dcb
 def find_whole(
     model:nn.Module, # Without a method
-    modules_to_save:Sequence[str], # Endings of names
+    modules_to_save:Sequence[str], # Endings of names, by PEFT's rule: 'norm' also means layernorm
 )->list[str]: # Full names. ValueError if one matches nothing, or two lie inside each other
     "The modules that are to be trained whole."
     found = []
     for o in modules_to_save:
-        names = [n for n, m in model.named_modules() if n and name_matches(n, [o]) and next(m.parameters(), None) is not None]
+        names = [n for n, m in model.named_modules() if n and n.endswith(o) and next(m.parameters(), None) is not None]
         if not names: raise ValueError(f"modules_to_save={o!r} matches no module with parameters. At the top of the model are {', '.join(n for n, _ in model.named_children())}")
         found += [n for n in names if n not in found]
     for n in found:
@@ -177,6 +178,7 @@ def _taken(model): return ValueError(f'the model already has a method on it, {mo
 class Method:
     "A parameter-efficient method: the base of every configuration dataclass."
     peft_type:ClassVar[str] = '' # Its name in PEFT's files
+    accept:ClassVar[Callable] = staticmethod(is_linear) # Which layers it can stand beside
     modules_to_save = () # Endings of names: trained whole beside the method; a field where a method offers it
 
     def shapes(self,
@@ -220,6 +222,14 @@ class Method:
         for name, part in parts_of(model).items():
             part.leave_()
             replace_(model, name, part.base)
+
+    def present(self,
+        model:nn.Module, # Any model
+    )->'Method': # The same, or a copy
+        "The method without targets that the model lacks: a list in PEFT's files may name more than is there."
+        targets, names = getattr(self, 'target_modules', None), [n for n, m in model.named_modules() if self.accept(m)]
+        if not targets or isinstance(targets, str): return self
+        return replace(self, target_modules=[t for t in targets if any(name_matches(n, [t]) for n in names)] or targets)
 
     def tensors(self,
         model:nn.Module, # With this method on it
@@ -440,13 +450,6 @@ def read_method(
     try: return METHODS[kind].from_peft(config)
     except ValueError as e: raise ValueError(f'{Path(folder)/CONFIG}: {e}') from e
 
-# %% ../nbs/06_peft.ipynb #67d96ac1
-def _present(method, model):
-    "The method without targets that the model lacks: PEFT lets a list name more than is there."
-    targets, names = getattr(method, 'target_modules', None), [n for n, m in model.named_modules() if is_linear(m)]
-    if not targets or isinstance(targets, str): return method
-    return replace(method, target_modules=[t for t in targets if any(name_matches(n, [t]) for n in names)] or targets)
-
 # %% ../nbs/06_peft.ipynb #0aa631cf
 def load_adapter(
     model:nn.Module, # The base that the adapter was made for, without a method
@@ -455,7 +458,7 @@ def load_adapter(
     "Put a saved adapter on `model`."
     method, tensors = read_method(folder), read_adapter_tensors(folder)
     if hasattr(model, 'ftbook_method'): raise _taken(model)
-    method = _present(method, model)
+    method = method.present(model)
     try: method.check_tensors(model, tensors, str(folder))
     except ValueError as e:
         if str(e).startswith(str(folder)): raise

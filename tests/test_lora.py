@@ -4,8 +4,8 @@ import copy, gc, json, math, weakref
 import pytest, torch
 from torch import nn
 
-from ftbook.lora import LoRA, LoRALinear, Siblings, low_rank, share_siblings_
-from ftbook.methods import load_adapter, merge_, parts_of, save_adapter, trainable_summary, unmerge_
+from ftbook.lora import LoRA, LoRAEmbedding, LoRALinear, Siblings, add_adapter_, adapter_names, as_plain, fewer_ranks, low_rank, param_groups, row_norms, share_siblings_, use_adapter_
+from ftbook.methods import Whole, load_adapter, merge_, parts_of, remove_, save_adapter, trainable_summary, unmerge_
 
 vocab = 60
 
@@ -58,12 +58,21 @@ def peft_twin(model, **config):
     return peft.get_peft_model(model, peft.LoraConfig(**given))
 
 
+def name_in_peft(n):
+    "Where peft keeps a parameter that is called `n` in ours."
+    head, _, last = n.rpartition(".")
+    if head.endswith(".whole"): return f"base_model.model.{head.removesuffix('.whole')}.modules_to_save.default.{last}"
+    where = {"lora_bias": "lora_B.default.bias", "lora_embedding_A": "lora_embedding_A.default", "lora_embedding_B": "lora_embedding_B.default"}
+    return f"base_model.model.{head}.{where.get(last, f'{last}.default.weight')}"
+
+
 def in_step(ours, theirs, std=.1):
-    "Give both models the same A and B, with B no longer zero; return the pairs."
-    pairs = {n: (ours.get_parameter(n), theirs.get_parameter(f"base_model.model.{n}.default.weight")) for n in ours.ftbook_added}
+    "Give both models the same numbers, with B and what else begins at zero no longer zero; return the pairs."
+    pairs = {n: (ours.get_parameter(n), theirs.get_parameter(name_in_peft(n))) for n in ours.ftbook_added}
     assert sum(p.requires_grad for p in theirs.parameters()) == len(pairs)
     for n, (p, q) in pairs.items():
-        if n.endswith("B"): nn.init.normal_(p, std=std)
+        if n.endswith(("lora_B", "lora_bias", "embedding_A")): nn.init.normal_(p, std=std)
+        if n.endswith("magnitude_vector"): p.data.mul_(1 + std*torch.randn_like(p))
         q.data.copy_(p.data)
     return pairs
 
@@ -74,10 +83,17 @@ def gap(pairs): return max(float((p - q).detach().abs().max()) for p, q in pairs
 def grads(model): return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(ours, theirs, steps=10, lr=1e-3, std=.1):
-    "Largest differences of logits, gradients and, after `steps` of AdamW, weights."
-    pairs, found = in_step(ours, theirs, std), {}
+def compare(ours, theirs, steps=10, lr=1e-3, std=.1, begun=False, lr_ratio=None):
+    "Largest differences of logits, gradients and, after `steps` of AdamW, weights. An adapter that has `begun` in the weights is moved from there, not put elsewhere."
+    if begun:
+        pairs, found = {n: (ours.get_parameter(n), theirs.get_parameter(name_in_peft(n))) for n in ours.ftbook_added}, {}
+        assert all(torch.allclose(p.abs(), q.abs(), atol=1e-4) for p, q in pairs.values())
+        for p, q in pairs.values(): p.data.add_(std*torch.randn_like(p)); q.data.copy_(p.data)
+    else: pairs, found = in_step(ours, theirs, std), {}
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=lr) for m in (ours, theirs)]
+    if lr_ratio:
+        from peft.optimizers import create_loraplus_optimizer
+        optimizers = [torch.optim.AdamW(param_groups(ours, lr)), create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=lr_ratio)]
     for i in range(max(steps, 1)):
         outs = []
         for m, o in zip((ours, theirs), optimizers):
@@ -98,6 +114,16 @@ cases = [("Llama", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8)), ("Llama", di
     ("Llama", dict(rank=4, alpha=8, dropout=.3), dict(r=4, lora_alpha=8, lora_dropout=.3)),
     ("Llama", dict(rank=4, alpha=8, target_modules=["q_proj", "v_proj"]), dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])),
     ("Llama", dict(rank=4, alpha=8, target_modules=r".*\.1\..*_proj"), dict(r=4, lora_alpha=8, target_modules=r".*\.1\..*_proj")),
+    ("Llama", dict(rank=4, alpha=8, rank_pattern={"q_proj": 8, r"layers\.1\.mlp.*": 2}, alpha_pattern={"down_proj": 3}), dict(r=4, lora_alpha=8, rank_pattern={"q_proj": 8, r"layers\.1\.mlp.*": 2}, alpha_pattern={"down_proj": 3})),
+    ("Llama", dict(rank=4, alpha=8, exclude_modules=["k_proj"], target_modules=["q_proj", "k_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers"),
+        dict(r=4, lora_alpha=8, exclude_modules=["k_proj"], target_modules=["q_proj", "k_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers")),
+    ("Llama", dict(rank=4, alpha=8, modules_to_save=["lm_head", "norm"]), dict(r=4, lora_alpha=8, modules_to_save=["lm_head", "norm"])),
+    ("Llama", dict(rank=4, alpha=8, target_modules=["embed_tokens", "q_proj"]), dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"])),
+    ("Llama", dict(rank=4, alpha=8, lora_bias=True), dict(r=4, lora_alpha=8, lora_bias=True)),
+    ("Llama", dict(rank=4, alpha=8, use_dora=True), dict(r=4, lora_alpha=8, use_dora=True)), ("Qwen2", dict(rank=4, alpha=8, use_dora=True), dict(r=4, lora_alpha=8, use_dora=True)),
+    ("GPT-2", dict(rank=4, alpha=8, use_dora=True), dict(r=4, lora_alpha=8, use_dora=True, fan_in_fan_out=True)), ("BERT", dict(rank=4, alpha=8, use_dora=True), dict(r=4, lora_alpha=8, use_dora=True)),
+    ("T5", dict(rank=4, alpha=8, use_dora=True), dict(r=4, lora_alpha=8, use_dora=True)), ("Llama", dict(rank=4, alpha=8, use_dora=True, dropout=.3), dict(r=4, lora_alpha=8, use_dora=True, lora_dropout=.3)),
+    ("GPT-2", dict(rank=4, alpha=8, target_modules=["wte", "c_attn"]), dict(r=4, lora_alpha=8, target_modules=["wte", "c_attn"], fan_in_fan_out=True)),
     ("Qwen2", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8)), ("GPT-2", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8, fan_in_fan_out=True)),
     ("BERT", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8)), ("T5", dict(rank=4, alpha=8), dict(r=4, lora_alpha=8))]
 
@@ -108,11 +134,13 @@ def test_parity_table(capsys):
     for name, ours, theirs in cases:
         what = ", ".join(f"{k} {v}" for k, v in ours.items() if k != "rank")
         rows.append((f"{name}: {what}", compare(LoRA(**ours).apply(make(name)), peft_twin(make(name), **theirs))))
+    for init in ("pissa", "olora"): rows.append((f"Llama: {init}", compare(LoRA(rank=4, alpha=8, init=init).apply(make("Llama")), peft_twin(make("Llama"), r=4, lora_alpha=8, init_lora_weights=init), std=.01, begun=True)))
+    rows.append(("Llama: LoRA+, lr_ratio 16", compare(LoRA(rank=4, alpha=8, lr_ratio=16).apply(make("Llama")), peft_twin(make("Llama"), r=4, lora_alpha=8), lr_ratio=16)))
     a, b = (load_model("smollm2-135m", dtype="float32", device="cpu", attention="eager")[0] for _ in range(2))
     rows.append(("smollm2-135m: alpha 32, rank 16", compare(LoRA().apply(a), peft_twin(b, r=16, lora_alpha=32), steps=0, std=.01)))
     with capsys.disabled():
-        print(f"\n{'LoRA against peft, float32':58} {'logits':>9} {'gradients':>9} {'10 steps':>9}")
-        for what, found in rows: print(f"{what:58} " + " ".join(f"{v:9.1e}" for v in found.values()))
+        print(f"\n{'LoRA against peft, float32':130} {'logits':>9} {'gradients':>9} {'10 steps':>9}")
+        for what, found in rows: print(f"{what:130} " + " ".join(f"{v:9.1e}" for v in found.values()))
     for what, found in rows: assert all(v < 1e-5 for v in found.values()), what
 
 
@@ -149,8 +177,8 @@ def test_weights_in_half_precision_are_read(tmp_path):
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("field, value", [("use_dora", True), ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}), ("modules_to_save", ["lm_head"]), ("bias", "all"),
-    ("lora_bias", True), ("init_lora_weights", "pissa"), ("layers_to_transform", [0]), ("layer_replication", [[0, 2]]), ("exclude_modules", ["q_proj"]), ("target_parameters", ["x"]),
+@pytest.mark.parametrize("field, value", [("bias", "all"), ("bias", "lora_only"), ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"), ("init_lora_weights", "mica"), ("layer_replication", [[0, 2]]), ("target_parameters", ["x"]),
+    ("alora_invocation_tokens", [1]), ("use_bdlora", {"a": 1}), ("ensure_weight_tying", True), ("loftq_config", {"bits": 4}),
     ("trainable_token_indices", [1]), ("use_qalora", True), ("a_field_of_next_year", 7)])
 def test_fields_that_would_change_the_result_are_refused(field, value, tmp_path):
     save_adapter(LoRA(rank=4).apply(make("Llama")), tmp_path)

@@ -655,7 +655,7 @@ def _put_on(model, method, tensors):
 # %% ../nbs/09_lora.ipynb #74db0de7
 def _shelve(model):
     "Put the adapter in use on the shelf, and give the shelf."
-    shelf, name = model.__dict__.setdefault('ftbook_shelf', {}), model.__dict__.get('ftbook_active', 'default')
+    shelf, name = model.__dict__.setdefault('ftbook_shelf', {}), _active(model)
     if taken := _take_off(model): shelf[name] = taken
     model.ftbook_active = None
     return shelf
@@ -667,15 +667,14 @@ def add_adapter_(
     source, # A LoRA configuration, or a folder that holds a saved adapter
 )->nn.Module: # The same model, with the new adapter in use. ValueError for a name that is taken, or what does not fit
     "Put one more LoRA adapter on `model`."
-    active, taken = model.__dict__.get('ftbook_active'), adapter_names(model)
+    active, taken = _active(model), adapter_names(model)
     if name in taken: raise ValueError(f'{name!r} is the name of another adapter: {", ".join(taken)} are taken')
     method = source if isinstance(source, Method) else read_method(source)
     if not isinstance(method, LoRA): raise ValueError(f'{type(method).__name__} cannot share a model with others: only LoRA adapters can')
-    before = active or (taken[0] if taken else None)
     _shelve(model)
     try: method.apply(model) if method is source else load_adapter(model, source)
     except (ValueError, OSError):
-        use_adapter_(model, before)
+        use_adapter_(model, active)
         raise
     model.ftbook_active = name
     return model
@@ -685,9 +684,12 @@ def adapter_names(
     model:nn.Module, # Any model
 )->list[str]: # In the order in which they came
     "The LoRA adapters that `model` carries."
-    names = list(model.__dict__.get('ftbook_shelf', {}))
-    active = model.__dict__.get('ftbook_active') or ('default' if hasattr(model, 'ftbook_method') and not names else None)
+    names, active = list(model.__dict__.get('ftbook_shelf', {})), _active(model)
     return names + [active]*(active is not None and active not in names)
+
+def _active(model):
+    "The name of the adapter in use; one that nobody named is called 'default'."
+    return model.__dict__.get('ftbook_active') or ('default' if hasattr(model, 'ftbook_method') else None)
 
 def _find(shelf, name):
     if name not in shelf: raise ValueError(f"there is no adapter {name!r}: {', '.join(shelf) or 'none'} are here")
@@ -739,9 +741,11 @@ def use_adapter_(
     "Switch to another adapter, or to a weighted sum of several."
     if which is not None and (unknown := [n for n in ([which] if isinstance(which, str) else which) if n not in adapter_names(model)]):
         raise ValueError(f"there is no adapter {unknown[0]!r}: {', '.join(adapter_names(model)) or 'none'} are here")
-    shelf = _shelve(model)
-    if which is None: return model
-    if isinstance(which, dict): shelf[name] = _combined(model, shelf, which, rank)
-    model.ftbook_active = which if isinstance(which, str) else name
-    _put_on(model, *shelf[model.ftbook_active])
+    before, shelf = _active(model), _shelve(model)
+    try:
+        if isinstance(which, dict): shelf[name], before = _combined(model, shelf, which, rank), name
+        else: before = which
+    finally: # also after an error: then what was in use before comes back
+        if before is not None: _put_on(model, *shelf[before])
+        model.ftbook_active = before
     return model

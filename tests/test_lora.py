@@ -249,9 +249,10 @@ def test_who_is_a_sibling(name, sizes):
     assert not [n for n, o in parts_of(model).items() if "EncDec" in n and o.siblings]
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("name", small_models)
-def test_together_is_alone(name):
-    model = lively(make(name))
+def test_together_is_alone(name, dora):
+    model = lively(make(name), use_dora=dora)
     model(**batch()).loss.backward()
     together = grads(model)
     assert at_rest(model)
@@ -261,9 +262,9 @@ def test_together_is_alone(name):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", ["Llama", "T5", "BERT"])
-def test_gradient_checkpointing(name, reentrant):
-    model = lively(make(name))
+@pytest.mark.parametrize("name, dora", [("Llama", False), ("T5", False), ("BERT", False), ("Llama", True)])
+def test_gradient_checkpointing(name, dora, reentrant):
+    model = lively(make(name), use_dora=dora)
     model(**batch()).loss.backward()
     want = grads(model)
     model.zero_grad()
@@ -307,9 +308,10 @@ def test_generation_and_modes():
     assert gap([(model(ids).logits, logits)]) < 1e-6 and at_rest(model)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_like_peft(dtype):
-    ours, theirs = LoRA(rank=4, alpha=8).apply(make("Llama")), peft_twin(make("Llama"), r=4, lora_alpha=8)
+def test_autocast_is_like_peft(dtype, dora):
+    ours, theirs = LoRA(rank=4, alpha=8, use_dora=dora).apply(make("Llama")), peft_twin(make("Llama"), r=4, lora_alpha=8, use_dora=dora)
     pairs = in_step(ours, theirs)
     for m in (ours, theirs):
         with torch.autocast("cpu", dtype): out = m(**batch())
@@ -320,8 +322,9 @@ def test_autocast_is_like_peft(dtype):
     assert max(float((p.grad - q.grad).norm()/q.grad.norm()) for p, q in pairs.values()) < .05
 
 
-def test_bfloat16_base_keeps_float32_parameters():
-    exact, model = lively(make("Llama")), lively(make("Llama").bfloat16())
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_bfloat16_base_keeps_float32_parameters(dora):
+    exact, model = lively(make("Llama"), use_dora=dora), lively(make("Llama").bfloat16(), use_dora=dora)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     for m in (exact, model): m(**batch()).loss.backward()
     ours, want = grads(model), grads(exact)
@@ -580,3 +583,225 @@ def test_no_gradient_for_frozen_weights():
     with FlopCounterMode(display=False) as counter: low_rank(x, [layer])[0].sum().backward()
     full, thin = 2*100*64*64, 2*100*64*2
     assert 2*full < counter.get_total_flops() <= 2*full + 6*thin   # y and dx, three products with A and three with B; the weight's gradient would be a third `full`
+
+
+# DoRA
+
+def test_row_norms_without_the_matrix():
+    torch.manual_seed(0)
+    w, a, b = torch.randn(50, 30), torch.randn(4, 30), torch.randn(50, 4)
+    assert gap([(row_norms(w, w.square().sum(1), a, b, 1.7), (w + 1.7*b @ a).norm(dim=1))]) < 1e-4
+    b[0] = 0; w[0] = 0
+    assert row_norms(w, w.square().sum(1), a, b, 1.7)[0] == 0
+
+
+@pytest.mark.parametrize("name", small_models)
+def test_dora_merges_and_leaves(name):
+    model, data = make(name).eval(), batch()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    LoRA(rank=4, alpha=8, use_dora=True).apply(model)
+    for o in parts_of(model).values(): nn.init.normal_(o.lora_B, std=.1); o.lora_magnitude_vector.data.mul_(1.1)
+    want = model(**data).logits
+    assert gap([(merge_(model)(**data).logits, want)]) < 1e-4
+    assert torch.equal(unmerge_(model)(**data).logits, want)
+    remove_(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_changed_base_has_other_norms():
+    layer = LoRALinear(nn.Linear(6, 5).requires_grad_(False), 2, 1., use_dora=True)
+    first = layer.norms()
+    with torch.no_grad(): layer.base.weight.mul_(2)
+    assert torch.allclose(layer.norms(), 2*first)
+    layer.base.weight.data = layer.base.weight.data*2
+    assert torch.allclose(layer.norms(), 4*first)
+
+
+# Where it begins
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_6"])
+@pytest.mark.parametrize("name", small_models)
+def test_beginning_inside_the_weights(name, init, tmp_path):
+    import peft
+    model, data = make(name).eval(), batch()
+    want, weights = model(**data).logits, {n: p.clone() for n, p in model.named_parameters()}
+    LoRA(rank=4, alpha=8, init=init).apply(model)
+    assert gap([(model(**data).logits, want)]) < 1e-4                                   # nothing has changed,
+    assert max(float((p - weights[n.replace(".base.", ".")]).abs().max()) for n, p in model.named_parameters() if ".base." in n) > 1e-3  # and yet the weights have
+    for o in parts_of(model).values(): o.lora_B.data.add_(.05*torch.randn_like(o.lora_B))
+    moved = model(**data).logits
+    assert gap([(moved, want)]) > 1e-3
+    save_adapter(model, tmp_path)
+    there, here = peft.PeftModel.from_pretrained(make(name), tmp_path).eval(), load_adapter(make(name), tmp_path).eval()
+    assert gap([(there(**data).logits, moved), (here(**data).logits, moved)]) < 1e-4
+    assert here.ftbook_method.rank == 8 and here.ftbook_method.init == "kaiming"
+    remove_(model)
+    assert gap((p, weights[n]) for n, p in model.named_parameters()) < 1e-5
+    merged = merge_(LoRA(rank=4, alpha=8, init=init).apply(model))
+    assert gap([(remove_(merged)(**data).logits, want)]) < 1e-4
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_as_plain_keeps_the_scaling(rslora):
+    method = LoRA(rank=4, alpha=8, init="pissa", use_rslora=rslora, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})
+    for name in ("q_proj", "v_proj", "o_proj"): assert math.isclose(as_plain(method).scaling_of(name), method.scaling_of(name))
+    assert as_plain(LoRA()) == LoRA()
+
+
+def test_the_weights_of_a_quantised_base_are_not_touched():
+    class Linear4(nn.Linear): pass
+    with pytest.raises(ValueError, match="Linear4 does not allow"): LoRA(rank=2, init="pissa").apply(nn.Sequential(Linear4(6, 6)))
+
+
+# Patterns, whole modules, embeddings, tied heads
+
+@pytest.mark.parametrize("wrong, said", [(dict(rank_pattern={"query": 2}), "'query' matches none"), (dict(alpha_pattern={"x": 2}), "'x' matches none"), (dict(modules_to_save=["score"]), "'score' matches no module"),
+    (dict(modules_to_save=["q_proj"]), "both a target and in modules_to_save"), (dict(layers_to_transform=[7]), "no layer is left"), (dict(exclude_modules=r".*"), "no layer is left"),
+    (dict(target_modules=["embed_tokens"], use_dora=True), "is an embedding"), (dict(rank_pattern={"q_proj": 99}), "rank=99 is larger"), (dict(modules_to_save=["model", "norm"]), "a module that holds it")])
+def test_what_does_not_fit_changes_nothing(wrong, said):
+    model = make("Llama")
+    before, kinds = {n: p.clone() for n, p in model.named_parameters()}, [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=said): LoRA(**{"rank": 2, **wrong}).apply(model)
+    assert [type(m) for m in model.modules()] == kinds and all(torch.equal(p, before[n]) and p.requires_grad for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(init="best"), "init='best'"), (dict(init="pissa_niter_0"), "init="), (dict(rank_pattern={"q": 0}), "rank_pattern"), (dict(alpha_pattern={"q": -1}), "alpha_pattern"),
+    (dict(lr_ratio=0), "lr_ratio"), (dict(use_dora=True, lora_bias=True), "do not go together")])
+def test_more_bad_hyperparameters(wrong, said):
+    with pytest.raises(ValueError, match=said): LoRA(**wrong)
+
+
+def test_a_pattern_in_a_file_may_name_what_is_not_there(tmp_path):
+    import peft
+    b = peft_twin(make("Llama"), r=4, rank_pattern={"q_proj": 2, "fc9": 3}, target_modules=["q_proj", "v_proj", "fc9"])
+    b.save_pretrained(tmp_path)
+    model = load_adapter(make("Llama"), tmp_path)
+    assert model.ftbook_method.rank_pattern == {"q_proj": 2} and gap([(model(**batch()).logits, b(**batch()).logits)]) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("given", [dict(modules_to_save=["lm_head"]), dict(modules_to_save=["embed_tokens", "lm_head"]), dict(target_modules=["embed_tokens", "q_proj"]), dict(target_modules=["lm_head", "v_proj"])], ids=str)
+def test_heads_and_embeddings_saved_reloaded_merged(given, tied, tmp_path):
+    "PAINS 13: new tokens and tied heads give the same logits after every way."
+    torch.manual_seed(0)
+    model = llama(tied=tied).eval()
+    state = copy.deepcopy(model.state_dict())
+    LoRA(**{"rank": 4, **given}).apply(model)
+    for p in model.parameters():
+        if p.requires_grad: p.data.add_(.05*torch.randn_like(p))
+    want = model(**batch()).logits
+    save_adapter(model, tmp_path)
+    def fresh():
+        new = llama(tied=tied).eval()
+        new.load_state_dict(state)
+        return new
+    import peft
+    assert gap([(m(**batch()).logits, want) for m in (load_adapter(fresh(), tmp_path), peft.PeftModel.from_pretrained(fresh(), tmp_path))]) < 1e-5
+    shares = tied and any(k in str(given) for k in ("lm_head", "embed_tokens"))
+    if shares:
+        with pytest.raises(ValueError, match="tied to another module"): merge_(model)
+    plain = remove_(merge_(model, keep=False, untie=True))
+    assert gap([(plain(**batch()).logits, want)]) < 1e-4
+    plain.save_pretrained(tmp_path/"merged")
+    again = type(plain).from_pretrained(tmp_path/"merged").eval()
+    assert gap([(again(**batch()).logits, want)]) < 1e-4
+
+
+def test_an_embedding_that_grew_comes_with_the_file(tmp_path):
+    import peft
+    torch.manual_seed(3)
+    grown = make("Llama")
+    grown.resize_token_embeddings(vocab + 4)
+    b = peft.get_peft_model(grown, peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    for n, p in b.named_parameters():
+        if "lora" in n: p.data.add_(.1*torch.randn_like(p))
+    b.save_pretrained(tmp_path)
+    here = make("Llama")
+    with pytest.raises(ValueError, match=r"\(64, 32\) in the file and \(60, 32\) in the model"): load_adapter(here, tmp_path)
+    here.resize_token_embeddings(vocab + 4)
+    before = here.model.embed_tokens.weight.clone()
+    load_adapter(here, tmp_path)
+    here.lm_head.load_state_dict(grown.lm_head.state_dict())
+    assert gap([(here(**batch()).logits, b(**batch()).logits)]) < 1e-5
+    assert torch.equal(remove_(here).model.embed_tokens.weight, before)
+
+
+# LoRA+
+
+def test_finetune_reads_the_ratio():
+    from ftbook.data import Example
+    from ftbook.train import Settings, Loop
+    model = LoRA(rank=4, lr_ratio=8).apply(make("Llama"))
+    groups = Loop(model, [Example([1, 2, 3], [False, True, True])], Settings()).optimizer.param_groups
+    assert sorted((g["lr_scale"], len(g["params"])) for g in groups) == [(1., 14), (8., 14)]
+    loop = Loop(model, [Example([1, 2, 3], [False, True, True])], Settings(lr=1e-3, warmup=0, schedule="constant"), packs=False)
+    loop.take_step()
+    assert sorted(g["lr"] for g in loop.optimizer.param_groups) == [1e-3, 8e-3]
+
+
+# Several adapters
+
+def shelf_of(name, n=3, **kw):
+    "A model with adapters 'a', 'b', ... of ranks 2, 3, ..., and their deltas."
+    model, deltas = make(name).eval(), {}
+    for i in range(n):
+        add_adapter_(model, "abc"[i], LoRA(rank=2 + i, alpha=4, seed=i, **kw))
+        for o in parts_of(model).values(): nn.init.normal_(o.lora_B, std=.1)
+    for k in "abc"[:n]: deltas[k] = {p: o.delta().detach() for p, o in parts_of(use_adapter_(model, k)).items()}
+    return model, deltas
+
+
+@pytest.mark.parametrize("name", small_models)
+def test_sums_of_adapters_are_sums_of_deltas(name):
+    model, deltas = shelf_of(name)
+    bare = make(name).eval()(**batch()).logits
+    use_adapter_(model, {"a": .5, "b": -1., "c": 2.})
+    for p, o in parts_of(model).items(): assert gap([(o.delta(), .5*deltas["a"][p] - deltas["b"][p] + 2*deltas["c"][p])]) < 1e-5
+    assert torch.equal(use_adapter_(model, None)(**batch()).logits, bare)
+    for k in "cab":
+        for p, o in parts_of(use_adapter_(model, k)).items(): assert torch.equal(o.delta(), deltas[k][p])
+
+
+def test_adapters_on_other_layers_add_up():
+    model = make("Llama").eval()
+    for k, targets in dict(a=["q_proj"], b=["q_proj", "down_proj"]).items():
+        add_adapter_(model, k, LoRA(rank=2, alpha=2, target_modules=targets))
+        for o in parts_of(model).values(): nn.init.normal_(o.lora_B, std=.1)
+    use_adapter_(model, {"a": 1., "b": 1.})
+    ranks = {p.rpartition(".")[2]: len(o.lora_A) for p, o in parts_of(model).items()}
+    assert ranks == {"q_proj": 4, "down_proj": 2}
+
+
+def test_a_lower_rank_is_the_best_one():
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 20), torch.randn(30, 6)
+    low_a, low_b, values = fewer_ranks(a, b, 2)
+    u, s, vt = torch.linalg.svd(b @ a)
+    assert gap([(low_b @ low_a, u[:, :2]*s[:2] @ vt[:2]), (values, s[:6])]) < 1e-4
+
+
+def test_training_goes_on_after_a_switch(tmp_path):
+    model, _ = shelf_of("Llama", 2)
+    use_adapter_(model, "a")
+    first = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(first.values(), lr=.1)
+    use_adapter_(use_adapter_(model, "b"), "a")
+    assert {n: id(p) for n, p in model.named_parameters() if p.requires_grad} == {n: id(p) for n, p in first.items()}
+    before = model(**batch()).loss
+    before.backward()
+    optimizer.step()
+    assert model(**batch()).loss < before
+
+
+def test_what_cannot_share_a_model(tmp_path):
+    model = LoRA(rank=2).apply(make("Llama"))
+    add_adapter_(model, "second", LoRA(rank=2))
+    assert adapter_names(model) == ["default", "second"]
+    with pytest.raises(ValueError, match="name of another"): add_adapter_(model, "default", LoRA())
+    with pytest.raises(FileNotFoundError): add_adapter_(model, "third", tmp_path)
+    assert adapter_names(model) == ["default", "second"] and model.ftbook_active == "second"
+    add_adapter_(model, "dora", LoRA(rank=2, use_dora=True))
+    with pytest.raises(ValueError, match="do not add up"): use_adapter_(model, {"dora": 1., "second": 1.})
+    assert model.ftbook_active == "dora" and parts_of(model)
+    begun = LoRA(rank=2, init="pissa").apply(make("Llama"))
+    with pytest.raises(ValueError, match="save it"): add_adapter_(begun, "x", LoRA(rank=2))

@@ -1,6 +1,7 @@
 "ftbook.train: what a chapter would not show. Killed runs, other architectures, several processes, and what must be given back."
 import copy, errno, gc, json, math, multiprocessing, os, random, signal, subprocess, sys, textwrap, time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -232,11 +233,15 @@ def test_rounding_in_bfloat16_is_of_the_size_of_the_models_own(kind):
     assert off(ours, truth) < 1.5*off(theirs, truth)
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(0, 20), st.sampled_from([(4, 2), (3, 1), (2, 2)]), st.integers(0, 99))
-@settings(deadline=None, max_examples=40)
-def test_attention_by_groups(lengths, prefix, heads, seed):
-    "Whatever the lengths: our attention and its gradient against PyTorch's, example by example, in float64."
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(0, 20), st.sampled_from([(4, 2), (3, 1), (2, 2)]), st.integers(0, 99), st.sampled_from([256, 8, 1]))
+@settings(deadline=None, max_examples=60)
+def test_attention_by_groups(lengths, prefix, heads, seed, block):
+    "Whatever the lengths and the blocks: our attention and its gradient against PyTorch's, example by example, in float64."
     torch.manual_seed(seed)
+    with mock.patch.object(train, "BLOCK", block): _check_attention(lengths, prefix, heads)
+
+
+def _check_attention(lengths, prefix, heads):
     sizes = ([prefix] if prefix else []) + lengths
     q, k, v = (torch.randn(1, h, sum(sizes), 4, dtype=torch.float64, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
     def by_example(q, k, v):

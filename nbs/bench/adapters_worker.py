@@ -5,7 +5,8 @@
 
 FTBOOK_ADAPTERS_PYTHON names the interpreter of that environment. Both sides get the same weights, the same adapter (written by
 `save_for_adapters`, read by the package) and the same ten batches, and give logits, gradients, the weights after ten steps of
-AdamW and the logits after that; the package saves what it has trained, and `load_from_adapters` reads it.
+AdamW and the logits after that. The package saves what it has trained, and one more adapter with its own default configuration;
+`load_from_adapters` reads both.
 """
 import json, os, subprocess, sys, tempfile
 from importlib.metadata import version
@@ -27,6 +28,8 @@ ARCHITECTURES = { # name -> (class of the model, class of its configuration, wha
     'Qwen2': ('Qwen2ForCausalLM', 'Qwen2Config', dict(small, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)),
     'T5': ('T5ForConditionalGeneration', 'T5Config', dict(small, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0., feed_forward_proj='gated-gelu',
                                                           decoder_start_token_id=0, tie_word_embeddings=False, initializer_factor=.3, attn_implementation='eager'))}   # version 4 of transformers has no other attention for T5
+DEFAULTS = dict(houlsby='double_seq_bn', pfeiffer='seq_bn', parallel='par_bn')   # the package's names for its default configurations
+TIED_HEAD = 'BERT', 'DistilBERT'   # their heads share a tensor, which the package cannot save to safetensors
 KINDS = dict(houlsby=dict(activation='swish'), pfeiffer=dict(activation='relu'), parallel=dict(activation='gelu', scaling=4.))   # one activation each
 SIZE = 7      # does not divide 32, so the reduction factor has to be a fraction
 
@@ -78,8 +81,19 @@ def answer(folder):
             found = train(model, parameters)
             model.save_adapter(str(here/'theirs'), adapter, use_safetensors=True, with_head=False)
             save_file({k: t.contiguous() for k, t in (found | {'base': base}).items()}, here/'answer.safetensors')
+            native(model, here/'native', kind, with_head=name not in TIED_HEAD)
             if lost: (here/'lost.json').write_text(json.dumps(sorted(lost)))
     (folder/'versions.json').write_text(json.dumps({p: version(p) for p in ('adapters', 'transformers', 'torch')}))
+
+def native(model, folder, kind, with_head):
+    "Save an adapter that the package has made by itself, and the logits that it gives."
+    model.add_adapter('native', config=DEFAULTS[kind])
+    torch.manual_seed(2)
+    for k, p in model.named_parameters():
+        if 'adapters.native.' in k: torch.nn.init.normal_(p, std=STD)
+    model.set_active_adapters('native')
+    with torch.no_grad(): save_file({'logits': model(**batch(0)).logits}, folder.with_suffix('.safetensors'))
+    model.save_adapter(str(folder), 'native', use_safetensors=True, with_head=with_head)
 
 
 # Ours
@@ -104,10 +118,13 @@ def compare(folder, name, kind, model):
     names = package_names({n: o.place for n, o in bottlenecks(model).items()}, 'adapter')
     ours = train(model, {k: model.get_parameter(n) for n, k in names.items()}) | {'base': base}
     if ours.keys() != theirs.keys(): raise ValueError(f'{name} {kind}: the package trains {sorted(theirs.keys() ^ ours.keys())[:3]}, or we do')
-    with torch.no_grad(): back = load_from_adapters(build(name), here/'theirs')(**batch(0)).logits
+    with torch.no_grad():
+        back = load_from_adapters(build(name), here/'theirs')(**batch(0)).logits
+        native = load_from_adapters(build(name), here/'native')(**batch(0)).logits - load_file(here/'native.safetensors')['logits']
     gap = lambda start: max(float((ours[k] - theirs[k]).abs().max()) for k in ours if k.startswith(start))
     return dict(architecture=name, kind=kind, bottleneck_size=SIZE, **KINDS[kind], tensors=len(names), base=gap('base'), logits=gap('logits'), gradients=gap('gradient'), weights=gap('weight'),
-                after=gap('after'), theirs_read=float((back - theirs['after']).abs().max()), effect=float((ours['logits'] - base).abs().max()),
+                after=gap('after'), theirs_read=float((back - theirs['after']).abs().max()),
+                native_read=float(native.abs().max()), head=(here/'native'/'model_head.safetensors').exists(), effect=float((ours['logits'] - base).abs().max()),
                 smallest_gradient=min(float(t.abs().max()) for k, t in theirs.items() if k.startswith('gradient')), lost=json.loads(lost.read_text()) if lost.exists() else [])
 
 def ask(python):

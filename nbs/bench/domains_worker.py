@@ -20,6 +20,7 @@ SEEDS = dict(frozen=10, smollm2=3)                # runs of each training domain
 SIZES = dict(frozen=(600, 360), smollm2=(400, 200)) # rows to train and to test on, half of each label
 TRAINING = dict(rank=16, alpha=32, lr=1e-3, batch_size=16, epochs=2)
 INSTRUCTION = 'Is the sentiment {labels}?'
+PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
 
 
 # Results
@@ -30,18 +31,18 @@ def cpu_name():
     lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
     return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
 
-def where():
+def where(packages=PACKAGES):
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
     return dict(cpu=cpu_name(), cores=os.cpu_count(), commit=commit,
-                versions={p: version(p) for p in ('torch', 'transformers', 'scikit-learn', 'numpy')})
+                versions={p: version(p) for p in packages})
 
-def append(runs, path=RESULTS):
+def append(runs, path=RESULTS, packages=PACKAGES):
     "Add finished runs, with the number of the machine that made them; the file is never seen half written, and two writers take turns."
     from filelock import FileLock
     from ftbook.models import cache_dir
     path.parent.mkdir(exist_ok=True)
     with FileLock(cache_dir()/f'{path.name}.lock'):
-        data, here = read(path), where()
+        data, here = read(path), where(packages)
         if here not in data['machines']: data['machines'].append(here)
         data['runs'] += [run | dict(machine=data['machines'].index(here)) for run in runs]
         lines = ',\n'.join(json.dumps(run) for run in data['runs'])

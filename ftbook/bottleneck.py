@@ -1,4 +1,4 @@
-"""A small network after each sublayer, and the cheapest methods beside it: (IA)³ and BitFit
+"""A small network in every block, and the cheapest methods beside it: (IA)³ and BitFit
 
 Docs: https://ftbook.github.io/ftbook/adapters.html.md"""
 
@@ -6,12 +6,12 @@ Docs: https://ftbook.github.io/ftbook/adapters.html.md"""
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'ACTIVATIONS', 'KINDS', 'PACKAGE', 'PACKAGE_WEIGHTS', 'SCALED', 'SECOND', 'Layout', 'is_block',
-           'find_blocks', 'BottleneckPart', 'Place', 'Bottleneck', 'stream_width', 'bottlenecks', 'package_config',
+           'find_blocks', 'Place', 'BottleneckPart', 'Bottleneck', 'stream_width', 'bottlenecks', 'package_config',
            'method_from_package', 'package_names', 'save_for_adapters', 'load_from_adapters', 'IA3Part',
            'scaled_layers', 'IA3', 'OffsetPart', 'BitFit']
 
-# %% ../nbs/07_adapters.ipynb #c54ea4c3
-import json, math, os, re, weakref
+# %% ../nbs/07_adapters.ipynb #e78548a9
+import json, math, re, weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -20,12 +20,13 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from .methods import CONFIG, Method, Part, check_finite, check_fit, find_modules, is_linear, linear_size, method_of, name_matches, parts_of, register, replace_
+from .methods import (CONFIG, Method, Part, check_finite, check_fit, check_number, exact_targets, find_modules, is_linear, linear_size, method_of, parts_of,
+    read_adapter_tensors, refuse_fields, register, replace_, write_files)
 
 # %% ../nbs/07_adapters.ipynb #af8e4254
 @dataclass(frozen=True)
@@ -39,14 +40,17 @@ class Layout:
     filed:tuple=('attention_adapters', 'output_adapters') # Where the `adapters` package keeps what follows attention and feed-forward
 
     def __post_init__(self):
-        if self.stream.startswith(f'{self.feed_forward}.'): raise ValueError(f'stream={self.stream!r} lies inside feed_forward={self.feed_forward!r}: name a module that is called before it, or {self.feed_forward!r} itself')
+        if inside := [o for o in (self.stream, self.norm) if o.startswith(f'{self.feed_forward}.')]: raise ValueError(f'{inside[0]!r} lies inside feed_forward={self.feed_forward!r}: name a module beside it, or {self.feed_forward!r} itself')
 
-# %% ../nbs/07_adapters.ipynb #56cad8a9
+# %% ../nbs/07_adapters.ipynb #606324ac
+_bert = dict(attention='attention.output.dropout', feed_forward='output.dropout', stream='intermediate', norm='output.LayerNorm', filed=('attention.output', 'output'))
 LAYOUTS = {
     'Llama': Layout('self_attn', 'mlp', 'post_attention_layernorm', holds=('input_layernorm', 'self_attn', 'post_attention_layernorm', 'mlp')),
     'GPT-2': Layout('attn', 'mlp', 'ln_2', holds=('ln_1', 'attn', 'ln_2', 'mlp')),
-    'BERT': Layout('attention.output.dropout', 'output.dropout', 'intermediate', 'output.LayerNorm', ('attention', 'intermediate', 'output'), ('attention.output', 'output')),
-    'DistilBERT': Layout('attention', 'ffn', 'ffn', 'output_layer_norm', ('attention', 'sa_layer_norm', 'ffn', 'output_layer_norm')),
+    'GPT-2 decoder': Layout('attn', 'mlp', 'ln_2', holds=('ln_1', 'attn', 'ln_cross_attn', 'crossattention', 'ln_2', 'mlp')),
+    'BERT': Layout(**_bert, holds=('attention', 'intermediate', 'output')),
+    'BERT decoder': Layout(**_bert, holds=('attention', 'crossattention', 'intermediate', 'output')),
+    'DistilBERT': Layout('attention', 'ffn', 'ffn', 'output_layer_norm', holds=('attention', 'sa_layer_norm', 'ffn', 'output_layer_norm')),
     'T5 encoder': Layout('layer.0.dropout', 'layer.1.dropout', 'layer.1.layer_norm', holds=('layer.0', 'layer.1'), filed=('layer.0', 'layer.1')),
     'T5 decoder': Layout('layer.0.dropout', 'layer.2.dropout', 'layer.2.layer_norm', holds=('layer.0', 'layer.1', 'layer.2'), filed=('layer.0', 'layer.2'))}
 
@@ -54,7 +58,7 @@ LAYOUTS = {
 def is_block(
     module:nn.Module, # Any module
     layout:Layout, # What a block would have
-)->bool: # True if the named modules are there, and no parameter is outside of `layout.holds`
+)->bool: # True if all that is named is there, and no parameter lies outside `layout.holds`
     "Whether a module is a transformer block of this layout."
     names = {n for n, _ in module.named_modules()}
     if not {layout.attention, layout.feed_forward, layout.stream, layout.norm, *layout.holds} <= names: return False
@@ -71,21 +75,31 @@ def _no_blocks(model, layouts):
     return ValueError(f'no transformer block is recognised in {type(model).__name__}. Looked for modules that hold exactly {wanted}. '
                       f'There is: {there}. Name the modules yourself: layout=Layout(attention=..., feed_forward=..., stream=..., norm=...)')
 
+def _check_row(model, row, found):
+    "Raise ValueError if some modules of a list are blocks and others are not."
+    odd = [o for n, o in model.get_submodule(row).named_children() if f'{row}.{n}' not in found]
+    if odd: raise ValueError(f'not all of {row} are recognised: a {type(odd[0]).__name__} has {_children(odd[0])}. Name the modules of the blocks you mean: layout=Layout(attention=..., feed_forward=..., stream=...)')
+
 # %% ../nbs/07_adapters.ipynb #d3cc0405
 def find_blocks(
     model:nn.Module, # Any model without a method
     layout:Layout|None=None, # One that is not in `LAYOUTS`
-)->dict[str, Layout]: # Full name of each block -> where its parts are. ValueError if there is none, or only some of a row are recognised
+)->dict[str, Layout]: # Full name of each block -> where its parts are. ValueError if there is none, or only some of a list are recognised
     "The transformer blocks of a model."
     layouts = [layout] if layout else list(LAYOUTS.values())
     found = {n: l for n, m in model.named_modules() if n for l in layouts if is_block(m, l)}
     if not found: raise _no_blocks(model, layouts)
-    for row in {n.rpartition('.')[0] for n in found}:
-        blocks = model.get_submodule(row)
-        odd = [n for n, _ in blocks.named_children() if f'{row}.{n}' not in found]
-        if odd and isinstance(blocks, nn.ModuleList) and not layout: raise ValueError(f'{row}.{odd[0]} is not like the other blocks: it has {_children(blocks[int(odd[0])])}. '
-            'Name the modules of the blocks you mean: layout=Layout(attention=..., feed_forward=..., stream=...)')
+    rows = {n.rpartition('.')[0] for n in found} - {''}
+    for name in rows if not layout else (): _check_row(model, name, found)
     return found
+
+# %% ../nbs/07_adapters.ipynb #80383bcf
+@dataclass(frozen=True)
+class Place:
+    "Where an adapter stands."
+    block:str # Full name of its block
+    layout:Layout # Of the block
+    filed:str # Full name of the module that holds it in the `adapters` package
 
 # %% ../nbs/07_adapters.ipynb #a02b1f64
 ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu, 'gelu_new': partial(F.gelu, approximate='tanh'), 'silu': F.silu, 'swish': F.silu,
@@ -97,112 +111,108 @@ class BottleneckPart(Part):
     "A module whose output goes into the stream, and a bottleneck that adds to it."
     def __init__(self,
         base:nn.Module, # Gives a tensor (..., d), or a tuple that begins with one
-        d:int, # Width of the stream
-        method:'Bottleneck', # Width of the bottleneck, activation, scaling, what it reads
-        place:'Place', # Where it stands
+        width:int, # Of the stream, d
+        method:'Bottleneck', # Size, activation, scaling, what is read
+        place:Place, # Where it stands
         device:torch.device='cpu', # Of the block
     ):
         super().__init__(base)
         linear = partial(skip_init, nn.Linear, device=device, dtype=torch.float32) # draws no random numbers
-        self.down, self.up = linear(d, method.bottleneck_size), linear(method.bottleneck_size, d)
+        self.down, self.up = linear(width, method.bottleneck_size), linear(method.bottleneck_size, width)
         self.method, self.place, self.norm, self.seen, self.hook = method, place, (), None, None
 
-    @torch.no_grad()
-    def begin_(self,
-        generator:torch.Generator, # On the CPU
-    ):
-        "Set the weights to the beginning that `method.init` names; the biases to zero."
-        for layer in (self.down, self.up):
-            w, std = torch.empty(layer.weight.shape), self.method.init_std
-            if self.method.init == 'normal': nn.init.trunc_normal_(w, std=std, a=-2*std, b=2*std, generator=generator)
-            elif layer is self.up: w.zero_()
-            else: w.uniform_(-layer.in_features**-.5, layer.in_features**-.5, generator=generator)
-            layer.weight.copy_(w), layer.bias.zero_()
-
-    def watch_(self,
-        model:nn.Module, # With every part in its place
-    ):
-        "From now on, see the stream that comes in front of the feed-forward."
-        block, layout = model.get_submodule(self.place.block), self.place.layout
-        self.hook = block.get_submodule(layout.stream).register_forward_pre_hook(self.see, with_kwargs=True)
-        if layout.norm: self.norm = (block.get_submodule(layout.norm),)   # in a tuple, so that it is not ours to train, move or save
-
-    def see(self, module, args, kwargs):
-        "Remember the stream, weakly: the block holds on to it for its own addition."
-        self.seen = weakref.ref(args[0] if args else next(iter(kwargs.values())))
-
-    def read(self,
-        h:Tensor, # (..., d), what `base` gave
-    )->Tensor: # (..., d)
-        "What goes through the bottleneck."
-        if self.method.kind == 'houlsby': return h
-        x = self.seen() if self.seen else None
-        if x is None: raise RuntimeError(f'the {self.method.kind} adapter at {self.place.block} saw no stream: {self.place.layout.stream} must be called before {self.place.layout.feed_forward}, in the same forward pass')
-        if self.method.kind == 'parallel': return x
-        return self.norm[0](x + h) if self.norm else x + h
-
-    def added(self,
-        h:Tensor, # (..., d)
-    )->Tensor: # (..., d), in the dtype of `h`
-        "s U act(D r)."
-        r, m = self.read(h), self.method
-        low = ACTIVATIONS[m.activation](F.linear(r, self.down.weight.to(r.dtype), self.down.bias.to(r.dtype)))
-        out = F.linear(low, self.up.weight.to(r.dtype), self.up.bias.to(r.dtype))*m.scaling
-        return F.dropout(out, m.dropout, self.training).to(h.dtype)
-
-    def forward(self, *args, **kwargs):
+    def forward(self,
+        *args, # Of the base
+        **kwargs, # Of the base
+    ): # What the base gives, with the adapter's output added
         "Run the base and add."
         out = self.base(*args, **kwargs)
         if not isinstance(out, tuple): return out + self.added(out)
         return (out[0] + self.added(out[0]), *out[1:])
-
-    def leave_(self):
-        "Look no more."
-        if self.hook: self.hook.remove()
 
     def __getstate__(self): return {**self.__dict__, 'seen': None} # a copy has seen nothing
     def extra_repr(self)->str:
         "What `print(model)` shows of it."
         return f'{self.method.kind}, scaling={self.method.scaling:g}'
 
-# %% ../nbs/07_adapters.ipynb #80383bcf
-@dataclass(frozen=True)
-class Place:
-    "Where an adapter stands."
-    block:str # Full name of its block
-    layout:Layout # Of the block
-    filed:str # Full name of the module that holds it in the `adapters` package
+# %% ../nbs/07_adapters.ipynb #c2ab5f59
+@patch
+def watch_(self:BottleneckPart,
+    model:nn.Module, # With every part in its place
+):
+    "From now on, see the stream that comes in front of the feed-forward."
+    block, layout = model.get_submodule(self.place.block), self.place.layout
+    self.hook = block.get_submodule(layout.stream).register_forward_pre_hook(self.see, with_kwargs=True)
+    if layout.norm: self.norm = (block.get_submodule(layout.norm),)        # in a tuple, so that it is not ours to save or to move
 
-# %% ../nbs/07_adapters.ipynb #161a3de2
-def _check_number(name, value, ok, must):
-    "Raise ValueError unless `value` is a number for which `ok` holds."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not ok(value): raise ValueError(f'{name}={value!r}: it must be {must}')
+@patch
+def see(self:BottleneckPart,
+    module:nn.Module, # That is called
+    args:tuple, # With the stream as the first
+    kwargs:dict, # Or here
+):
+    "Remember the stream, weakly."
+    self.seen = weakref.ref(args[0] if args else next(iter(kwargs.values())))
 
+@patch
+def leave_(self:BottleneckPart):
+    "Look no more."
+    if self.hook: self.hook.remove()
+
+# %% ../nbs/07_adapters.ipynb #02939cb6
+@patch
+def read(self:BottleneckPart,
+    h:Tensor, # (..., d), what the base gave
+)->Tensor: # (..., d)
+    "What goes through the bottleneck."
+    if self.method.kind == 'houlsby': return h
+    x = self.seen() if self.seen else None
+    if x is None: raise RuntimeError(f'the {self.method.kind} adapter of {self.place.block} saw no stream: {self.place.layout.stream} has to be called in the same forward pass, before {self.place.layout.feed_forward}')
+    if self.method.kind == 'parallel': return x
+    return self.norm[0](x + h) if self.norm else x + h
+
+# %% ../nbs/07_adapters.ipynb #300d7255
+@patch
+def added(self:BottleneckPart,
+    h:Tensor, # (..., d), what the base gave
+)->Tensor: # (..., d), in the dtype of `h`
+    "s U act(D r)."
+    r, method = self.read(h), self.method
+    low = ACTIVATIONS[method.activation](F.linear(r, self.down.weight.to(r.dtype), self.down.bias.to(r.dtype)))  # (..., m)
+    out = F.linear(low, self.up.weight.to(r.dtype), self.up.bias.to(r.dtype))*method.scaling
+    return F.dropout(out, method.dropout, self.training).to(h.dtype)
+
+# %% ../nbs/07_adapters.ipynb #692f2c65
+@patch
+@torch.no_grad()
+def begin_(self:BottleneckPart,
+    generator:torch.Generator, # On the CPU
+):
+    "Set the weights as `method.init` says, and the biases to zero."
+    std = self.method.init_std
+    for layer in (self.down, self.up):
+        w, reach = torch.zeros(layer.weight.shape), layer.in_features**-.5
+        if self.method.init == 'normal': nn.init.trunc_normal_(w, std=std, a=-2*std, b=2*std, generator=generator)
+        elif layer is self.down: w.uniform_(-reach, reach, generator=generator)
+        layer.weight.copy_(w), layer.bias.zero_()
+
+# %% ../nbs/07_adapters.ipynb #cd72a382
 def _check_choice(name, value, choices):
     "Raise ValueError unless `value` is one of `choices`."
     if value not in choices: raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}")
-
-# %% ../nbs/07_adapters.ipynb #facb2f3a
-_shared = {'peft_type', 'task_type', 'auto_mapping', 'base_model_name_or_path', 'revision', 'inference_mode', 'peft_version'} # say nothing about what an adapter computes
-
-def _refuse(config, known, harmless=None):
-    "Raise ValueError that names the fields which are set and would be ignored."
-    off = lambda k, v: k in _shared | set(known) or v in (None, False, {}, [], 0) or v in (harmless or {}).get(k, [])
-    refused = [f'{k}={v!r}' for k, v in config.items() if not off(k, v)]
-    if refused: raise ValueError(f"ftbook does not support {', '.join(refused)}, and without it the adapter would compute something else")
 
 # %% ../nbs/07_adapters.ipynb #8b9e15d3
 @register
 @dataclass
 class Bottleneck(Method):
-    "Bottleneck adapters: a small network after the sublayers of a transformer, or beside one."
+    "Bottleneck adapters: a small network in every block of a transformer."
     kind:str='houlsby' # 'houlsby', 'pfeiffer' or 'parallel'
     bottleneck_size:int=64 # m; at least 1, at most the width of the stream
     activation:str='relu' # One of `ACTIVATIONS`
     scaling:float|None=None # Factor on what is added; None is 4 for 'parallel' and 1 otherwise
     dropout:float=0. # Share of what is added that is dropped in training, in [0, 1)
     init:str='zero' # 'zero': U = 0, which changes nothing; 'normal': all weights small
-    init_std:float=.01 # Of 'normal', cut off at twice that
+    init_std:float=1e-3 # Of 'normal', which is cut off at twice that
     modules_to_save:Sequence[str]=() # Endings of names: trained whole beside it, such as the norms
     layout:Layout|None=None # For a model whose blocks are not recognised
     seed:int=0 # For the first weights
@@ -213,86 +223,94 @@ class Bottleneck(Method):
         _check_choice('activation', self.activation, ACTIVATIONS)
         _check_choice('init', self.init, ('zero', 'normal'))
         if self.scaling is None: self.scaling = 4. if self.kind == 'parallel' else 1.
-        _check_number('bottleneck_size', self.bottleneck_size, lambda m: isinstance(m, int) and m >= 1, 'a whole number, at least 1')
-        _check_number('scaling', self.scaling, lambda s: math.isfinite(s) and s != 0, 'a finite number other than 0; with 0 the adapter would never do anything')
-        _check_number('dropout', self.dropout, lambda p: 0 <= p < 1, 'at least 0 and below 1')
-        _check_number('init_std', self.init_std, lambda s: math.isfinite(s) and s > 0, 'a finite number above 0')
+        check_number('bottleneck_size', self.bottleneck_size, lambda m: isinstance(m, int) and m >= 1, 'a whole number, at least 1')
+        check_number('scaling', self.scaling, lambda s: math.isfinite(s) and s != 0, 'a finite number other than 0; with 0 the adapter would never do anything')
+        check_number('dropout', self.dropout, lambda p: 0 <= p < 1, 'at least 0 and below 1')
+        check_number('init_std', self.init_std, lambda s: math.isfinite(s) and s > 0, 'a finite number above 0')
 
-    def places(self,
-        model:nn.Module, # Without a method
-    )->dict[str, Place]: # Full name of the module whose output it adds to -> where that is
-        "Where the adapters go."
-        found = {}
-        for block, layout in find_blocks(model, self.layout).items():
-            names = (layout.attention, layout.feed_forward)
-            for i in (0, 1) if self.kind == 'houlsby' else (1,): found[f'{block}.{names[i]}'] = Place(block, layout, f'{block}.{layout.filed[i]}')
-        return found
+# %% ../nbs/07_adapters.ipynb #cae80bad
+@patch
+def places(self:Bottleneck,
+    model:nn.Module, # Without a method
+)->dict[str, Place]: # Full name of the module whose output it adds to -> where that is
+    "Where the adapters go."
+    found = {}
+    for block, layout in find_blocks(model, self.layout).items():
+        names = (layout.attention, layout.feed_forward)
+        for i in (0, 1) if self.kind == 'houlsby' else (1,): found[f'{block}.{names[i]}'] = Place(block, layout, f'{block}.{layout.filed[i]}')
+    return found
 
-    def shapes(self,
-        model:nn.Module, # Without a method
-    )->dict[str, tuple]: # Name of each parameter -> shape. ValueError if no block is found or the bottleneck is none
-        "What the adapters would add to `model`."
-        shapes, m = {}, self.bottleneck_size
-        for name, place in self.places(model).items():
-            d = stream_width(model, place)
-            if m > d: raise ValueError(f'bottleneck_size={m} is larger than the stream of {place.block}, which has {d} numbers: that is no bottleneck')
-            shapes |= {f'{name}.down.weight': (m, d), f'{name}.down.bias': (m,), f'{name}.up.weight': (d, m), f'{name}.up.bias': (d,)}
-        return shapes
-
-    def inject_(self,
-        model:nn.Module, # All frozen
-    ):
-        "Put a BottleneckPart in every place."
-        generator, places = torch.Generator().manual_seed(self.seed), self.places(model)
-        sizes = {n: (stream_width(model, p), next(model.get_submodule(p.block).parameters()).device) for n, p in places.items()}
-        for name, place in places.items():
-            part = BottleneckPart(model.get_submodule(name), sizes[name][0], self, place, sizes[name][1])
-            part.begin_(generator)
-            replace_(model, name, part)
-
-    def apply(self,
-        model:nn.Module, # Any model without a method
-    )->nn.Module: # The same model. ValueError if the method does not fit, and then nothing has changed
-        "Freeze `model` and add the adapters, in place."
-        super().apply(model)
-        if self.kind != 'houlsby':                        # last, because a norm may just have been replaced by its trained copy
-            for part in bottlenecks(model).values(): part.watch_(model)
-        return model
-
-    def to_peft(self,
-        model:nn.Module, # With this method on it
-    )->dict: # Content of adapter_config.json
-        "The fields; PEFT itself has no bottleneck adapters."
-        return asdict(self) | {'modules_to_save': list(self.modules_to_save) or None}
-
-    @classmethod
-    def from_peft(cls,
-        config:dict, # Content of adapter_config.json
-    )->'Bottleneck': # ValueError names a field that it does not know
-        "The method that a file describes."
-        names = {f.name for f in fields(cls)}
-        _refuse(config, names)
-        given = {k: v for k, v in config.items() if k in names} | {'modules_to_save': config.get('modules_to_save') or ()}
-        if layout := config.get('layout'): given['layout'] = Layout(**{k: tuple(v) if isinstance(v, list) else v for k, v in layout.items()})
-        return cls(**given)
-
-# %% ../nbs/07_adapters.ipynb #06b48c29
 def stream_width(
     model:nn.Module, # Without a method
     place:Place, # Of an adapter
-)->int: # d
-    "How many numbers a token has in the stream, by the norm that is applied to it."
+)->int: # d, the numbers of a token
+    "Width of the stream, by the norm that is applied to it."
     norm = model.get_submodule(f'{place.block}.{place.layout.norm or place.layout.stream}')
     return next(norm.parameters()).shape[-1]
 
+# %% ../nbs/07_adapters.ipynb #954db0ff
+@patch
+def shapes(self:Bottleneck,
+    model:nn.Module, # Without a method
+)->dict[str, tuple]: # Name of each parameter -> shape. ValueError if no block is found, or the bottleneck is none
+    "What the adapters would add to `model`."
+    shapes, size = {}, self.bottleneck_size
+    for name, place in self.places(model).items():
+        width = stream_width(model, place)
+        if size > width: raise ValueError(f'bottleneck_size={size} is larger than the stream of {place.block}, which has {width} numbers: that is no bottleneck')
+        shapes |= {f'{name}.down.weight': (size, width), f'{name}.down.bias': (size,), f'{name}.up.weight': (width, size), f'{name}.up.bias': (width,)}
+    return shapes
+
+# %% ../nbs/07_adapters.ipynb #fc9cd159
 def bottlenecks(
     model:nn.Module, # Any model
 )->dict[str, BottleneckPart]: # Full name -> part
     "The bottleneck adapters in a model."
     return {n: o for n, o in parts_of(model).items() if isinstance(o, BottleneckPart)}
 
-# %% ../nbs/07_adapters.ipynb #89c87f43
-PACKAGE, PACKAGE_WEIGHTS = 'adapters.1.3.0', 'adapter.safetensors' # The format's version, and the name of its weights
+@patch
+def inject_(self:Bottleneck,
+    model:nn.Module, # All frozen
+):
+    "Put a BottleneckPart in every place."
+    generator, places = torch.Generator().manual_seed(self.seed), self.places(model)
+    given = {n: (stream_width(model, p), self, p, next(model.get_submodule(p.block).parameters()).device) for n, p in places.items()}
+    for name, more in given.items():
+        part = BottleneckPart(model.get_submodule(name), *more)
+        part.begin_(generator)
+        replace_(model, name, part)
+
+@patch
+def apply(self:Bottleneck,
+    model:nn.Module, # Any model without a method
+)->nn.Module: # The same model. ValueError if the method does not fit, and then nothing has changed
+    "Freeze `model` and add the adapters, in place."
+    Method.apply(self, model)
+    watching = {} if self.kind == 'houlsby' else bottlenecks(model)
+    for part in watching.values(): part.watch_(model)       # last, for a norm may just have given way to its trained copy
+    return model
+
+# %% ../nbs/07_adapters.ipynb #92578acd
+@patch
+def to_peft(self:Bottleneck,
+    model:nn.Module, # With this method on it
+)->dict: # Content of adapter_config.json
+    "The fields; PEFT itself has no bottleneck adapters."
+    return asdict(self) | {'modules_to_save': list(self.modules_to_save or ()) or None}
+
+@patch(cls_method=True)
+def from_peft(cls:Bottleneck,
+    config:dict, # Content of adapter_config.json
+)->'Bottleneck': # ValueError names a field that it does not know
+    "The method that a file describes."
+    names = {f.name for f in fields(cls)}
+    refuse_fields(config, names)
+    given = {k: v for k, v in config.items() if k in names} | {'modules_to_save': config.get('modules_to_save') or ()}
+    if layout := config.get('layout'): given['layout'] = Layout(**{k: tuple(v) if isinstance(v, list) else v for k, v in layout.items()})
+    return cls(**given)
+
+# %% ../nbs/07_adapters.ipynb #21423a17
+PACKAGE, PACKAGE_WEIGHTS = 'adapters.1.3.0', 'adapter.safetensors' # The version of the format, and the name of its weights
 _placed = {kind: dict(mh_adapter=kind == 'houlsby', output_adapter=True, is_parallel=kind == 'parallel', original_ln_before=kind == 'pfeiffer') for kind in KINDS}
 _fixed = dict(original_ln_after=True, residual_before_ln=True, ln_before=False, ln_after=False, adapter_residual_before_ln=False, use_gating=False,
               phm_layer=False, inv_adapter=None, cross_adapter=False, leave_out=[], stochastic_depth=0.)
@@ -301,34 +319,34 @@ _free = {'init_weights', 'init_weights_seed', 'inv_adapter_reduction_factor', 'p
          'phm_c_init', 'phm_init_range', 'learn_phm', 'hypercomplex_nonlinearity', 'phm_rank', 'phm_bias'} # how it began, and details of what is off
 
 # %% ../nbs/07_adapters.ipynb #24eeaea7
-def _factor(d, m):
-    "The reduction factor from which the package computes m again."
-    exact = d//m if d % m == 0 else d/m
-    return exact if int(d//exact) == m else d/(m + .5)
+def _factor(width, size):
+    "The reduction factor from which the package computes the size again: it rounds width/factor down."
+    exact = width//size if width % size == 0 else width/size
+    return exact if int(width//exact) == size else width/(size + .5)
 
 def package_config(
     method:Bottleneck, # Of the adapter
-    d:int, # Width of the stream
+    width:int, # Of the stream
 )->dict: # The field `config` of its adapter_config.json
     "The configuration in the words of the `adapters` package."
-    return dict(reduction_factor=_factor(d, method.bottleneck_size), non_linearity=method.activation, scaling=float(method.scaling), dropout=float(method.dropout),
+    return dict(reduction_factor=_factor(width, method.bottleneck_size), non_linearity=method.activation, scaling=float(method.scaling), dropout=float(method.dropout),
                 init_weights='mam_adapter', init_weights_seed=None, **_placed[method.kind], **_fixed)
 
 # %% ../nbs/07_adapters.ipynb #f77694e3
 def method_from_package(
     config:dict, # The field `config` of its adapter_config.json
-    d:int, # Width of the stream
+    width:int, # Of the stream
 )->Bottleneck: # ValueError names what it cannot honour
     "The method that a configuration of the `adapters` package describes."
     if not isinstance(config, dict) or config.get('architecture'): raise ValueError(f'this is no bottleneck adapter: {str(config)[:80]}')
-    given = {'is_parallel': False, 'original_ln_before': False, 'reduction_factor': None, 'non_linearity': None, **config}
+    given = dict(is_parallel=False, original_ln_before=False, reduction_factor=None, non_linearity=None, scaling=1., dropout=0.) | config
     placed = {k: given.pop(k, False) for k in _placed['houlsby']}
     kind = next((k for k, v in _placed.items() if v == placed), None)
     refused = [f'{k}={v!r}' for k, v in given.items() if k not in _used | _free and (k not in _fixed or v != _fixed[k])]
-    refused += [f'{k}={v!r}' for k, v in given.items() if k in ('reduction_factor', 'scaling') and not isinstance(v, (int, float))]
+    refused += [f'{k}={given[k]!r}' for k in ('reduction_factor', 'scaling') if not isinstance(given[k], (int, float))]
     if kind is None: refused += [f'{k}={v}' for k, v in placed.items()]
     if refused: raise ValueError(f"ftbook does not support {', '.join(refused)}, and without it the adapter would compute something else")
-    return Bottleneck(kind, max(int(d//given['reduction_factor']), 1), given['non_linearity'].lower(), float(given.get('scaling', 1.)), float(given.get('dropout', 0.)))
+    return Bottleneck(kind, max(int(width//given['reduction_factor']), 1), str(given['non_linearity']).lower(), float(given['scaling']), float(given['dropout']))
 
 # %% ../nbs/07_adapters.ipynb #a40c90be
 _layers = {'down.weight': 'adapter_down.0.weight', 'down.bias': 'adapter_down.0.bias', 'up.weight': 'adapter_up.weight', 'up.bias': 'adapter_up.bias'}
@@ -340,18 +358,6 @@ def package_names(
     "Which tensor is which."
     return {f'{n}.{ours}': f'{place.filed}.adapters.{name}.{theirs}' for n, place in places.items() for ours, theirs in _layers.items()}
 
-# %% ../nbs/07_adapters.ipynb #e1ccbf31
-def _write(folder, contents):
-    "Write files beside their places and then rename them. `contents`: name -> function that writes a path."
-    beside = {name: folder/f'.{name}.part' for name in contents}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in contents.items(): write(beside[name])
-        for name, part in beside.items(): os.replace(part, folder/name)
-    except (OSError, SafetensorError) as e: raise OSError(f'cannot save the adapter in {folder}: {e}. Free some space or choose a folder you can write to') from e
-    finally:
-        for part in beside.values(): part.unlink(missing_ok=True)
-
 # %% ../nbs/07_adapters.ipynb #d974df42
 def save_for_adapters(
     model:nn.Module, # With a Bottleneck on it
@@ -361,26 +367,16 @@ def save_for_adapters(
     "Write the adapter as the `adapters` package does; it reads it with `load_adapter(folder, use_safetensors=True)`."
     method, parts, folder = method_of(model), bottlenecks(model), Path(folder)
     if not parts: raise ValueError(f'{method} is no bottleneck adapter: use `save_adapter`')
-    if method.modules_to_save: raise ValueError('the `adapters` package keeps no whole modules beside an adapter, so modules_to_save cannot be written for it: use `save_adapter`')
-    if '.' in name or not name: raise ValueError(f'name={name!r}: the package needs a name without dots')
-    names = package_names({n: o.place for n, o in parts.items()}, name)
-    tensors, d = {k: model.get_parameter(n).detach().cpu().contiguous() for n, k in names.items()}, next(iter(parts.values())).up.out_features
+    if method.modules_to_save: raise ValueError('the `adapters` package keeps no whole modules with an adapter, so modules_to_save has no place there: use `save_adapter`')
+    if not name or '.' in name: raise ValueError(f'name={name!r}: the package needs a name without dots')
+    names, width = package_names({n: o.place for n, o in parts.items()}, name), next(iter(parts.values())).up.out_features
+    tensors = {k: model.get_parameter(n).detach().cpu().contiguous() for n, k in names.items()}
     check_finite(tensors, 'the adapter is not saved')
-    about = dict(config=package_config(method, d), hidden_size=d, model_class=type(model).__name__, model_name=getattr(model, 'name_or_path', ''),
+    about = dict(config=package_config(method, width), hidden_size=width, model_class=type(model).__name__, model_name=getattr(model, 'name_or_path', ''),
                  model_type=getattr(getattr(model, 'config', None), 'model_type', None), name=name, version=PACKAGE)
-    _write(folder, {PACKAGE_WEIGHTS: partial(save_file, tensors), CONFIG: lambda p: p.write_text(json.dumps(about, indent=2, sort_keys=True) + '\n', encoding='utf-8')})
-    return folder
+    return write_files(folder, {PACKAGE_WEIGHTS: partial(save_file, tensors), CONFIG: lambda p: p.write_text(json.dumps(about, indent=2, sort_keys=True) + '\n', encoding='utf-8')})
 
-# %% ../nbs/07_adapters.ipynb #281cb489
-def _read_tensors(path):
-    "Read a safetensors file, or say what is wrong with it."
-    if not path.is_file(): raise FileNotFoundError(f'{path.parent} has no {path.name}: save the adapter again, with `save_adapter(..., use_safetensors=True)`; a .bin file is a pickle and is not read')
-    try:
-        with safe_open(path, 'pt') as f: tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'{path} is damaged ({e}; {path.stat().st_size:,} bytes): copy it again or save the adapter again') from e
-    check_finite(tensors, str(path))
-    return tensors
-
+# %% ../nbs/07_adapters.ipynb #e51370f8
 def _read_about(folder):
     "Read adapter_config.json of the package."
     path = folder/CONFIG
@@ -388,16 +384,19 @@ def _read_about(folder):
     try: about = json.loads(path.read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is not valid JSON: {e}') from e
     if not isinstance(about, dict) or not {'config', 'name'} <= about.keys(): raise ValueError(f'{path} is not of the `adapters` package: use `load_adapter`')
+    if 'version' not in about and isinstance(about['config'], dict):      # before there were versions, gelu meant another formula
+        s = about['config'].get('non_linearity')
+        about['config'] |= {'non_linearity': {'gelu': 'gelu_new', 'gelu_orig': 'gelu'}.get(s, s)}
     return about
 
 # %% ../nbs/07_adapters.ipynb #4f5fa7ab
 def _check_head(model, folder):
-    "The package may have saved a head beside the adapter: it has to be the model's own."
-    if (folder/'pytorch_model_head.bin').exists(): raise ValueError(f'{folder} holds a head in a pickle, which is not read: save it with use_safetensors=True or with_head=False')
+    "Raise ValueError if there is a head beside the adapter that is not the model's own."
+    if (folder/'pytorch_model_head.bin').exists(): raise ValueError(f'{folder} holds a head in a pickle, which is not read: save with use_safetensors=True or with_head=False')
     if not (folder/'model_head.safetensors').exists(): return
-    own = model.state_dict()
-    other = [k for k, t in _read_tensors(folder/'model_head.safetensors').items() if k not in own or t.shape != own[k].shape or not torch.equal(t, own[k].cpu().to(t.dtype))]
-    if other: raise ValueError(f"{folder} holds a head that is not the model's ({', '.join(other[:3])}): load model_head.safetensors into the model first, or save the adapter with with_head=False")
+    own, head = model.state_dict(), read_adapter_tensors(folder, 'model_head.safetensors')
+    other = [k for k, t in head.items() if k not in own or t.shape != own[k].shape or not torch.equal(t, own[k].to(t))]
+    if other: raise ValueError(f"{folder} holds a head that is not the model's ({', '.join(other[:3])}): load model_head.safetensors into the model first, or save with with_head=False")
 
 # %% ../nbs/07_adapters.ipynb #d7efdee0
 @torch.no_grad()
@@ -406,16 +405,14 @@ def load_from_adapters(
     folder:str|Path, # Written by the `adapters` package with use_safetensors=True, or by `save_for_adapters`
 )->nn.Module: # The same model. ValueError if it does not fit, and then nothing has changed
     "Put an adapter of the `adapters` package on `model`."
-    folder, blocks = Path(folder), find_blocks(model)
-    about, (block, layout) = _read_about(folder), next(iter(blocks.items()))
-    config = about['config']
-    if 'version' not in about and isinstance(config, dict): config = config | {'non_linearity': {'gelu': 'gelu_new', 'gelu_orig': 'gelu'}.get(config.get('non_linearity'), config.get('non_linearity'))}
-    try: method = method_from_package(config, stream_width(model, Place(block, layout, '')))
+    folder = Path(folder)
+    about, (block, layout) = _read_about(folder), next(iter(find_blocks(model).items()))
+    try: method = method_from_package(about['config'], stream_width(model, Place(block, layout, '')))
     except ValueError as e: raise ValueError(f'{folder/CONFIG}: {e}') from e
-    bare = lambda k: k.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.") # a model with a head and one without name their parts differently
-    names, shapes = {n: bare(k) for n, k in package_names(method.places(model), about['name']).items()}, method.shapes(model)
-    tensors = {bare(k): t for k, t in _read_tensors(folder/PACKAGE_WEIGHTS).items()}
-    check_fit({names[n]: s for n, s in shapes.items()}, tensors, str(folder))
+    def bare(k): return k.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.") # with a head and without, a model names its parts differently
+    names = {n: bare(k) for n, k in package_names(method.places(model), about['name']).items()}
+    tensors = {bare(k): t for k, t in read_adapter_tensors(folder, PACKAGE_WEIGHTS).items()}
+    check_fit({names[n]: s for n, s in method.shapes(model).items()}, tensors, str(folder))
     _check_head(model, folder)
     method.apply(model)
     for n, k in names.items(): model.get_parameter(n).copy_(tensors[k])
@@ -431,7 +428,7 @@ class IA3Part(Part):
         super().__init__(base)
         n_in, n_out = linear_size(base)
         self.feedforward = feedforward
-        self.ia3_l = nn.Parameter(torch.ones((1, n_in) if feedforward else (n_out, 1), device=base.weight.device))
+        self.ia3_l = nn.Parameter(torch.ones((1, n_in) if feedforward else (n_out, 1), device=base.weight.device)) # PEFT's name and shapes
 
     def forward(self,
         x:Tensor, # (..., in)
@@ -443,14 +440,14 @@ class IA3Part(Part):
         return (y*self.ia3_l.flatten()).to(y.dtype)
 
     def merged_tensors(self)->dict[str, Tensor]: # In the base's own layout, float32
-        "The base's weight, its columns or rows scaled, and its bias."
+        "The base's weight with its rows or columns scaled, and its bias."
         factors = self.ia3_l if isinstance(self.base, nn.Linear) else self.ia3_l.t()
         new = {'weight': self.base.weight.float()*factors}
         if not self.feedforward and self.base.bias is not None: new['bias'] = self.base.bias.float()*self.ia3_l.flatten()
         return new
 
 # %% ../nbs/07_adapters.ipynb #d2f84a85
-SCALED = r'(.*\.)?(k_proj|v_proj|key|value|k|v|k_lin|v_lin|c_attn|query_key_value)' # Keys and values; where they come in one matrix, all of it
+SCALED = r'(.*\.)?(k_proj|v_proj|key|value|k|v|k_lin|v_lin|c_attn|query_key_value)' # Keys and values; where queries share their matrix, these too
 SECOND = r'(.*\.)?(down_proj|wo|fc2|lin2|w2|dense_4h_to_h|mlp\.c_proj|(?<!attention\.)output\.dense)' # The second layer of a feed-forward
 
 def scaled_layers(
@@ -469,7 +466,7 @@ def scaled_layers(
 class IA3(Method):
     "(IA)³: scale keys, values and the inside of the feed-forward."
     target_modules:str|Sequence[str]|None=None # As in `find_modules`; None takes `scaled_layers`
-    feedforward_modules:str|Sequence[str]=SECOND # Those of them whose input is scaled: endings of names, or a regular expression
+    feedforward_modules:str|Sequence[str]=SECOND # Those whose input is scaled: endings of names, or a regular expression
     modules_to_save:Sequence[str]=() # Endings of names: trained whole beside it
     peft_type:ClassVar[str]='IA3'
 
@@ -497,28 +494,23 @@ class IA3(Method):
         "Put an IA3Part in the place of each target."
         for n, inside in self.targets(model).items(): replace_(model, n, IA3Part(model.get_submodule(n), inside))
 
-    def to_peft(self,
-        model:nn.Module, # With this method on it
-    )->dict: # Content of adapter_config.json
-        "The configuration in PEFT's words."
-        parts = {n: o for n, o in parts_of(model).items() if isinstance(o, IA3Part)}
-        return dict(target_modules=_exact(model, list(parts)), feedforward_modules=_exact(model, [n for n, o in parts.items() if o.feedforward], dotted=False),
-            modules_to_save=list(self.modules_to_save) or None, init_ia3_weights=True, fan_in_fan_out=any(not isinstance(o.base, nn.Linear) for o in parts.values()))
+# %% ../nbs/07_adapters.ipynb #3925662b
+@patch
+def to_peft(self:IA3,
+    model:nn.Module, # With this method on it
+)->dict: # Content of adapter_config.json
+    "The configuration in PEFT's words."
+    parts = {n: o for n, o in parts_of(model).items() if isinstance(o, IA3Part)}
+    return dict(target_modules=exact_targets(model, list(parts)), feedforward_modules=exact_targets(model, [n for n, o in parts.items() if o.feedforward], dotted=False),
+        modules_to_save=list(self.modules_to_save or ()) or None, init_ia3_weights=True, fan_in_fan_out=any(not isinstance(o.base, nn.Linear) for o in parts.values()))
 
-    @classmethod
-    def from_peft(cls,
-        config:dict, # Content of adapter_config.json
-    )->'IA3': # ValueError names the fields that it cannot honour
-        "The method that a PEFT configuration describes."
-        _refuse(config, {'target_modules', 'feedforward_modules', 'modules_to_save', 'fan_in_fan_out', 'init_ia3_weights'})
-        return cls(config.get('target_modules'), config.get('feedforward_modules') or (), config.get('modules_to_save') or ())
-
-# %% ../nbs/07_adapters.ipynb #8ed461d1
-def _exact(model, names, dotted=True):
-    "Targets that mean `names` and no other module. With `dotted=False`, an ending counts wherever it begins."
-    others = {n for n, _ in model.named_modules()} - set(names)
-    clash = any(name_matches(n, names) if dotted else n.endswith(tuple(names)) for n in others)
-    return '|'.join(map(re.escape, names)) if clash or (not names and not dotted) else names
+@patch(cls_method=True)
+def from_peft(cls:IA3,
+    config:dict, # Content of adapter_config.json
+)->'IA3': # ValueError names the fields that it cannot honour
+    "The method that a PEFT configuration describes."
+    refuse_fields(config, {'target_modules', 'feedforward_modules', 'modules_to_save', 'fan_in_fan_out', 'init_ia3_weights'})
+    return cls(config.get('target_modules'), config.get('feedforward_modules') or (), config.get('modules_to_save') or ())
 
 # %% ../nbs/07_adapters.ipynb #ac4afe98
 class OffsetPart(Part):
@@ -537,10 +529,13 @@ class OffsetPart(Part):
         y = self.base(x)
         return y if self.merged else y + self.offset.to(y.dtype)
 
-    def merged_tensors(self)->dict[str, Tensor]: # {'bias': (out,)}, float32. ValueError if a layer of the method has none
-        "The base's bias with the offset added."
-        if self.bare: raise ValueError(f'{self.bare[0]} has no bias to merge into ({len(self.bare)} of the layers have none): a model that is loaded again would drop a new one. '
+    def check_merge(self):
+        "Raise ValueError if a layer of the method has no bias."
+        if self.bare: raise ValueError(f'{self.bare[0]} has no bias to merge into, like {len(self.bare)} of the layers with an offset: a new one would be dropped when the model is loaded again. '
             'Keep the adapter beside the model, or put BitFit only on layers with a bias')
+
+    def merged_tensors(self)->dict[str, Tensor]: # {'bias': (out,)}, float32
+        "The base's bias with the offset added."
         return {'bias': self.base.bias.float() + self.offset}
 
 # %% ../nbs/07_adapters.ipynb #fb4e1515
@@ -569,45 +564,51 @@ class BitFit(Method):
         bare = [n for n in names if model.get_submodule(n).bias is None]
         for n in names: replace_(model, n, OffsetPart(model.get_submodule(n), bare))
 
-    def key(self,
-        name:str, # A parameter's name in the model
-    )->str: # Its name in the file
-        "The bias of LoRA's second matrix."
-        return re.sub(r'\.offset$', '.lora_B.bias', super().key(name))
+# %% ../nbs/07_adapters.ipynb #a4fd5c00
+@patch
+def key(self:BitFit,
+    name:str, # A parameter's name in the model
+)->str: # Its name in the file
+    "The bias of LoRA's second matrix."
+    return re.sub(r'\.offset$', '.lora_B.bias', Method.key(self, name))
 
-    def tensors(self,
-        model:nn.Module, # With this method on it
-    )->dict[str, Tensor]: # Name in the file -> what is written
-        "The offsets, and for each a LoRA of rank 1 that is zero."
-        found = super().tensors(model)
-        for n, part in parts_of(model).items():
-            if isinstance(part, OffsetPart):
-                n_in, n_out = linear_size(part.base)
-                found |= {super().key(f'{n}.lora_{k}.weight'): torch.zeros(s) for k, s in (('A', (1, n_in)), ('B', (n_out, 1)))}
-        return found
+@patch
+def tensors(self:BitFit,
+    model:nn.Module, # With this method on it
+)->dict[str, Tensor]: # Name in the file -> what is written
+    "The offsets, and for each a LoRA of rank 1 that is zero."
+    found = Method.tensors(self, model)
+    for n, part in parts_of(model).items():
+        if not isinstance(part, OffsetPart): continue
+        n_in, n_out = linear_size(part.base)
+        found |= {self.key(f'{n}.lora_A.weight'): torch.zeros(1, n_in), self.key(f'{n}.lora_B.weight'): torch.zeros(n_out, 1)}
+    return found
 
-    def check_tensors(self,
-        model:nn.Module, # Without a method
-        tensors:dict[str, Tensor], # Content of a file
-        where:str, # Said in the error
-    ):
-        "Raise ValueError if the file does not fit, or its LoRA is not zero."
-        low = {k for k in tensors if k.endswith(('.lora_A.weight', '.lora_B.weight'))}
-        if busy := [k for k in low if tensors[k].any()]: raise ValueError(f'{where} is a LoRA and no BitFit: {min(busy)} is not zero')
-        super().check_tensors(model, {k: t for k, t in tensors.items() if k not in low}, where)
+@patch
+def check_tensors(self:BitFit,
+    model:nn.Module, # Without a method
+    tensors:dict[str, Tensor], # Content of a file
+    where:str, # Said in the error
+):
+    "Raise ValueError if the file does not fit, or its LoRA is not zero."
+    low = {k for k in tensors if k.endswith(('.lora_A.weight', '.lora_B.weight'))}
+    if busy := [k for k in low if tensors[k].any()]: raise ValueError(f'{where} is a LoRA and no BitFit: {min(busy)} is not zero')
+    Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in low}, where)
 
-    def to_peft(self,
-        model:nn.Module, # With this method on it
-    )->dict: # Content of adapter_config.json
-        "PEFT has no BitFit, but its LoRA with a bias, and with A and B zero, is the same."
-        parts = {n: o for n, o in parts_of(model).items() if isinstance(o, OffsetPart)}
-        return dict(peft_type='LORA', r=1, lora_alpha=1, lora_dropout=0., lora_bias=True, bias='none', init_lora_weights=True, target_modules=_exact(model, list(parts)),
-            modules_to_save=list(self.modules_to_save) or None, fan_in_fan_out=any(not isinstance(o.base, nn.Linear) for o in parts.values()))
+# %% ../nbs/07_adapters.ipynb #64ea7512
+@patch
+def to_peft(self:BitFit,
+    model:nn.Module, # With this method on it
+)->dict: # Content of adapter_config.json
+    "A LoRA of rank 1 with a bias."
+    parts = {n: o for n, o in parts_of(model).items() if isinstance(o, OffsetPart)}
+    return dict(peft_type='LORA', r=1, lora_alpha=1, lora_dropout=0., lora_bias=True, bias='none', init_lora_weights=True, target_modules=exact_targets(model, list(parts)),
+        modules_to_save=list(self.modules_to_save or ()) or None, fan_in_fan_out=any(not isinstance(o.base, nn.Linear) for o in parts.values()))
 
-    @classmethod
-    def from_peft(cls,
-        config:dict, # Content of adapter_config.json
-    )->'BitFit': # ValueError names the fields that it cannot honour
-        "The method that `to_peft` describes."
-        _refuse(config, {'target_modules', 'modules_to_save', 'fan_in_fan_out', 'init_lora_weights'}, dict(r=[1], lora_alpha=[1], lora_bias=[True], bias=['none']))
-        return cls(config['target_modules'], config.get('modules_to_save') or ())
+@patch(cls_method=True)
+def from_peft(cls:BitFit,
+    config:dict, # Content of adapter_config.json
+)->'BitFit': # ValueError names the fields that it cannot honour
+    "The method that `to_peft` describes."
+    refuse_fields(config, {'target_modules', 'modules_to_save', 'fan_in_fan_out', 'init_lora_weights'}, dict(r=[1], lora_alpha=[1], lora_bias=[True], bias=['none']))
+    return cls(config['target_modules'], config.get('modules_to_save') or ())

@@ -7,10 +7,10 @@ Docs: https://ftbook.github.io/ftbook/lora.html.md"""
 # %% auto #0
 __all__ = ['SIBLINGS', 'CROSS', 'scale_', 'stack_down', 'flat', 'frozen_product', 'input_gradient', 'row_norms', 'working_dtype',
            'low_rank', 'LoRALinear', 'Siblings', 'share_siblings_', 'LoRA', 'LoRAEmbedding', 'principal_factors',
-           'begin_', 'param_groups', 'as_plain', 'exact_targets', 'add_adapter_', 'adapter_names', 'stack_products',
-           'fewer_ranks', 'use_adapter_']
+           'begin_', 'param_groups', 'as_plain', 'add_adapter_', 'adapter_names', 'stack_products', 'fewer_ranks',
+           'use_adapter_']
 
-# %% ../nbs/09_lora.ipynb #fb746369
+# %% ../nbs/09_lora.ipynb #2742d408
 import math, re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,8 @@ from fastcore.basics import patch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .methods import METHODS, Method, Part, check_fit, find_modules, is_linear, linear_size, method_of, name_matches, parts_of, read_adapter_tensors, read_method, register, remove_, replace_
+from .methods import (Method, Part, check_fit, check_number, exact_targets, find_modules, is_linear, linear_size, load_adapter, method_of, name_matches, parts_of,
+    read_method, refuse_fields, register, remove_, replace_)
 
 # %% ../nbs/09_lora.ipynb #542f0d0b
 def scale_(
@@ -260,11 +261,15 @@ def delta(self:LoRALinear)->Tensor: # (out, in), float32
     return (self.lora_magnitude_vector/self.norms())[:, None]*(w + product) - w
 
 @patch
+def check_merge(self:LoRALinear):
+    "Raise ValueError if there is a bias to merge and no place for it."
+    if self.lora_bias is not None and self.base.bias is None: raise ValueError('the adapter has a bias and its layer has none, so it cannot be merged')
+
+@patch
 def merged_tensors(self:LoRALinear)->dict[str, Tensor]: # 'weight' in the base's own layout, float32, and 'bias' if that is learned
     "The base's weight with the change added."
     delta = self.delta() if isinstance(self.base, nn.Linear) else self.delta().t()
     if self.lora_bias is None: return {'weight': self.base.weight.float() + delta}
-    if self.base.bias is None: raise ValueError('the adapter has a bias and its layer has none, so it cannot be merged')
     return {'weight': self.base.weight.float() + delta, 'bias': self.base.bias.float() + self.scaling*self.lora_bias}
 
 # %% ../nbs/09_lora.ipynb #95e5a0bf
@@ -332,13 +337,9 @@ def share_siblings_(
             if len(layers) > 1 and not CROSS.search(name): Siblings(parent, layers)
     return model
 
-# %% ../nbs/09_lora.ipynb #7e5bc588
-def _check_number(name, value, ok, must):
-    "Raise ValueError unless `value` is a number for which `ok` holds."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not ok(value): raise ValueError(f'{name}={value!r}: it must be {must}')
-
-def _check_rank(name, value): _check_number(name, value, lambda r: isinstance(r, int) and r >= 1, 'a whole number, at least 1')
-def _check_alpha(name, value): _check_number(name, value, lambda a: math.isfinite(a) and a > 0, 'a finite number above 0; with 0 the adapter would never do anything')
+# %% ../nbs/09_lora.ipynb #e794261d
+def _check_rank(name, value): check_number(name, value, lambda r: isinstance(r, int) and r >= 1, 'a whole number, at least 1')
+def _check_alpha(name, value): check_number(name, value, lambda a: math.isfinite(a) and a > 0, 'a finite number above 0; with 0 the adapter would never do anything')
 
 _INITS = re.compile(r'kaiming|gaussian|olora|pissa(_niter_[1-9]\d*)?')
 
@@ -375,16 +376,23 @@ class LoRA(Method):
         _check_alpha('alpha', self.alpha)
         for k, v in self.rank_pattern.items(): _check_rank(f'rank_pattern[{k!r}]', v)
         for k, v in self.alpha_pattern.items(): _check_alpha(f'alpha_pattern[{k!r}]', v)
-        _check_number('dropout', self.dropout, lambda d: 0 <= d < 1, 'at least 0 and below 1')
-        _check_number('lr_ratio', self.lr_ratio, lambda r: math.isfinite(r) and r > 0, 'a finite number above 0')
+        check_number('dropout', self.dropout, lambda d: 0 <= d < 1, 'at least 0 and below 1')
+        check_number('lr_ratio', self.lr_ratio, lambda r: math.isfinite(r) and r > 0, 'a finite number above 0')
         if not self.target_modules: raise ValueError("target_modules is empty: name some modules or write 'all-linear'")
         if not (isinstance(self.init, str) and _INITS.fullmatch(self.init)): raise ValueError(f"init={self.init!r} is not known: choose 'kaiming', 'gaussian', 'olora', 'pissa' or 'pissa_niter_4'")
         if self.use_dora and self.lora_bias: raise ValueError('use_dora and lora_bias do not go together: leave one out')
 
     @staticmethod
     def accept(layer): return is_linear(layer) or isinstance(layer, nn.Embedding)
-    def rank_of(self, name): return _by_pattern(self.rank_pattern, name, self.rank)
-    def scaling_of(self, name):
+    def rank_of(self,
+        name:str, # Full name of a module
+    )->int: # r
+        "The rank of a layer."
+        return _by_pattern(self.rank_pattern, name, self.rank)
+    def scaling_of(self,
+        name:str, # Full name of a module
+    )->float: # s
+        "By what a layer's product is multiplied."
         rank = self.rank_of(name)
         return _by_pattern(self.alpha_pattern, name, self.alpha)/(math.sqrt(rank) if self.use_rslora else rank)
     @property
@@ -519,8 +527,6 @@ def param_groups(
     return [dict(params=ps, lr=lr*scale, weight_decay=weight_decay*matrix) for (scale, matrix), ps in groups.items()]
 
 # %% ../nbs/09_lora.ipynb #bcf932e1
-_ignored = {'task_type', 'auto_mapping', 'base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'peft_type',
-            'fan_in_fan_out', 'megatron_core', 'qalora_group_size'} # say nothing about what the adapter computes
 _fields = dict(r='rank', lora_alpha='alpha', lora_dropout='dropout', **{k: k for k in ('target_modules', 'use_rslora', 'use_dora', 'lora_bias',
     'rank_pattern', 'alpha_pattern', 'modules_to_save', 'exclude_modules', 'layers_to_transform', 'layers_pattern')}) # PEFT's name -> ours
 _harmless = {'bias': ['none'], 'init_lora_weights': [True, False, 'gaussian', 'orthogonal', 'eva']} # how A and B began does not matter once they are read
@@ -575,22 +581,9 @@ def from_peft(cls:LoRA,
     "The method that a PEFT configuration describes."
     init = config.get('init_lora_weights', True)
     begins = init if isinstance(init, str) and _INITS.fullmatch(init) and init != 'gaussian' else 'kaiming'
-    known = _ignored | set(_fields) | ({'init_lora_weights'} if begins != 'kaiming' else set())
-    off = lambda k, v: v in (None, False, {}, []) or k in known or v in _harmless.get(k, [])
-    refused = [f'{k}={v!r}' for k, v in config.items() if not off(k, v)]
-    if refused: raise ValueError(f"ftbook does not support {', '.join(refused)} yet, and without it the adapter would compute something else")
+    refuse_fields(config, [*_fields, 'fan_in_fan_out', 'megatron_core', 'qalora_group_size', *['init_lora_weights']*(begins != 'kaiming')], _harmless)
     given = {ours: config[theirs] for theirs, ours in _fields.items() if config.get(theirs) is not None}
     return cls(**{'rank': 8, 'alpha': 8, **given, 'init': begins})
-
-# %% ../nbs/09_lora.ipynb #a59146e2
-def exact_targets(
-    model:nn.Module, # With parts on it
-    names:list[str], # Full names of the parts
-)->list[str]|str: # For `target_modules` in PEFT's file
-    "Targets that mean `names` and no other module."
-    others = {n for n, _ in model.named_modules()} - set(names)
-    if any(name_matches(n, names) for n in others): return '|'.join(map(re.escape, names))
-    return names
 
 # %% ../nbs/09_lora.ipynb #d4d54299
 @patch

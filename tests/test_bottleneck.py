@@ -563,6 +563,67 @@ def test_more_in_a_block_than_is_known():
     assert not hasattr(mixed, "ftbook_method")
 
 
+families = {"Mistral": "model.layers.0", "Qwen3": "model.layers.0", "Phi3": "model.layers.0", "Gemma": "model.layers.0", "Starcoder2": "model.layers.0", "Mixtral": "model.layers.0", "GPTNeo": "transformer.h.0", "GPTBigCode": "transformer.h.0",
+    "Roberta": "roberta.encoder.layer.0", "Electra": "electra.encoder.layer.0", "Deberta": "deberta.encoder.layer.0", "MT5": "encoder.block.0"}
+
+
+def family(name):
+    "A small model of another family."
+    import transformers
+    small = dict(vocab_size=vocab, hidden_size=d, intermediate_size=64, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=0, eos_token_id=1, head_dim=8)
+    bert_like = {k: v for k, v in small.items() if k not in ("num_key_value_heads", "head_dim")} | dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0., embedding_size=d)
+    more = dict(GPTNeo=dict(vocab_size=vocab, hidden_size=d, num_layers=1, num_heads=heads, attention_types=[[["global"], 1]], max_position_embeddings=64, bos_token_id=0, eos_token_id=1),
+        GPTBigCode=dict(vocab_size=vocab, n_embd=d, n_layer=1, n_head=heads, n_positions=64, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., bos_token_id=0, eos_token_id=1),
+        MT5=dict(vocab_size=vocab, d_model=d, d_kv=8, d_ff=64, num_layers=1, num_heads=heads, dropout_rate=0., decoder_start_token_id=0), Mixtral=small | dict(num_local_experts=2))
+    head = dict(Roberta="ForMaskedLM", Electra="ForMaskedLM", Deberta="ForMaskedLM", MT5="ForConditionalGeneration").get(name, "ForCausalLM")
+    config = getattr(transformers, f"{name}Config")(**more.get(name, bert_like if name in ("Roberta", "Electra", "Deberta") else small))
+    torch.manual_seed(0)
+    return getattr(transformers, name + head)(config).eval()
+
+
+def hands_on(model, place, part):
+    "What a block is given, adds, and hands on."
+    seen, block = {}, model.get_submodule(place.block)
+    first = lambda out: out[0] if isinstance(out, tuple) else out
+    taps = [block.get_submodule(place.layout.stream).register_forward_pre_hook(lambda m, args: seen.update(x=args[0])), part.base.register_forward_hook(lambda m, a, out: seen.update(h=first(out))),
+            block.register_forward_hook(lambda m, a, out: seen.update(out=first(out)))]
+    logits(model)
+    for tap in taps: tap.remove()
+    return seen
+
+
+@every_kind
+@pytest.mark.parametrize("name", [*small_models, *families])
+def test_a_block_hands_on_what_the_table_says(name, kind):
+    "x + h + s U act(D r) in every family, through the norm where one follows: the equation that a layout promises."
+    model = busy(Bottleneck(kind, 4, "tanh").apply(make(name).eval() if name in small_models else family(name)), std=.3)
+    parts = {n: o for n, o in bottlenecks(model).items() if n == f"{o.place.block}.{o.place.layout.feed_forward}"}
+    assert len(parts) == len({o.place.block for o in bottlenecks(model).values()}) and (name in small_models or next(iter(parts.values())).place.block == families[name])
+    for part in parts.values():
+        seen = hands_on(model, part.place, part)
+        x, h, norm = seen["x"], seen["h"], part.place.layout.norm
+        through = model.get_submodule(f"{part.place.block}.{norm}") if norm else lambda z: z
+        r = dict(houlsby=h, pfeiffer=through(x + h), parallel=x)[kind]
+        want = through(x + h + part.method.scaling*part.up(torch.tanh(part.down(r))))
+        assert gap([(seen["out"], want)]) < 1e-5 and gap([(want, through(x + h))]) > 1e-3
+
+
+def test_decoders_with_cross_attention():
+    from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+    sizes = dict(vocab_size=vocab, hidden_size=d, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=64)
+    torch.manual_seed(0)
+    for model in (BertLMHeadModel(BertConfig(**sizes, is_decoder=True, add_cross_attention=True)).eval(), GPT2LMHeadModel(GPT2Config(n_embd=d, n_layer=2, n_head=heads, vocab_size=vocab, n_positions=64, add_cross_attention=True, bos_token_id=0, eos_token_id=1)).eval()):
+        other = torch.randn(2, 5, d)
+        run = lambda: model(**batch(), encoder_hidden_states=other).logits.detach()
+        want = run()
+        for kind in KINDS:
+            Bottleneck(kind, 4).apply(model)
+            assert len(bottlenecks(model)) == 2*(1 + (kind == "houlsby")) and not any("cross" in n for n in bottlenecks(model)) and torch.equal(run(), want)
+            busy(model)
+            assert gap([(run(), want)]) > 1e-4
+            remove_(model)
+
+
 # Bad input
 
 @pytest.mark.parametrize("wrong, said", [(dict(kind="compacter"), "kind='compacter' is not known.*houlsby, pfeiffer, parallel"), (dict(activation="sine"), "activation='sine' is not known.*relu"),
@@ -971,6 +1032,16 @@ def test_bitfit_without_a_bias_does_not_merge(name, first, n):
         some = busy(BitFit(["q_proj", "k_proj", "v_proj"]).apply(make(name)))
         want = logits(some)
         assert gap([(logits(merge_(some)), want)]) < 1e-5
+
+
+def test_a_new_bias_would_be_dropped(tmp_path):
+    "Why BitFit does not merge into a layer without a bias: transformers writes the new one and does not read it."
+    from transformers import AutoModelForCausalLM
+    model = make("Llama")
+    model.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.ones(d))
+    model.save_pretrained(tmp_path)
+    assert "model.layers.0.self_attn.q_proj.bias" in load_file(tmp_path/"model.safetensors")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[0].self_attn.q_proj.bias is None
 
 
 def test_a_lora_is_not_taken_for_bitfit(tmp_path):

@@ -1,0 +1,226 @@
+"""The runs of `methods.ipynb`: every method of the book on two tasks, each with a learning rate of its own.
+
+    python methods_worker.py             every run that is missing, appended to results/methods.json one by one
+    python methods_worker.py batch N     the next N of them, in this process
+    python methods_worker.py cost        time and memory of every variant, on a quiet machine, appended to results/methods_cost.json
+    python methods_worker.py cost NAME   of one; prints one line of JSON
+
+A run is (part, variant, task, lr, seed, batch_size). Parts: 'sweep' (one seed, judged by the loss on validation rows), 'run' (five seeds at the best rate of the sweep) and 'batch' (larger batches).
+All train SmolLM2-135M on the same 160 rows, twice, 8 to a step. The answer is the most probable of the labels.
+"""
+import json, math, os, random, resource, statistics, subprocess, sys, tempfile, time
+from functools import cache
+from pathlib import Path
+
+from domains_worker import HERE, append as append_to, read as read_from
+
+RESULTS, COST = HERE/'results'/'methods.json', HERE/'results'/'methods_cost.json'
+PACKAGES = 'torch', 'transformers', 'peft'
+TASKS, N_TRAIN, N_VALID, N_TEST, BATCH, EPOCHS, SEEDS = ('movie', 'newsgroups'), 160, 80, 200, 8, 2, 5
+SWEEP_SEED = 100        # its rows are drawn otherwise than those of the five seeds
+TEXT = dict(movie='Read the film review and say whether its sentiment is negative or positive.', newsgroups='Read the message and name the newsgroup in which it was posted.')
+
+
+# Variants: name -> (module, class, its arguments)
+
+def lora(rank, **more): return 'lora', 'LoRA', dict(rank=rank, alpha=2*rank, **more)
+ATTENTION, MLP = ['q_proj', 'k_proj', 'v_proj', 'o_proj'], ['gate_proj', 'up_proj', 'down_proj']
+RANKS = 1, 2, 4, 8, 16, 32, 64
+VARIANTS = {
+    'full': None, 'LoRA 16': lora(16), 'Houlsby 70': ('bottleneck', 'Bottleneck', dict(kind='houlsby', bottleneck_size=70)), 'LoRA 1': lora(1),
+    'Pfeiffer 141': ('bottleneck', 'Bottleneck', dict(kind='pfeiffer', bottleneck_size=141)), 'parallel 141': ('bottleneck', 'Bottleneck', dict(kind='parallel', bottleneck_size=141)),
+    'Houlsby 4': ('bottleneck', 'Bottleneck', dict(kind='houlsby', bottleneck_size=4)), '(IA)3': ('bottleneck', 'IA3', {}), 'BitFit': ('bottleneck', 'BitFit', {}),
+    'prompt 32, text': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='text')), 'prompt 32, random': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='random')),
+    'prompt 32, vocabulary': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='vocabulary')),
+    'prefix 26, text': ('prompts', 'PrefixTuning', dict(num_virtual_tokens=26, init='text')), 'prefix 26, random': ('prompts', 'PrefixTuning', dict(num_virtual_tokens=26, init='random')),
+    'DoRA 16': lora(16, use_dora=True), 'PiSSA 16': lora(16, init='pissa_niter_4'), 'LoRA+ 16': lora(16, lr_ratio=16), 'OLoRA 16': lora(16, init='olora'), 'LoRA 64': lora(64),
+    'rsLoRA 64': ('lora', 'LoRA', dict(rank=64, alpha=16, use_rslora=True)), 'LoRA 42, attention': lora(42, target_modules=ATTENTION), 'LoRA 26, MLP': lora(26, target_modules=MLP),
+    **{f'LoRA {r}': lora(r) for r in RANKS if r not in (1, 16, 64)}}
+GRIDS = {'full': (1e-5, 3e-5, 1e-4, 3e-4), 'lora': (1e-4, 3e-4, 1e-3, 3e-3), 'Bottleneck': (1e-4, 3e-4, 1e-3, 3e-3), 'IA3': (1e-3, 3e-3, 1e-2, 3e-2), 'BitFit': (1e-3, 3e-3, 1e-2, 3e-2),
+         'PromptTuning': (1e-3, 1e-2, 3e-2, 1e-1), 'PrefixTuning': (1e-3, 3e-3, 1e-2, 3e-2)}
+BATCHES = 8, 32, 80     # of 'batch': full fine-tuning and LoRA 16, each at three rates around its own
+def grid(variant): return GRIDS['full'] if VARIANTS[variant] is None else GRIDS.get(VARIANTS[variant][1], GRIDS['lora'])
+
+def apply_(variant, model, tokenizer, task, seed):
+    "Put the method on the model."
+    if VARIANTS[variant] is None: return model
+    import importlib
+    module, name, given = VARIANTS[variant]
+    more = dict(text=TEXT[task], tokenizer=tokenizer) if given.get('init') == 'text' else {}
+    if name not in ('IA3', 'BitFit'): more['seed'] = seed
+    return getattr(importlib.import_module(f'ftbook.{module}'), name)(**given, **more).apply(model)
+
+def loaded(variant):
+    "(model, tokenizer, precision): full fine-tuning needs weights in float32, everything else trains float32 beside bfloat16."
+    from ftbook.models import load_model, probe_device
+    half = str(probe_device('cpu').dtype) == 'torch.bfloat16'
+    if VARIANTS[variant] is None: return *load_model('smollm2-135m', dtype='float32', device='cpu'), 'bf16' if half else None
+    return *load_model('smollm2-135m', device='cpu'), None
+
+
+# Rows
+
+@cache
+def rows_of(task, seed):
+    "(train, validation, test), each a list of (row of ftbook.data, label)."
+    from curves_worker import labels_of, split
+    from ftbook.data import classification_row
+    train, test = split(task, seed)
+    def row(r):
+        if task == 'newsgroups': return dict(prompt=f"{r['text']}\nNewsgroup:", completion=f" {r['label']}")
+        return classification_row(r['text'], r['label'], 'Is the sentiment {labels}?', labels_of(task))
+    parts = train[:N_TRAIN], train[N_TRAIN:N_TRAIN + N_VALID], test[:N_TEST]
+    return tuple([(row(r), r['label']) for r in part] for part in parts)
+
+def answers(task):
+    from curves_worker import labels_of
+    return [f' {l}' for l in labels_of(task)] if task == 'newsgroups' else labels_of(task)
+
+def unrelated(tokenizer, n=40):
+    "Explanations from the Jargon File as plain text: nothing that either task is about."
+    from ftbook.data import encode, load_corpus
+    texts = [r['definition'] for r in load_corpus('jargon') if 200 < len(r['definition']) < 500]
+    return encode([dict(text=t) for t in random.Random(0).sample(texts, n)], tokenizer)
+
+def accuracy(model, tokenizer, task, rows):
+    from curves_worker import labels_of
+    from ftbook.data import prompt_ids
+    from ftbook.recipe import choice_ids, choice_scores
+    names = labels_of(task)
+    chosen = choice_scores(model, [prompt_ids(r, tokenizer) for r, _ in rows], choice_ids(rows[0][0], answers(task), tokenizer)).argmax(1)
+    return sum(names[i] == label for i, (_, label) in zip(chosen.tolist(), rows))/len(rows)
+
+
+# Runs
+
+BEFORE = {}      # precision -> loss of the untouched model on unrelated text
+
+def spectra(model):
+    "Kind of layer -> singular values of what its layers learned, the mean over the model's blocks."
+    from ftbook.lora import LoRALinear, fewer_ranks
+    found = {}
+    for name, part in model.named_modules():
+        if isinstance(part, LoRALinear): found.setdefault(name.rpartition('.')[2], []).append(part.scaling*fewer_ranks(part.lora_A.detach(), part.lora_B.detach(), 1)[2])
+    return {kind: [round(v, 5) for v in (sum(all_of)/len(all_of)).tolist()] for kind, all_of in found.items()}
+
+def file_bytes(model):
+    from ftbook.methods import save_adapter
+    with tempfile.TemporaryDirectory() as tmp: return sum(f.stat().st_size for f in save_adapter(model, tmp).iterdir())
+
+def one(part, variant, task, lr, seed, batch_size):
+    import torch
+    from ftbook.data import encode
+    from ftbook.train import evaluate, finetune
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    train, valid, test = rows_of(task, seed)
+    model, tokenizer, precision = loaded(variant)
+    general = unrelated(tokenizer)
+    if precision not in BEFORE: BEFORE[precision] = evaluate(model, general).loss
+    apply_(variant, model, tokenizer, task, seed)
+    begun = time.perf_counter()
+    run = finetune(model, encode([r for r, _ in train], tokenizer), lr=lr, batch_size=batch_size, epochs=EPOCHS, seed=seed, precision=precision, progress=False)
+    trained = time.perf_counter() - begun
+    found = dict(valid_loss=evaluate(model, encode([r for r, _ in valid], tokenizer)).loss, train_loss=statistics.mean(h['loss'] for h in run.history[-8:]),
+                 forgetting=evaluate(model, general).loss - BEFORE[precision], trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    if part == 'run':
+        found['accuracy'] = accuracy(model, tokenizer, task, test)
+        if VARIANTS[variant] is not None and seed == 0: found['file_bytes'] = file_bytes(model)
+        if variant in {f'LoRA {r}' for r in RANKS} and seed == 0: found['spectra'] = spectra(model)
+    found = {k: round(v, 5) if isinstance(v, float) else v for k, v in found.items()}
+    return dict(part=part, variant=variant, task=task, lr=lr, seed=seed, batch_size=batch_size, **found, train_seconds=round(trained, 1), seconds=round(time.perf_counter() - start, 1))
+
+def probe(task, seed):
+    "The frozen model's last hidden state at the end of the prompt, and a logistic regression on it."
+    import numpy as np, torch
+    from sklearn.linear_model import LogisticRegression
+    from ftbook.data import prompt_ids
+    start = time.perf_counter()
+    train, _, test = rows_of(task, seed)
+    model, tokenizer, _ = loaded('LoRA 16')
+    def states(rows):
+        with torch.no_grad(): return np.stack([model.base_model(torch.tensor([prompt_ids(r, tokenizer)]))[0][0, -1].float().numpy() for r, _ in rows])
+    X, T = states(train), states(test)
+    mean, std = X.mean(0), X.std(0) + 1e-6
+    head = LogisticRegression(C=.01, max_iter=2000).fit((X - mean)/std, [l for _, l in train])
+    return dict(part='run', variant='probe', task=task, lr=0., seed=seed, batch_size=BATCH, accuracy=round(float(head.score((T - mean)/std, [l for _, l in test])), 5), forgetting=0.,
+                trained=int(head.coef_.size + head.intercept_.size), seconds=round(time.perf_counter() - start, 1))
+
+
+# The plan
+
+KEY = 'part', 'variant', 'task', 'lr', 'seed', 'batch_size'
+def read(): return read_from(RESULTS)
+
+def best_lr(runs, variant, task):
+    "The rate with the lowest validation loss, or None before the sweep is complete."
+    swept = {r['lr']: r['valid_loss'] for r in runs if (r['part'], r['variant'], r['task']) == ('sweep', variant, task)}
+    return min(swept, key=lambda lr: swept[lr] if math.isfinite(swept[lr]) else math.inf) if set(grid(variant)) <= set(swept) else None
+
+def plan(runs):
+    "Every run that is known by now, in order: the sweep of a variant, then its seeds."
+    yield from (('run', 'probe', task, 0., seed, BATCH) for seed in range(SEEDS) for task in TASKS)
+    for n_seeds in (3, SEEDS):
+        for variant in VARIANTS:
+            for task in TASKS:
+                yield from (('sweep', variant, task, lr, SWEEP_SEED, BATCH) for lr in grid(variant))
+                if (lr := best_lr(runs, variant, task)) is not None: yield from (('run', variant, task, lr, seed, BATCH) for seed in range(n_seeds))
+    yield from (('batch', variant, 'movie', lr, SWEEP_SEED, size) for size in BATCHES for variant in ('full', 'LoRA 16') for lr in grid(variant))
+
+def missing():
+    runs = read()['runs']
+    done = {tuple(r[k] for k in KEY) for r in runs}
+    return list(dict.fromkeys(job for job in plan(runs) if job not in done))
+
+def measure(job): append_to([probe(job[2], job[4]) if job[1] == 'probe' else one(*job)], RESULTS, PACKAGES)
+
+
+# Cost
+
+def cost(variant):
+    "Step time, memory above the weights while training, and inference with the method in place and merged."
+    import threading, torch
+    from ftbook.data import encode
+    from ftbook.methods import merge_
+    from ftbook.train import finetune
+    from training_worker import Memory
+    train, _, test = rows_of('movie', 0)
+    model, tokenizer, precision = loaded(variant)
+    apply_(variant, model, tokenizer, 'movie', 0)
+    examples, memory = encode([r for r, _ in train[:64]], tokenizer), Memory()
+    run = finetune(model, examples, lr=1e-5, batch_size=BATCH, epochs=1, precision=precision, progress=False)
+    peak = memory.stop()
+    ids = torch.tensor([examples[0].input_ids[:64]]*8)
+    def forward():
+        with torch.no_grad():
+            times = []
+            for _ in range(9):
+                start = time.perf_counter(); model(ids); times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+    model.eval()
+    found = dict(variant=variant, step_seconds=statistics.median(h['seconds'] for h in run.history[2:]), peak_bytes=peak, forward_seconds=forward(), trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    if VARIANTS[variant] is not None:
+        try: found['merged_seconds'] = forward() if merge_(model, keep=False) else None
+        except ValueError: found['merged_seconds'] = None
+    return found
+
+def measure_costs(rounds=3):
+    from quiet import undisturbed
+    for k in range(rounds):
+        for variant in VARIANTS:
+            if sum(r['variant'] == variant for r in read_from(COST)['runs']) > k: continue
+            def worker():
+                done = subprocess.run([sys.executable, __file__, 'cost', variant], capture_output=True, text=True, cwd=HERE)
+                if done.returncode: raise RuntimeError(f'{variant}: {done.stderr[-2000:]}')
+                return json.loads(done.stdout.splitlines()[-1])
+            if found := undisturbed(worker): append_to([found[0] | dict(others=found[1])], COST, PACKAGES)
+
+
+if __name__ == '__main__':
+    what = sys.argv[1:]
+    if what[:1] == ['batch']:
+        for job in missing()[:int(what[1])]: measure(job)
+    elif what == ['cost']: measure_costs()
+    elif what[:1] == ['cost']: print(json.dumps(cost(what[1])))
+    else:
+        while missing(): subprocess.run([sys.executable, __file__, 'batch', '8'], check=True, cwd=HERE)   # a process ends before its memory grows

@@ -74,16 +74,15 @@ def step(model, loss):
     return seconds, value.item(), grads
 
 
-def saved_bytes(model, loss):
-    "Bytes that the forward pass keeps for the backward pass, parameters not counted, and what is saved twice counted once."
+def weighed_step(model, loss):
+    "A step, and the bytes that its forward pass keeps for the backward pass: parameters not counted, and what is saved twice counted once."
     seen, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
     def pack(t):
         s = t.untyped_storage()
         if s.data_ptr() not in own: seen[s.data_ptr()] = s.nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): value = loss()
-    del value
-    return sum(seen.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): found = step(model, loss)
+    return *found, sum(seen.values())
 
 
 def gap(a, b): return max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
@@ -93,12 +92,12 @@ def main(method, dtype, n, threads, rounds):
     torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
         runs = variants(dtype, n, method == 'dora', stack)
-        first = {k: step(*v) for k, v in runs.items()}                    # warms up, and is compared
+        first = {k: weighed_step(*v) for k, v in runs.items()}             # warms up, is compared and weighed
         peft = first['peft']
         assert first['layers'][2].keys() == first['finetune'][2].keys() == peft[2].keys()
         same = {k: dict(loss=abs(first[k][1] - peft[1]), gradient=gap(first[k][2], peft[2])) for k in ('layers', 'finetune')}
         scale = max(float(g.abs().max()) for g in peft[2].values())
-        saved, first, peft = {k: saved_bytes(*v) for k, v in runs.items()}, None, None
+        saved, first, peft = {k: f[3] for k, f in first.items()}, None, None
         times = [{k: step(*v)[0] for k, v in runs.items()} for _ in range(rounds)]
     return dict(method=method, dtype=dtype, tokens=n, threads=threads, seconds={k: [round(t[k], 4) for t in times] for k in runs}, saved=saved, same=same, largest_gradient=scale)
 

@@ -1,11 +1,11 @@
 "Prompt tuning and prefix tuning against peft, and against everything that counts tokens."
-import copy, json, warnings
+import copy, json
 
 import pytest, torch
 from safetensors.torch import load_file, save_file
 
 from ftbook.methods import load_adapter, merge_, method_of, remove_, save_adapter, trainable_summary, unmerge_
-from ftbook.prompts import CALL_RULES, CHILD, Case, PrefixTuning, PromptTuning, PTuning, attention_by_position, cache_shape, is_causal, nearest_words, obstacle, position_limit, read_prefix, transformer_of
+from ftbook.prompts import CHILD, Case, PrefixTuning, PromptTuning, PTuning, attention_by_position, cache_shape, is_causal, nearest_words, obstacle, position_limit, read_prefix, transformer_of
 
 vocab, n = 60, 5
 
@@ -221,6 +221,12 @@ def test_a_text_in_front_in_three_ways(name):
         remove_(m)
 
 
+def test_reading_a_text_leaves_dropout_out():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    m = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=vocab, n_positions=64, embd_pdrop=.5, bos_token_id=1, eos_token_id=2)).train()
+    assert torch.equal(read_prefix(m, [3, 4]), read_prefix(m, [3, 4])) and all(o.training for o in m.modules())
+
+
 def test_own_seed_leaves_the_global_one_alone():
     m, state = make("Llama"), torch.get_rng_state()
     for method in (PromptTuning(n), PromptTuning(n, "vocabulary"), PrefixTuning(n, projection=True), PTuning(n)):
@@ -380,6 +386,25 @@ def test_bert_keeps_its_own_arguments():
     assert gap([(logits(m, ids, token_type_ids=torch.ones_like(ids)), want)]) > 1e-3
 
 
+def test_encoders_keep_their_own_positions():
+    from transformers import RobertaConfig, RobertaModel         # the first position is 2
+    torch.manual_seed(0)
+    m, ids = RobertaModel(RobertaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=vocab, max_position_embeddings=42, pad_token_id=1)).eval(), tokens()
+    lively(PromptTuning(n), m)
+    states = lambda **kw: m(ids, **kw).last_hidden_state
+    assert gap([(states(attention_mask=torch.ones_like(ids)), states()), (states(position_ids=torch.arange(2, 14)[None]), states())]) < 1e-5
+    assert gap([(states(position_ids=torch.arange(3, 15)[None]), states())]) > 1e-3
+
+
+@both_kinds
+def test_a_given_cache_is_the_one_that_is_filled(method):
+    from transformers import DynamicCache
+    m, ids, mine = lively(method, make("Llama")), tokens(), DynamicCache()
+    want = logits(m, ids)
+    assert gap([(logits(m, ids[:, :7], past_key_values=mine, use_cache=True), want[:, :7])]) < 1e-5 and mine.get_seq_length() == 7
+    assert gap([(logits(m, ids[:, 7:], past_key_values=mine, use_cache=False), want[:, 7:])]) < 1e-5 and mine.get_seq_length() == 12
+
+
 def greedy(model, ids, k, **kwargs):
     for _ in range(k): ids = torch.cat([ids, logits(model, ids, use_cache=False, **kwargs)[:, -1:].argmax(-1)], 1)
     return ids
@@ -388,10 +413,8 @@ def greedy(model, ids, k, **kwargs):
 say = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
-@pytest.mark.parametrize("name", causal + ["Mistral"])
-@both_kinds
-def test_generate_is_recomputation(method, name):
-    if name == "Mistral" and type(method) is PrefixTuning: pytest.skip("refused: see test_obstacles")
+@pytest.mark.parametrize("name, method", [(name, kind(n)) for kind in (PromptTuning, PrefixTuning) for name in causal] + [("Mistral", PromptTuning(n))], ids=lambda o: o if isinstance(o, str) else type(o).__name__)
+def test_generate_is_recomputation(name, method):
     m, ids = lively(method, make(name)), tokens()
     ones, want = torch.ones_like(ids), greedy(m, ids, 8)
     for way in (dict(), dict(use_cache=False), dict(attention_mask=ones), dict(attention_mask=ones, cache_implementation="dynamic")):
@@ -585,6 +608,16 @@ def test_a_copy_has_tokens_of_its_own(method):
     with torch.no_grad(): other.get_submodule(CHILD).embedding.zero_()
     assert gap([(logits(other, tokens()), want)]) > 1e-3 and gap([(logits(m, tokens()), want)]) < 1e-6
     assert not hasattr(remove_(other), CHILD) and hasattr(m, CHILD)
+
+
+@both_kinds
+def test_a_call_that_failed_leaves_nothing_behind(method, monkeypatch):
+    m = method.apply(make("Llama"))
+    want, last = m(tokens()).logits.detach(), m.model.layers[1]
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(last, "forward", lambda *a, **kw: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        m(tokens())
+    for model in (copy.deepcopy(m), m): assert gap([(model(tokens()).logits, want)]) < 1e-6
 
 
 @both_kinds

@@ -112,7 +112,7 @@ class BottleneckPart(Part):
     def __init__(self,
         base:nn.Module, # Gives a tensor (..., d), or a tuple that begins with one
         width:int, # Of the stream, d
-        method:'Bottleneck', # Size, activation, scaling, what is read
+        method:Method, # A Bottleneck: size, activation, scaling, what is read
         place:Place, # Where it stands
         device:torch.device='cpu', # Of the block
     ):

@@ -10,7 +10,7 @@ __all__ = ['MODEL_RULES', 'CALL_RULES', 'CHILD', 'FILE_KEY', 'TASKS', 'argument_
            'cache_shape', 'PromptTuning', 'Prefix', 'read_prefix', 'PrefixTuning', 'attention_by_position',
            'nearest_words', 'PTuning']
 
-# %% ../nbs/08_prompts.ipynb #a871eaaf
+# %% ../nbs/08_prompts.ipynb #fa9b32ef
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .methods import Method, check_fit, find_whole, register
+from .methods import Method, check_fit, check_number, find_whole, refuse_fields, register
 
 # %% ../nbs/08_prompts.ipynb #3567027e
 @lru_cache
@@ -316,7 +316,9 @@ class SoftPrompt(VirtualTokens):
             kwargs['position_ids'] = torch.cat([first.expand(*p.shape[:-1], -1), p], -1)
         if (t := kwargs.get('token_type_ids')) is not None: kwargs['token_type_ids'] = torch.cat([t.new_zeros(len(t), self.n), t], 1)
 
-# %% ../nbs/08_prompts.ipynb #7185e438
+# %% ../nbs/08_prompts.ipynb #4054ea0e
+def _check_whole(name, value): check_number(name, value, lambda v: isinstance(v, int) and v >= 1, 'a whole number, at least 1')
+
 class SoftMethod(Method):
     "What prompt tuning and prefix tuning share: checks, the child module, the form on disk."
     kind:ClassVar[str] = '' # As in `Case`
@@ -324,8 +326,7 @@ class SoftMethod(Method):
     made_for, halves = None, False # Of a file: the shape of the cache it was made for; does it hold two sets of tokens?
 
     def __post_init__(self):
-        n = self.num_virtual_tokens
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'num_virtual_tokens={n!r}: it must be a whole number, at least 1')
+        _check_whole('num_virtual_tokens', self.num_virtual_tokens)
         if self.init not in self.inits: raise ValueError(f"init={self.init!r}: it must be one of {', '.join(map(repr, self.inits))}")
         if self.init == 'text': self.token_ids()
         elif self.text is not None: raise ValueError(f"text is given, but init={self.init!r} makes no use of it: write init='text'")
@@ -467,16 +468,12 @@ def _about(method, model, heads, width):
     return dict(task_type=task, num_virtual_tokens=method.num_virtual_tokens, token_dim=width, num_attention_heads=heads, num_layers=cache_shape(model)[0],
                 num_transformer_submodules=1, modules_to_save=list(method.modules_to_save) if method.modules_to_save else None)
 
-# %% ../nbs/08_prompts.ipynb #defb7b46
-_said = {'task_type', 'auto_mapping', 'base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'peft_type', # nothing about what is computed
-         'num_virtual_tokens', 'token_dim', 'num_attention_heads', 'num_layers', 'num_transformer_submodules', 'modules_to_save'}
+# %% ../nbs/08_prompts.ipynb #5549fe12
+_used = ['num_virtual_tokens', 'token_dim', 'num_attention_heads', 'num_layers', 'modules_to_save']
 
-def _check_fields(config, used):
+def _refuse_fields(config, known):
     "Raise ValueError that names the fields which would be dropped."
-    refused = [f'{k}={v!r}' for k, v in config.items() if k not in _said | used and v not in (None, False, {}, [])]
-    two = config.get('num_transformer_submodules') not in (None, 1) and config.get('task_type') != 'SEQ_2_SEQ_LM'
-    refused += [f"num_transformer_submodules={config['num_transformer_submodules']!r}"]*two
-    if refused: raise ValueError(f"ftbook does not support {', '.join(refused)} yet, and without it the adapter would compute something else")
+    refuse_fields(config, [*_used, *known], dict(num_transformer_submodules=[1, 2] if config.get('task_type') == 'SEQ_2_SEQ_LM' else [1]))
 
 # %% ../nbs/08_prompts.ipynb #6b30d18c
 @register
@@ -522,7 +519,7 @@ class PromptTuning(SoftMethod):
         config:dict, # Content of adapter_config.json
     )->'PromptTuning': # ValueError names the fields that it cannot honour
         "The method that a PEFT configuration describes."
-        _check_fields(config, {'prompt_tuning_init', 'prompt_tuning_init_text', 'tokenizer_name_or_path', 'tokenizer_kwargs'})
+        _refuse_fields(config, ['prompt_tuning_init', 'prompt_tuning_init_text', 'tokenizer_name_or_path', 'tokenizer_kwargs'])
         method = PromptTuning(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save'))
         method.halves = config.get('num_transformer_submodules') == 2
         return method
@@ -594,7 +591,7 @@ class PrefixTuning(SoftMethod):
     def __post_init__(self):
         super().__post_init__()
         if self.projection and self.init == 'text': raise ValueError("init='text' gives the prefix itself, and no network is known that would make it: leave projection out")
-        _check_hidden(self.encoder_hidden_size)
+        if self.encoder_hidden_size is not None: _check_whole('encoder_hidden_size', self.encoder_hidden_size)
 
     def build(self,
         model:nn.Module, # Tells the shape of its cache
@@ -626,16 +623,11 @@ class PrefixTuning(SoftMethod):
         config:dict, # Content of adapter_config.json
     )->'PrefixTuning': # ValueError names the fields that it cannot honour
         "The method that a PEFT configuration describes."
-        _check_fields(config, {'prefix_projection', 'encoder_hidden_size', 'init_weights'})
+        _refuse_fields(config, ['prefix_projection', 'encoder_hidden_size', 'init_weights'])
         if config.get('num_transformer_submodules') == 2: raise ValueError('PEFT puts a prefix before the decoder of an encoder with a decoder; ftbook does not')
         method, heads = cls(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save')), config.get('num_attention_heads')
         if heads and config.get('token_dim'): method.made_for = config.get('num_layers'), heads, config['token_dim']//heads
         return method
-
-# %% ../nbs/08_prompts.ipynb #92f4a50d
-def _check_hidden(size):
-    "Raise ValueError unless it is None or a width."
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1): raise ValueError(f'encoder_hidden_size={size!r}: it must be a whole number, at least 1')
 
 # %% ../nbs/08_prompts.ipynb #687d93f5
 @torch.no_grad()
@@ -681,7 +673,7 @@ class PTuning(SoftMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_hidden(self.encoder_hidden_size)
+        if self.encoder_hidden_size is not None: _check_whole('encoder_hidden_size', self.encoder_hidden_size)
 
     def build(self,
         model:nn.Module, # Has embeddings

@@ -244,6 +244,14 @@ class Method:
             part.leave_()
             replace_(model, name, part.base)
 
+    def check_merge(self,
+        model:nn.Module, # With this method on it
+    ):
+        "Raise ValueError if merging would leave a part of the method out."
+        parts = parts_of(model).values()
+        if not parts: raise ValueError(f'{self} cannot be merged: it changes no weights')
+        for part in parts: part.check_merge()
+
     def present(self,
         model:nn.Module, # Any model
     )->'Method': # The same, or a copy
@@ -544,11 +552,10 @@ def merge_(
 )->nn.Module: # The same model. ValueError if it is merged already or cannot be
     "Fold the method into the weights, in place."
     method, parts = method_of(model), parts_of(model)
-    if not parts: raise ValueError(f'{method} cannot be merged: it changes no weights')
     if any(o.merged for o in parts.values()): raise ValueError('the model is merged already: `unmerge_(model)` first')
     shared = _shared_weights(model, parts)
     if shared and (keep or not untie): raise ValueError(f"{'.'.join(shared[0])} is tied to another module, which merging would change too: leave it out, or give it weights of its own with `merge_(model, keep=False, untie=True)`")
-    for part in parts.values(): part.check_merge()       # all or none
+    method.check_merge(model)                            # all or none
     _untie_(model, shared)
     for part in parts.values(): merge_part_(part, keep)
     return model

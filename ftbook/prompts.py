@@ -337,6 +337,12 @@ class SoftMethod(Method):
     ):
         "Fill in where training begins."
 
+    def check_merge(self,
+        model:nn.Module, # With this method on it
+    ):
+        "Raise ValueError: there are no weights that could do the work of tokens."
+        raise ValueError(f'{type(self).__name__} cannot be merged: it changes no weights')
+
     def token_ids(self)->list[int]: # num_virtual_tokens of them. ValueError if there is no text, or nothing in it
         "The tokens of the text, repeated or cut to length."
         text, n = self.text, self.num_virtual_tokens

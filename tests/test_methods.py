@@ -258,3 +258,21 @@ def test_a_list_may_name_more_than_is_there(saved):
 
 def test_loading_onto_a_method(saved):
     with pytest.raises(ValueError, match="already has a method"): M.load_adapter(saved[0], saved[1])
+
+
+# Merging is all or nothing
+
+def methods_that_stay():
+    from ftbook.bottleneck import Bottleneck
+    from ftbook.prompts import PrefixTuning, PromptTuning
+    return [Bottleneck(bottleneck_size=4, modules_to_save=["lm_head"]), PromptTuning(num_virtual_tokens=2, modules_to_save=["lm_head"]), PrefixTuning(num_virtual_tokens=2, modules_to_save=["lm_head"])]
+
+
+@pytest.mark.parametrize("method", methods_that_stay(), ids=lambda m: type(m).__name__)
+def test_a_method_that_cannot_be_merged_leaves_its_whole_modules_alone(method):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    model = method.apply(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)))
+    assert any(isinstance(p, M.Whole) for p in M.parts_of(model).values())
+    with pytest.raises(ValueError, match="cannot be merged"): M.merge_(model)
+    assert not any(p.merged or p.kept for p in M.parts_of(model).values())

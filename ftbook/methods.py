@@ -70,7 +70,8 @@ def _no_match(model, wanted, linears):
     "The error for targets that match nothing."
     other = [f'{n} is of type {type(m).__name__}' for n, m in model.named_modules() if n and name_matches(n, wanted)]
     why = f'matches no linear layer ({other[0]})' if other else 'matches nothing'
-    return ValueError(f"target_modules={wanted!r} {why}. These would match: {_endings(linears)}; or write 'all-linear'")
+    known = sorted(linears, key=lambda n: not is_linear(linears[n])) # embeddings, where they are allowed, come last
+    return ValueError(f"target_modules={wanted!r} {why}. These would match: {_endings(known)}; or write 'all-linear'")
 
 # %% ../nbs/06_peft.ipynb #52c6709a
 def find_modules(
@@ -83,7 +84,7 @@ def find_modules(
     if isinstance(target_modules, str) and target_modules.lower() == 'all-linear':
         head = set((head_of(model) or nn.Module()).modules())
         found = [n for n, m in linears.items() if is_linear(m) and m not in head]
-        if not found: raise _no_match(model, target_modules, found)
+        if not found: raise _no_match(model, target_modules, {})
         return found
     wanted = [target_modules] if isinstance(target_modules, str) else [[o] for o in target_modules]
     for o in wanted:

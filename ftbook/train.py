@@ -696,12 +696,12 @@ def _accelerator(precision, device, trackers, out):
     if AcceleratorState._shared_state and AcceleratorState._shared_state.get('_mixed_precision') != (precision or 'no'): AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision or 'no', cpu=device.type == 'cpu', log_with=trackers, project_dir=out)
 
-def _optimizer(params, settings, device):
-    "AdamW; biases and the weights of norms do not decay, and a parameter's `lr_scale` multiplies its learning rate."
+def _optimizer(params, settings, device, make=None):
+    "AdamW, or what `make` makes of the groups; biases and the weights of norms do not decay, and a parameter's `lr_scale` multiplies its learning rate."
     kinds = {}
     for p in params: kinds.setdefault((p.dim() <= 1, getattr(p, 'lr_scale', 1.)), []).append(p)
-    groups = [dict(params=ps, weight_decay=0. if flat else settings.weight_decay, lr_scale=scale) for (flat, scale), ps in sorted(kinds.items(), key=lambda o: o[0])]
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type in ('cpu', 'cuda') else None)
+    groups = [dict(params=ps, lr=settings.lr, weight_decay=0. if flat else settings.weight_decay, lr_scale=scale) for (flat, scale), ps in sorted(kinds.items(), key=lambda o: o[0])]
+    return make(groups) if make else torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type in ('cpu', 'cuda') else None)
 
 # %% ../nbs/04_training.ipynb #27abcdf5
 class Loop:
@@ -713,12 +713,13 @@ class Loop:
         packs:bool=True, # Does the model take packs?
         trackers=None, # Names of trackers that accelerate knows
         out=None, # Where they may write
+        optimizer=None, # A function of the parameter groups; None: AdamW
     ):
         self.model, self.examples, self.settings, self.packs, self.shares = model, examples, settings, packs, _sharing(model)
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         _check_trainable(self.named, settings.precision, model.device.type)
         self.accelerator = _accelerator(settings.precision, model.device, trackers, out)
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(model), _optimizer(self.params, settings, model.device))
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(model), _optimizer(self.params, settings, model.device, optimizer))
         self.n_steps, self.step, self.best, self._order = settings.n_steps(len(examples)), 0, None, (None, None)
 
     @property
@@ -813,13 +814,13 @@ def fingerprint(
     digest = hashlib.sha256()
     for e in loop.examples: digest.update(repr((e.input_ids, e.trained)).encode())
     shapes = json.dumps({n: list(p.shape) for n, p in loop.named.items()})
-    return dict(asdict(loop.settings), data=digest.hexdigest()[:16], trained=hashlib.sha256(shapes.encode()).hexdigest()[:16])
+    return dict(asdict(loop.settings), optimizer=type(getattr(loop.optimizer, 'optimizer', loop.optimizer)).__name__, data=digest.hexdigest()[:16], trained=hashlib.sha256(shapes.encode()).hexdigest()[:16])
 
 # %% ../nbs/04_training.ipynb #6ce6107c
 @patch
 def tensors(self:Loop)->dict: # Name -> tensor
     "All tensors that a checkpoint needs."
-    moments = {f'optimizer.{i}.{k}': v for i, p in enumerate(self.params) for k, v in self.optimizer.state[p].items()}
+    moments = {f'optimizer.{i}.{k}': v for i, p in enumerate(self.params) for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
     best = {f'best.{n}': t for n, t in (self.best or {}).get('weights', {}).items()}
     return {f'weights.{n}': p.data for n, p in self.named.items()} | moments | best
 
@@ -983,6 +984,7 @@ def finetune(
     weight_decay:float=0., # AdamW's, on matrices only
     max_grad_norm:float|None=1., # Clip the gradient's norm
     seed:int=0, # Of order and dropout
+    optimizer=None, # None: AdamW; or a function that makes one of parameter groups, dicts with params, lr and weight_decay
     precision:str|None=None, # None: as the weights are; 'bf16' or 'fp16': autocast over float32 weights
     gradient_checkpointing:bool=False, # Compute activations again instead of keeping them
     eval_examples:Sequence[Example]|None=None, # Held out
@@ -1003,7 +1005,7 @@ def finetune(
     if patience and not eval_examples: raise ValueError("patience counts evaluations, so it needs `eval_examples`")
     run = Run()
     with _prepared(model, settings, fast) as packs, until_interrupted() as caught:
-        loop = Loop(model, examples, settings, packs, trackers, out)
+        loop = Loop(model, examples, settings, packs, trackers, out, optimizer)
         _begin(loop, run, out, resume)
         if trackers: loop.accelerator.init_trackers('ftbook', config={k: v for k, v in asdict(settings).items() if v is not None})
         with tqdm(total=loop.n_steps, initial=loop.step, disable=not progress, desc='train', unit='step') as bar:

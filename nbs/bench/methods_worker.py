@@ -1,22 +1,24 @@
 """The runs of `methods.ipynb`: every method of the book on two tasks, each with a learning rate of its own.
 
     python methods_worker.py             every run that is missing, appended to results/methods.json one by one
-    python methods_worker.py batch N     the next N of them, in this process
+    python methods_worker.py TASK        those of one task: two processes take two tasks side by side
+    python methods_worker.py batch N [TASK]   the next N of them, in this process
     python methods_worker.py cost        time and memory of every variant, on a quiet machine, appended to results/methods_cost.json
     python methods_worker.py cost NAME   of one; prints one line of JSON
 
 A run is (part, variant, task, lr, seed, batch_size). Parts: 'sweep' (one seed, judged by the loss on validation rows), 'run' (five seeds at the best rate of the sweep) and 'batch' (larger batches).
-All train SmolLM2-135M on the same 160 rows, twice, 8 to a step. The answer is the most probable of the labels.
+All train SmolLM2-135M on the same 96 rows, twice, 8 to a step. The answer is the most probable of the labels.
 """
-import json, math, os, random, resource, statistics, subprocess, sys, tempfile, time
+import copy, json, math, random, statistics, subprocess, sys, tempfile, time
 from functools import cache
-from pathlib import Path
 
 from domains_worker import HERE, append as append_to, read as read_from
 
 RESULTS, COST = HERE/'results'/'methods.json', HERE/'results'/'methods_cost.json'
 PACKAGES = 'torch', 'transformers', 'peft'
-TASKS, N_TRAIN, N_VALID, N_TEST, BATCH, EPOCHS, SEEDS = ('movie', 'newsgroups'), 160, 80, 200, 8, 2, 5
+TASKS, N_TRAIN, N_VALID, N_TEST, BATCH, EPOCHS, SEEDS = ('movie', 'newsgroups'), 96, 64, 160, 8, 2, 5
+FEWER_SEEDS = 3         # of the sizes in between
+WORDS = 28              # of a message; a film snippet is about as long
 SWEEP_SEED = 100        # its rows are drawn otherwise than those of the five seeds
 TEXT = dict(movie='Read the film review and say whether its sentiment is negative or positive.', newsgroups='Read the message and name the newsgroup in which it was posted.')
 
@@ -36,10 +38,15 @@ VARIANTS = {
     'DoRA 16': lora(16, use_dora=True), 'PiSSA 16': lora(16, init='pissa_niter_4'), 'LoRA+ 16': lora(16, lr_ratio=16), 'OLoRA 16': lora(16, init='olora'), 'LoRA 64': lora(64),
     'rsLoRA 64': ('lora', 'LoRA', dict(rank=64, alpha=16, use_rslora=True)), 'LoRA 42, attention': lora(42, target_modules=ATTENTION), 'LoRA 26, MLP': lora(26, target_modules=MLP),
     **{f'LoRA {r}': lora(r) for r in RANKS if r not in (1, 16, 64)}}
-GRIDS = {'full': (1e-5, 3e-5, 1e-4, 3e-4), 'lora': (1e-4, 3e-4, 1e-3, 3e-3), 'Bottleneck': (1e-4, 3e-4, 1e-3, 3e-3), 'IA3': (1e-3, 3e-3, 1e-2, 3e-2), 'BitFit': (1e-3, 3e-3, 1e-2, 3e-2),
-         'PromptTuning': (1e-3, 1e-2, 3e-2, 1e-1), 'PrefixTuning': (1e-3, 3e-3, 1e-2, 3e-2)}
-BATCHES = 8, 32, 80     # of 'batch': full fine-tuning and LoRA 16, each at three rates around its own
-def grid(variant): return GRIDS['full'] if VARIANTS[variant] is None else GRIDS.get(VARIANTS[variant][1], GRIDS['lora'])
+IN_BETWEEN = 'LoRA 2', 'LoRA 4', 'LoRA 8', 'LoRA 32', 'Houlsby 4'
+LADDER = 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1
+FIRST = {'full': 3e-5, 'IA3': 3e-3, 'BitFit': 1e-3, 'PromptTuning': 1e-2, 'PrefixTuning': 3e-3, 'LoRA+ 16': 1e-4, 'PiSSA 16': 1e-4}   # lowest of the three rates with which a sweep begins; 3e-4 for all others
+BATCHES = 32, 64        # of 'batch': full fine-tuning and LoRA 16, at the rates of the sweep and one above; the sweep itself has 8
+def begin(variant):
+    "The three rates with which the sweep of a variant begins."
+    kind = 'full' if VARIANTS[variant] is None else VARIANTS[variant][1]
+    at = LADDER.index(FIRST.get(variant, FIRST.get(kind, 3e-4)))
+    return LADDER[at:at + 3]
 
 def apply_(variant, model, tokenizer, task, seed):
     "Put the method on the model."
@@ -50,12 +57,20 @@ def apply_(variant, model, tokenizer, task, seed):
     if name not in ('IA3', 'BitFit'): more['seed'] = seed
     return getattr(importlib.import_module(f'ftbook.{module}'), name)(**given, **more).apply(model)
 
-def loaded(variant):
+@cache
+def loaded(dtype):
+    from ftbook.models import load_model
+    return load_model('smollm2-135m', dtype=dtype, device='cpu')
+
+def half():
+    from ftbook.models import probe_device
+    return str(probe_device('cpu').dtype).removeprefix('torch.')
+
+def fresh(variant):
     "(model, tokenizer, precision): full fine-tuning needs weights in float32, everything else trains float32 beside bfloat16."
-    from ftbook.models import load_model, probe_device
-    half = str(probe_device('cpu').dtype) == 'torch.bfloat16'
-    if VARIANTS[variant] is None: return *load_model('smollm2-135m', dtype='float32', device='cpu'), 'bf16' if half else None
-    return *load_model('smollm2-135m', device='cpu'), None
+    whole = VARIANTS.get(variant, ()) is None
+    model, tokenizer = loaded('float32' if whole else half())
+    return copy.deepcopy(model), tokenizer, 'bf16' if whole and half() == 'bfloat16' else None
 
 
 # Rows
@@ -63,20 +78,15 @@ def loaded(variant):
 @cache
 def rows_of(task, seed):
     "(train, validation, test), each a list of (row of ftbook.data, label)."
-    from curves_worker import labels_of, split
-    from ftbook.data import classification_row
+    from curves_worker import split
     train, test = split(task, seed)
     def row(r):
-        if task == 'newsgroups': return dict(prompt=f"{r['text']}\nNewsgroup:", completion=f" {r['label']}")
-        return classification_row(r['text'], r['label'], 'Is the sentiment {labels}?', labels_of(task))
+        if task == 'movie': return dict(prompt=f"{r['text']}\nSentiment:", completion=f" {r['label']}")
+        return dict(prompt=f"{' '.join(r['text'].split()[:WORDS])}\nNewsgroup:", completion=f" {r['label']}")
     parts = train[:N_TRAIN], train[N_TRAIN:N_TRAIN + N_VALID], test[:N_TEST]
     return tuple([(row(r), r['label']) for r in part] for part in parts)
 
-def answers(task):
-    from curves_worker import labels_of
-    return [f' {l}' for l in labels_of(task)] if task == 'newsgroups' else labels_of(task)
-
-def unrelated(tokenizer, n=40):
+def unrelated(tokenizer, n=24):
     "Explanations from the Jargon File as plain text: nothing that either task is about."
     from ftbook.data import encode, load_corpus
     texts = [r['definition'] for r in load_corpus('jargon') if 200 < len(r['definition']) < 500]
@@ -87,13 +97,18 @@ def accuracy(model, tokenizer, task, rows):
     from ftbook.data import prompt_ids
     from ftbook.recipe import choice_ids, choice_scores
     names = labels_of(task)
-    chosen = choice_scores(model, [prompt_ids(r, tokenizer) for r, _ in rows], choice_ids(rows[0][0], answers(task), tokenizer)).argmax(1)
+    chosen = choice_scores(model, [prompt_ids(r, tokenizer) for r, _ in rows], choice_ids(rows[0][0], [f' {name}' for name in names], tokenizer)).argmax(1)
     return sum(names[i] == label for i, (_, label) in zip(chosen.tolist(), rows))/len(rows)
 
 
 # Runs
 
-BEFORE = {}      # precision -> loss of the untouched model on unrelated text
+@cache
+def before():
+    "Loss of the untouched model on unrelated text."
+    from ftbook.train import evaluate
+    model, tokenizer = loaded(half())
+    return evaluate(model, unrelated(tokenizer)).loss
 
 def spectra(model):
     "Kind of layer -> singular values of what its layers learned, the mean over the model's blocks."
@@ -114,21 +129,20 @@ def one(part, variant, task, lr, seed, batch_size):
     start = time.perf_counter()
     torch.manual_seed(seed)
     train, valid, test = rows_of(task, seed)
-    model, tokenizer, precision = loaded(variant)
-    general = unrelated(tokenizer)
-    if precision not in BEFORE: BEFORE[precision] = evaluate(model, general).loss
+    model, tokenizer, precision = fresh(variant)
     apply_(variant, model, tokenizer, task, seed)
     begun = time.perf_counter()
     run = finetune(model, encode([r for r, _ in train], tokenizer), lr=lr, batch_size=batch_size, epochs=EPOCHS, seed=seed, precision=precision, progress=False)
-    trained = time.perf_counter() - begun
-    found = dict(valid_loss=evaluate(model, encode([r for r, _ in valid], tokenizer)).loss, train_loss=statistics.mean(h['loss'] for h in run.history[-8:]),
-                 forgetting=evaluate(model, general).loss - BEFORE[precision], trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    seconds = time.perf_counter() - begun
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if VARIANTS[variant] is None: model.to(getattr(torch, half()))     # all are judged at the precision in which the model is used
+    found = dict(valid_loss=evaluate(model, encode([r for r, _ in valid], tokenizer)).loss, train_loss=statistics.mean(h['loss'] for h in run.history[-8:]), trained=trained)
     if part == 'run':
-        found['accuracy'] = accuracy(model, tokenizer, task, test)
+        found |= dict(accuracy=accuracy(model, tokenizer, task, test), forgetting=evaluate(model, unrelated(tokenizer)).loss - before())
         if VARIANTS[variant] is not None and seed == 0: found['file_bytes'] = file_bytes(model)
         if variant in {f'LoRA {r}' for r in RANKS} and seed == 0: found['spectra'] = spectra(model)
     found = {k: round(v, 5) if isinstance(v, float) else v for k, v in found.items()}
-    return dict(part=part, variant=variant, task=task, lr=lr, seed=seed, batch_size=batch_size, **found, train_seconds=round(trained, 1), seconds=round(time.perf_counter() - start, 1))
+    return dict(part=part, variant=variant, task=task, lr=lr, seed=seed, batch_size=batch_size, **found, train_seconds=round(seconds, 1), seconds=round(time.perf_counter() - start, 1))
 
 def probe(task, seed):
     "The frozen model's last hidden state at the end of the prompt, and a logistic regression on it."
@@ -137,7 +151,7 @@ def probe(task, seed):
     from ftbook.data import prompt_ids
     start = time.perf_counter()
     train, _, test = rows_of(task, seed)
-    model, tokenizer, _ = loaded('LoRA 16')
+    model, tokenizer = loaded(half())
     def states(rows):
         with torch.no_grad(): return np.stack([model.base_model(torch.tensor([prompt_ids(r, tokenizer)]))[0][0, -1].float().numpy() for r, _ in rows])
     X, T = states(train), states(test)
@@ -152,25 +166,44 @@ def probe(task, seed):
 KEY = 'part', 'variant', 'task', 'lr', 'seed', 'batch_size'
 def read(): return read_from(RESULTS)
 
+def swept(runs, variant, task): return {r['lr']: r['valid_loss'] for r in runs if (r['part'], r['variant'], r['task']) == ('sweep', variant, task)}
+
 def best_lr(runs, variant, task):
-    "The rate with the lowest validation loss, or None before the sweep is complete."
-    swept = {r['lr']: r['valid_loss'] for r in runs if (r['part'], r['variant'], r['task']) == ('sweep', variant, task)}
-    return min(swept, key=lambda lr: swept[lr] if math.isfinite(swept[lr]) else math.inf) if set(grid(variant)) <= set(swept) else None
+    "The rate that the seeds use, or None before the sweep is complete."
+    return None if wanted(runs, variant, task) else chosen(swept(runs, variant, task))
+
+def chosen(losses):
+    "The smallest rate whose validation loss is within a tenth of the lowest: where a few rows cannot tell, the one that moves the model least."
+    finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)} or losses
+    return min(lr for lr, loss in finite.items() if not loss > 1.1*min(finite.values()))
+
+def wanted(runs, variant, task):
+    "Rates that the sweep still needs: it begins with three and goes on while the chosen one is at an end."
+    done = swept(runs, variant, task)
+    if missing := [lr for lr in begin(variant) if lr not in done]: return missing
+    at = LADDER.index(chosen(done))
+    return [LADDER[k] for k in (at - 1, at + 1) if 0 <= k < len(LADDER) and LADDER[k] not in done]
 
 def plan(runs):
     "Every run that is known by now, in order: the sweep of a variant, then its seeds."
     yield from (('run', 'probe', task, 0., seed, BATCH) for seed in range(SEEDS) for task in TASKS)
-    for n_seeds in (3, SEEDS):
+    for n_seeds in (FEWER_SEEDS, SEEDS):
         for variant in VARIANTS:
             for task in TASKS:
-                yield from (('sweep', variant, task, lr, SWEEP_SEED, BATCH) for lr in grid(variant))
-                if (lr := best_lr(runs, variant, task)) is not None: yield from (('run', variant, task, lr, seed, BATCH) for seed in range(n_seeds))
-    yield from (('batch', variant, 'movie', lr, SWEEP_SEED, size) for size in BATCHES for variant in ('full', 'LoRA 16') for lr in grid(variant))
+                yield from (('sweep', variant, task, lr, SWEEP_SEED, BATCH) for lr in wanted(runs, variant, task))
+                if (lr := best_lr(runs, variant, task)) is not None:
+                    yield from (('run', variant, task, lr, seed, BATCH) for seed in range(FEWER_SEEDS if variant in IN_BETWEEN else n_seeds))
+    yield from (('batch', variant, 'movie', lr, SWEEP_SEED, size) for size in BATCHES for variant in ('full', 'LoRA 16') for lr in batch_rates(variant))
 
-def missing():
+def batch_rates(variant):
+    "A larger batch may want a larger rate: the first three and one above."
+    at = LADDER.index(begin(variant)[0])
+    return LADDER[at:at + 4]
+
+def missing(tasks=TASKS):
     runs = read()['runs']
     done = {tuple(r[k] for k in KEY) for r in runs}
-    return list(dict.fromkeys(job for job in plan(runs) if job not in done))
+    return list(dict.fromkeys(job for job in plan(runs) if job not in done and job[2] in tasks))
 
 def measure(job): append_to([probe(job[2], job[4]) if job[1] == 'probe' else one(*job)], RESULTS, PACKAGES)
 
@@ -179,13 +212,13 @@ def measure(job): append_to([probe(job[2], job[4]) if job[1] == 'probe' else one
 
 def cost(variant):
     "Step time, memory above the weights while training, and inference with the method in place and merged."
-    import threading, torch
+    import torch
     from ftbook.data import encode
     from ftbook.methods import merge_
     from ftbook.train import finetune
     from training_worker import Memory
     train, _, test = rows_of('movie', 0)
-    model, tokenizer, precision = loaded(variant)
+    model, tokenizer, precision = fresh(variant)
     apply_(variant, model, tokenizer, 'movie', 0)
     examples, memory = encode([r for r, _ in train[:64]], tokenizer), Memory()
     run = finetune(model, examples, lr=1e-5, batch_size=BATCH, epochs=1, precision=precision, progress=False)
@@ -219,8 +252,8 @@ def measure_costs(rounds=3):
 if __name__ == '__main__':
     what = sys.argv[1:]
     if what[:1] == ['batch']:
-        for job in missing()[:int(what[1])]: measure(job)
+        for job in missing(what[2:] or TASKS)[:int(what[1])]: measure(job)
     elif what == ['cost']: measure_costs()
     elif what[:1] == ['cost']: print(json.dumps(cost(what[1])))
     else:
-        while missing(): subprocess.run([sys.executable, __file__, 'batch', '8'], check=True, cwd=HERE)   # a process ends before its memory grows
+        while missing(what or TASKS): subprocess.run([sys.executable, __file__, 'batch', '8', *what], check=True, cwd=HERE)   # a process ends before its memory grows

@@ -387,18 +387,20 @@ def _gated_forward(self, x):
 
 # %% ../nbs/04_training.ipynb #9bcf2398
 def _candidate(module):
-    "The forward that might replace `module`'s, and the width of its input."
-    if type(module).__name__.endswith('RMSNorm') and hasattr(module, 'variance_epsilon'): return _norm_forward, module.weight.shape[0]
+    "The forward that might replace `module`'s, and the weight that tells the width and precision of its input."
+    if type(module).__name__.endswith('RMSNorm') and hasattr(module, 'variance_epsilon'): return _norm_forward, module.weight
     parts = [getattr(module, name, None) for name in ('gate_proj', 'up_proj', 'down_proj', 'act_fn')]
-    if type(parts[3]).__name__ in ('SiLU', 'SiLUActivation'): return _gated_forward, next(parts[0].parameters()).shape[-1]
-    return None, 0
+    gate = parts[0]
+    while hasattr(gate, 'base'): gate = gate.base       # a method's part stands before the layer
+    if type(parts[3]).__name__ in ('SiLU', 'SiLUActivation'): return _gated_forward, getattr(gate, 'weight', None)
+    return None, None
 
 # %% ../nbs/04_training.ipynb #3681fda3
 def _swap(module):
     "Give `module` its faster forward, if that gives the same numbers."
-    new, width = _candidate(module)
-    weight = next(module.parameters(), None) if new else None
+    new, weight = _candidate(module)
     if weight is None or not weight.is_floating_point(): return
+    width = weight.shape[-1]
     with torch.enable_grad():
         probe = torch.linspace(-2, 3, 3*width, device=weight.device).sin().view(1, 3, width).to(weight.dtype)
         same = _agree([new(module, probe)], [type(module).forward(module, probe)])

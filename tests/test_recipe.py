@@ -11,7 +11,7 @@ from ftbook.lora import LoRA
 from ftbook.methods import load_adapter
 from ftbook.models import load_model, model_folder
 from ftbook.train import finetune
-from tiny import good_rows, save_tiny_model, tiny_config, write_rows
+from tiny import good_rows, save_tiny_model, tiny_config, write_config, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,18 @@ def make(tiny, tmp_path):
 def test_train_keys_are_the_arguments_of_finetune():
     names, known = {f.name for f in fields(r.TrainKeys)}, inspect.signature(finetune).parameters
     assert names <= set(known)
-    left_out = {"model", "examples", "seed", "eval_examples", "out", "resume", "fast", "callbacks", "progress"}
+    left_out = {"model", "examples", "seed", "optimizer", "eval_examples", "out", "resume", "fast", "callbacks", "progress"}
     assert set(known) - names == left_out, "a new argument of finetune is a key, or is left out on purpose"
     for f in fields(r.TrainKeys):
         if f.name not in ("lr",): assert getattr(r.TrainKeys(), f.name) == known[f.name].default, f.name
 
 
-def test_method_keys_are_arguments_of_lora():
-    only_in_python = {"use_dora", "init", "rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias", "lr_ratio"}
-    assert {f.name for f in fields(r.MethodKeys)} - {"type"} == set(inspect.signature(LoRA).parameters) - {"seed"} - only_in_python
+def test_method_keys_are_the_arguments_of_the_methods():
+    only_in_python = {"seed", "tokenizer", "layers_pattern", "activation", "scaling", "init_std", "layout", "feedforward_modules", "projection", "encoder_hidden_size", "kind"}
+    classes = [cls for cls, *_ in r.METHODS.values() if cls]
+    assert {f.name for f in fields(r.MethodKeys)} - {"type"} == {f.name for cls in classes for f in fields(cls)} - only_in_python
+    for f in fields(r.MethodKeys):
+        for own in [o for cls in classes for o in fields(cls) if o.name == f.name and f.default is not None]: assert own.default == f.default, f.name
 
 
 def test_defaults_obey_their_own_rules():
@@ -374,13 +377,47 @@ def test_the_adapter_is_what_was_judged(make, tiny, tmp_path):
     assert sum(told["right"])/len(told["right"]) == result.facts["accuracy_after"]
 
 
+@pytest.mark.parametrize("method", [dict(type="houlsby", bottleneck_size=4), dict(type="parallel", bottleneck_size=4), dict(type="ia3"), dict(type="bitfit"), dict(type="prompt", num_virtual_tokens=4),
+    dict(type="prefix", num_virtual_tokens=4, init="random"), dict(type="p_tuning", num_virtual_tokens=4), dict(type="lora", rank=4, use_dora=True, rank_pattern=dict(q_proj=2)),
+    dict(type="lora", rank=4, init="pissa", lr_ratio=4, modules_to_save=["norm"])], ids=lambda m: "-".join(map(str, m.values())))
+def test_every_method_runs_and_its_adapter_is_what_was_judged(make, tiny, tmp_path, method):
+    recipe = make(method=method, evaluate=dict(samples=0), forgetting=dict(measure=False))
+    facts = r.run(recipe, tmp_path/"run", progress=False).facts
+    model, _ = load_model(tiny, dtype="float32", device="cpu")
+    load_adapter(model, tmp_path/"run/adapter")
+    p = r.prepare(recipe)
+    told = r.measure(p, model, {})
+    assert sum(told["nats"])/sum(told["targets"]) == pytest.approx(facts["loss_after"], rel=1e-5)
+    assert facts["loss_after"] < facts["loss_before"]
+
+
+@pytest.mark.parametrize("method, says", [
+    (dict(type="houlsby", rank=4), "method.rank does not belong to method.type houlsby, which has dropout, init, bottleneck_size, modules_to_save"),
+    (dict(type="full", use_dora=True), "method.use_dora does not belong to method.type full"),
+    (dict(type="lora", num_virtual_tokens=2), "method.num_virtual_tokens does not belong to method.type lora"),
+    (dict(type="lora", rank_pattern=dict(q_proj="many")), "method.rank_pattern must be names with a whole number each or null"),
+    (dict(type="prefix", gradient=1), "unknown key method.gradient")])
+def test_what_does_not_belong_to_a_method_is_refused(tiny, tmp_path, method, says):
+    config = tiny_config(tiny, write_rows(tmp_path/"rows.jsonl", good_rows()), method=method)
+    with pytest.raises(ValueError, match=re.escape(says)): r.prepare(r.load_recipe(write_config(tmp_path/"recipe.yaml", config)))
+
+
+def test_an_unknown_beginning_is_found_before_the_model_is_loaded(make):
+    assert any("init='magic' is not known" in f.message for f in r.check(make(method=dict(init="magic"))).errors)
+
+
+def test_a_prefix_with_checkpointing_is_refused_before_the_model_is_loaded(make):
+    found = r.check(make(method=dict(type="prefix", num_virtual_tokens=4), train=dict(gradient_checkpointing=True)))
+    assert any("gradient checkpointing" in f.message for f in found.errors)
+
+
 def test_a_method_that_changes_something_at_once_is_refused(make, tmp_path, monkeypatch):
     class Loud(LoRA):
         def inject_(self, model):
             super().inject_(model)
             for n, q in model.named_parameters():
                 if "lora_B" in n: torch.nn.init.normal_(q.data, std=30)
-    monkeypatch.setattr(r, "make_method", lambda recipe: Loud(rank=4))
+    monkeypatch.setattr(r, "make_method", lambda recipe, tokenizer: Loud(rank=4))
     with pytest.raises(r.CheckFailed, match="changes the loss"): r.run(make(), tmp_path/"run", progress=False)
 
 

@@ -19,10 +19,12 @@ import typer
 from typer.core import TyperCommand
 
 # %% ../nbs/18_cli.ipynb #5fd29f05
+def _rank(): return int(os.environ.get('RANK', 0)) # of the processes that `accelerate launch` starts, this one
+
 def _fail(message, as_json, code=1, **more):
     "Say what went wrong, once, and leave."
-    print(f'ftbook: {message}', file=sys.stderr)
-    if as_json: print(json.dumps(dict(error=message, **more)))
+    print(f"ftbook{f' (process {_rank()})'*(_rank() > 0)}: {message}", file=sys.stderr)
+    if as_json and not _rank(): print(json.dumps(dict(error=message, **more)))
     raise typer.Exit(code)
 
 # %% ../nbs/18_cli.ipynb #3ca9925c
@@ -63,6 +65,7 @@ def _hand_over(result, as_json):
     "Say what a run left."
     folder, saved = _short(result.folder), 'model' if (result.folder/'model').exists() else 'adapter'
     if result.stopped == 'interrupted': _fail(f"interrupted after step {result.facts['step']}; everything up to there is kept. Go on with: ftbook train {folder} --resume", as_json, 130, **result.facts)
+    if _rank(): return # the first one speaks
     if as_json: return print(json.dumps(result.facts))
     from ftbook.recipe import summary_line
     print(f"\n{summary_line(result.facts)}\n{'report':8} {folder/'report.html'}\n{saved:8} {folder/saved}")
@@ -204,3 +207,5 @@ def main():
     if 'OMP_WAIT_POLICY' not in os.environ: os.environ.setdefault('GOMP_SPINCOUNT', '20000')
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
     app(prog_name='ftbook')
+
+if __name__ == '__main__' and __spec__: main() # python -m ftbook.cli; a notebook has no spec

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .methods import (Method, Part, check_fit, check_number, exact_targets, find_modules, is_linear, linear_size, load_adapter, method_of, name_matches, parts_of,
+from .methods import (Method, Part, check_fit, check_number, exact_targets, find_modules, is_linear, is_quantized, linear_size, load_adapter, method_of, name_matches, parts_of,
     read_method, refuse_fields, register, remove_, replace_)
 
 # %% ../nbs/09_lora.ipynb #542f0d0b
@@ -162,6 +162,7 @@ def working_dtype(
 )->torch.dtype: # Its own, or autocast's
     "The precision in which a matrix product with `x` runs."
     kind = x.device.type
+    if kind == 'meta': return x.dtype # where nothing is computed, there is no autocast
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 # %% ../nbs/09_lora.ipynb #05b29e21
@@ -170,7 +171,7 @@ def low_rank(
     layers:list['LoRALinear'], # All read this x
 )->tuple: # The output of each, (..., out)
     "Run several LoRA layers on one input."
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(working_dtype(x))
         with torch.autocast(x.device.type, enabled=False): return low_rank(x, layers)
     outs = _LowRank.apply(x, [o.scaling for o in layers], [None if o.stretched else o.base.bias for o in layers],
@@ -415,6 +416,11 @@ def targets(self:LoRA,
     return names
 
 # %% ../nbs/09_lora.ipynb #5639d5b6
+def _check_quantized(method, name, layer):
+    if not is_quantized(layer): return
+    if method.init not in ('kaiming', 'gaussian'): raise ValueError(f"init={method.init!r} changes the frozen weight, and {name} is quantised: use 'kaiming'")
+    if method.use_dora and 'weight' in layer._parameters: raise ValueError(f'DoRA needs the norms of the weights, and {type(layer).__name__} hides them: quantise with ftbook.quant, or leave use_dora out')
+
 @patch
 def shapes(self:LoRA,
     model:nn.Module, # Without a method
@@ -424,6 +430,7 @@ def shapes(self:LoRA,
     for name in self.targets(model):
         layer, rank = model.get_submodule(name), self.rank_of(name)
         embeds = isinstance(layer, nn.Embedding)
+        _check_quantized(self, name, layer)
         n_in, n_out = tuple(layer.weight.shape) if embeds else linear_size(layer)
         if rank > min(n_in, n_out): raise ValueError(f'rank={rank} is larger than {name}, which maps {n_in} numbers to {n_out}: '
             f'choose a rank up to {min(n_in, n_out)} or leave it out of target_modules')

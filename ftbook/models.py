@@ -436,6 +436,8 @@ def count_parameters(
     counts = dict.fromkeys(ROLES, 0)
     for name, p in model.named_parameters():
         counts[role_of(name, model.get_submodule(name.rpartition('.')[0]))] += _size(p)
+    for name, m in model.named_modules(): # a quantised layer may keep its weight in buffers
+        if isinstance(m, nn.Linear) and 'weight' not in m._parameters: counts[role_of(f'{name}.weight', m)] += m.in_features*m.out_features
     return counts
 
 # %% ../nbs/01_models.ipynb #dd73579e

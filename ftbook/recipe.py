@@ -10,10 +10,10 @@ __all__ = ['METHODS', 'Rule', 'ModelKeys', 'DataKeys', 'MethodKeys', 'TrainKeys'
            'find_labels', 'shape_rows', 'CheckFailed', 'Prepared', 'make_method', 'choose_precision', 'plan_memory',
            'free_memory', 'holds_run', 'disk_needed', 'prepare', 'check', 'wilson', 'paired_bootstrap', 'choice_ids',
            'choice_scores', 'forgetting_texts', 'plain_example', 'Forgetting', 'compare_losses', 'write_answers',
-           'named_first', 'measure', 'judge', 'smoke_step', 'write_text', 'recipe_yaml', 'Job', 'train_settings',
-           'Result', 'run', 'release_memory', 'collect', 'summary_line', 'summary_sentence', 'draw_intervals', 'cards',
-           'draw_samples', 'draw_losses', 'forgetting_words', 'advice', 'loading_code', 'draw_findings', 'Report',
-           'sections', 'quickstart_recipe', 'free_folder', 'quickstart']
+           'named_first', 'measure', 'measure_together', 'judge', 'smoke_step', 'write_text', 'recipe_yaml', 'Job',
+           'train_settings', 'Result', 'run', 'release_memory', 'collect', 'summary_line', 'summary_sentence',
+           'draw_intervals', 'cards', 'draw_samples', 'draw_losses', 'forgetting_words', 'advice', 'loading_code',
+           'draw_findings', 'Report', 'sections', 'quickstart_recipe', 'free_folder', 'quickstart']
 
 # %% ../nbs/16_recipe.ipynb #71f04141
 import copy, ctypes, difflib, errno, json, math, os, platform, random, re, shutil, sys, tempfile, textwrap, time
@@ -21,7 +21,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -39,11 +39,13 @@ from .data import (DICTIONARIES, READERS, SURVEYS, Encoded, Example, classificat
     normalise, pack, pad, prompt_ids, read_rows, row_parts, show_mask, split_rows, term_rows, to_example)
 from .explore import Picture, bars, escape, page, plot, table, tidy
 from .lora import LoRA
-from .methods import save_adapter, trainable_summary
+from .memory import OPTIMIZERS, as_optimizer
+from .methods import is_quantized, save_adapter, trainable_summary
 from .models import SHIPPED, as_dtype, count_parameters, load_model, load_tokenizer, probe_device, skeleton, training_bytes
 from .prompts import Case, PrefixTuning, PromptTuning, PTuning, refuse, transformer_of
 from .quality import Finding, Findings, audit, view_rows
-from .train import Evaluation, Objective, Run, checkpoints, evaluate, finetune, has_linear_head, isolated, peak_memory
+from .quant import load_quantized, quantize_
+from .train import Evaluation, Objective, Run, checkpoints, evaluate, finetune, has_linear_head, isolated, join_processes, peak_memory
 
 # %% ../nbs/16_recipe.ipynb #51ccf2c8
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ModelKeys:
     dtype:Annotated[str|None, "precision of the weights; null asks the device", _one_of('float32', 'bfloat16', 'float16')]=None
     device:Annotated[str|None, "where it runs; null takes the fastest", _device]=None
     attention:Annotated[str|None, "sdpa, eager or flash_attention_2; null asks the device"]=None
+    quantize:Annotated[str|None, "hold the frozen weights in few bits (QLoRA); null keeps them whole", _one_of('nf4', 'fp4', 'int4', 'int8')]=None
 
 # %% ../nbs/16_recipe.ipynb #cddea74b
 @dataclass
@@ -131,6 +134,7 @@ class TrainKeys:
     warmup:Annotated[float, "share of the steps, or their number", _at_least(0)]=.03
     weight_decay:Annotated[float, "AdamW's", _at_least(0)]=0.
     max_grad_norm:Annotated[float|None, "clip the gradient's norm; null never clips", _positive]=1.
+    optimizer:Annotated[str|None, "what takes the steps; null: adamw", _one_of(*OPTIMIZERS)]=None
     precision:Annotated[str|None, "autocast over float32 weights; null decides by device and method", _one_of('bf16', 'fp16')]=None
     gradient_checkpointing:Annotated[bool, "compute activations again instead of keeping them"]=False
     patience:Annotated[int|None, "stop after so many evaluations without a better one", _at_least(1)]=None
@@ -273,6 +277,7 @@ def _contradiction(r):
     if None in (d.labels or []) and not d.cuts: return "data.labels has a null, which leaves rows out and needs data.cuts"
     if len(set(map(str, d.labels or []))) < n_labels and None not in d.labels: return f"data.labels names a label twice: {d.labels}"
     if foreign := foreign_keys(r.method): return foreign
+    if r.method.type == 'full' and r.model.quantize: return f"model.quantize {r.model.quantize} freezes the weights, and method.type full trains them: take an adapter such as lora"
     if r.method.type == 'full' and r.model.dtype in ('float16', 'bfloat16'): return f"model.dtype {r.model.dtype} is too coarse to train every weight in: leave it out, and set train.precision: bf16"
 
 # %% ../nbs/16_recipe.ipynb #4bf5757b
@@ -520,6 +525,7 @@ def _check_model(p):
     keys, add = p.recipe.model, p.findings.add
     if keys.name in SHIPPED and SHIPPED[keys.name].kind != 'causal': raise ValueError(f"{keys.name} is an encoder and writes no text; take a causal language model such as smollm2-135m")
     p.skeleton, p.tokenizer = skeleton(keys.name), load_tokenizer(keys.name)
+    if keys.quantize: quantize_(p.skeleton, keys.quantize)
     p.n_limit = min(n for n in (p.tokenizer.model_max_length, getattr(p.skeleton.config.get_text_config(), 'max_position_embeddings', None)) if n)
     p.tokenizer.model_max_length, most = p.n_limit, p.recipe.data.max_length
     if most and most > p.n_limit: add('error', 'data.max_length', f"{most} tokens are more than {keys.name} can read", f'set data.max_length to {p.n_limit} or less')
@@ -611,7 +617,9 @@ def plan_memory(
     n, dtype = sum(count_parameters(model).values()), choose_precision(recipe)[1]
     if recipe.method.type == 'full': return training_bytes(n, precision='float32')
     added = sum(map(math.prod, (method or make_method(recipe)).shapes(model).values()))
-    return training_bytes(added, precision='float32') | {'frozen weights': n*dtype.itemsize}
+    packed = [m for m in model.modules() if is_quantized(m)]
+    n -= sum(m.in_features*m.out_features for m in packed)
+    return training_bytes(added, precision='float32') | {'frozen weights': n*dtype.itemsize} | ({'quantised weights': sum(b.nbytes for m in packed for b in m.buffers())} if packed else {})
 
 # %% ../nbs/16_recipe.ipynb #449a9020
 def free_memory(
@@ -907,6 +915,30 @@ def measure(
     return dict(right=right, nats=nats, targets=targets, answers=answers, texts={k: dict(nats=e.nats, targets=e.targets) for k, e in lost.items()})
 
 # %% ../nbs/16_recipe.ipynb #970d7e08
+def _share_of(p, texts, world, rank):
+    "One process's share of what is judged: every `world`-th row and text."
+    samples, part = len(range(rank, p.recipe.evaluate.samples, world)), copy.copy(p)
+    part.recipe = replace(p.recipe, evaluate=replace(p.recipe.evaluate, samples=samples))
+    part.test, part.test_rows = p.test[rank::world], p.test_rows[rank::world]
+    return part, {k: v[rank::world] for k, v in texts.items()}
+
+def _dealt(parts):
+    "What was shared out like cards, in its old order: lists, dicts of lists, None."
+    if isinstance(parts[0], dict): return {k: _dealt([p[k] for p in parts]) for k in parts[0]}
+    return None if parts[0] is None else [parts[i % len(parts)][i//len(parts)] for i in range(sum(map(len, parts)))]
+
+def measure_together(
+    job, # Knows its processes
+    p:Prepared, # Rows to judge by
+    model:nn.Module, # Before or after
+    texts:dict, # Name -> examples to measure forgetting on
+)->dict: # As `measure`
+    "Judge with the rows shared among the processes of a run."
+    if job.world == 1 or job.world > min(len(p.test), *map(len, texts.values()), 10**9): return measure(p, model, texts, job.progress)
+    from accelerate.utils import gather_object
+    part, mine = _share_of(p, texts, job.world, job.rank)
+    return _dealt(gather_object([measure(part, model, mine, job.progress)]))
+
 def judge(
     before:dict, # From `measure`
     after:dict, # The same rows
@@ -990,7 +1022,17 @@ class Job:
         recipe:Recipe, # What is to be done
         out:str|Path, # The folder
         progress:bool=True, # Say on stderr what happens?
-    ): self.recipe, self.out, self.progress, self.seconds = recipe, Path(out).expanduser().absolute(), progress, {}
+    ):
+        self.world, self.rank = join_processes(choose_precision(recipe)[0])
+        self.recipe, self.out, self.progress, self.seconds = recipe, Path(out).expanduser().absolute(), progress and self.rank == 0, {}
+
+    def first(self,
+        act=lambda: None, # Writes files
+    ):
+        "Let the first of several processes act, while the others wait."
+        if self.world > 1: torch.distributed.barrier()
+        if self.rank == 0: act()
+        if self.world > 1: torch.distributed.barrier()
 
     @contextmanager
     def stage(self,
@@ -1015,7 +1057,9 @@ class Job:
     )->dict:
         "Make something that JSON can hold, or read what this run made earlier."
         path = self.out/name
-        if not path.exists(): write_text(path, json.dumps(make()))
+        if not path.exists():
+            made = make()
+            self.first(lambda: write_text(path, json.dumps(made)))
         return json.loads(path.read_text())
 
 # %% ../nbs/16_recipe.ipynb #d2320c5a
@@ -1028,13 +1072,17 @@ def train_settings(
     steps = min(keys['max_steps'] or sys.maxsize, math.ceil(keys['epochs']*math.ceil(n/keys['batch_size'])))
     keys['lr'] = keys['lr'] or METHODS[recipe.method.type][2]
     keys['save_every'] = keys['save_every'] or math.ceil(steps/5)
+    if keys['optimizer']: keys['optimizer'] = as_optimizer(keys['optimizer'])
     return keys | dict(precision=choose_precision(recipe)[2], seed=recipe.seed)
 
 # %% ../nbs/16_recipe.ipynb #ae14393b
 def _load(recipe):
     "The model in its precision."
-    device, dtype, _ = choose_precision(recipe)
-    return load_model(recipe.model.name, dtype=dtype, device=device, attention=recipe.model.attention)[0]
+    (device, dtype, _), keys = choose_precision(recipe), recipe.model
+    if not keys.quantize: return load_model(keys.name, dtype=dtype, device=device, attention=keys.attention)[0]
+    model = load_quantized(keys.name, keys.quantize, dtype=dtype, device=device)[0]
+    if keys.attention: model.set_attn_implementation(keys.attention)
+    return model
 
 # %% ../nbs/16_recipe.ipynb #f2f98580
 def _texts(p):
@@ -1098,16 +1146,16 @@ def run(
     with job.stage('check', 'rows, tokens, memory, folder'): p = _begin(job, resume)
     if (job.out/'report.json').exists(): return _ended(job)
     with job.stage('load', recipe.model.name): model, texts = _load(recipe), _texts(p)
-    with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'): before = job.once('before.json', lambda: measure(p, model, texts, progress))
+    with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'): before = job.once('before.json', lambda: measure_together(job, p, model, texts))
     with job.stage('train', f'{len(p.train):,} rows'):
         _apply(p, model)
         trained = _train(job, p, model)
     if trained.stopped == 'interrupted': return _interrupted(job, trained, model, p)
-    with job.stage('after', 'judge it again'): after = measure(p, model, texts, progress)
-    with job.stage('save', str(out)): _save(p, model)
+    with job.stage('after', 'judge it again'): after = measure_together(job, p, model, texts)
+    with job.stage('save', str(out)): job.first(lambda: _save(p, model))
     report = Report(collect(p, job, trained, before, after, model), show_mask(min(p.train, key=len), p.tokenizer))
-    report.save(job.out)
-    shutil.rmtree(job.out/'checkpoints', ignore_errors=True) # what they were kept for is saved
+    job.first(lambda: report.save(job.out))
+    job.first(lambda: shutil.rmtree(job.out/'checkpoints', ignore_errors=True)) # what they were kept for is saved
     return Result(job.out, trained.stopped, report.facts, report, model, p.tokenizer)
 
 # %% ../nbs/16_recipe.ipynb #75d25c4f
@@ -1116,7 +1164,7 @@ def _begin(job, resume):
     p = prepare(job.recipe, job.out, resume)
     if p.findings.errors: raise CheckFailed(p.findings)
     job.say(repr(p.findings))
-    if not holds_run(job.out): write_text(job.out/'recipe.yaml', recipe_yaml(job.recipe))
+    job.first(lambda: holds_run(job.out) or write_text(job.out/'recipe.yaml', recipe_yaml(job.recipe))) # when all have seen the folder free
     return p
 
 # %% ../nbs/16_recipe.ipynb #3c8640a5
@@ -1348,10 +1396,10 @@ def loading_code(
     recipe:dict, # As in report.json
 )->str:
     "How to load what was saved."
-    name = recipe['model']['name']
+    name, kind = recipe['model']['name'], recipe['model'].get('quantize')
+    loading = f"from ftbook.quant import load_quantized\nfrom ftbook.methods import load_adapter\n\nmodel, tokenizer = load_quantized({name!r}, {kind!r})\n" if kind else f"from ftbook.models import load_model\nfrom ftbook.methods import load_adapter\n\nmodel, tokenizer = load_model({name!r})\n"
     if recipe['method']['type'] == 'full': return "from ftbook.models import load_model\n\nmodel, tokenizer = load_model('model')  # the folder beside this report"
-    return (f"from ftbook.models import load_model\nfrom ftbook.methods import load_adapter\n\nmodel, tokenizer = load_model({name!r})\n"
-            "load_adapter(model, 'adapter')  # the folder beside this report" + '; peft reads it too'*(METHODS[recipe['method']['type']][0] is not Bottleneck))
+    return (loading + "load_adapter(model, 'adapter')  # the folder beside this report" + '; peft reads it too'*(METHODS[recipe['method']['type']][0] is not Bottleneck))
 
 # %% ../nbs/16_recipe.ipynb #1aa57eb5
 _stages = dict(check='read and check', load='load the model', before='judge before', train='train', after='judge after', save='save')

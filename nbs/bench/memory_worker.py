@@ -1,0 +1,159 @@
+"""One measured configuration of `memory.ipynb`, in a process of its own.
+
+    python memory_worker.py CONFIGURATION      prints one line of JSON
+
+CONFIGURATION is JSON: model, method, tokens, rows, optimizer, dtype, precision, checkpointing, and for the ladder attention and in_backward. The plan is made first, from the name or the configuration alone.
+A causal model is then trained for two steps by `finetune` itself, any other by the same two steps with the loss that transformers gives it, while the profiler sees every allocation.
+"""
+import contextlib, json, logging, os, sys, time, warnings
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+warnings.filterwarnings('ignore')
+logging.getLogger('bitsandbytes').setLevel('ERROR')
+import torch
+
+DEFAULT = dict(model='llama', method='full', tokens=512, rows=1, optimizer='adamw', dtype='float32', precision=None, checkpointing=False, attention=None, in_backward=False)
+
+
+def configurations():
+    "What is measured: each differs from DEFAULT in what it names."
+    small = 'llama', 'gpt2', 'bert', 't5'
+    yield from (dict(model=m, tokens=n) for m in small for n in (128, 1024))
+    yield from (dict(model=m, tokens=n, checkpointing=True) for m, n in (('llama', 2048), ('llama', 4096), ('gpt2', 2048), ('bert', 1024), ('t5', 512)))
+    yield from (dict(model=m, method=k, tokens=256, rows=2) for m in small for k in ('lora', 'bottleneck', 'prompt') if (m, k) != ('gpt2', 'prompt'))
+    yield from (dict(model=m, optimizer=o, tokens=256) for m in ('llama', 't5') for o in ('adamw8bit', 'bitsandbytes', 'adafactor', 'sgd'))
+    yield from (dict(model=m, precision='bf16', tokens=512) for m in small)
+    yield from (dict(model='llama', method=k, dtype='bfloat16', tokens=n, checkpointing=c) for k, n, c in (('lora', 512, False), ('lora', 4096, False), ('lora', 1024, True), ('prompt', 512, False), ('bottleneck', 512, False)))
+    yield from (dict(model='smollm2-135m', **c) for c in (dict(tokens=128), dict(tokens=256, optimizer='adafactor'), dict(tokens=256, optimizer='bitsandbytes', checkpointing=True), dict(method='lora', tokens=256),
+                dict(method='lora', tokens=512, checkpointing=True), dict(method='lora', dtype='bfloat16', tokens=256), dict(method='bottleneck', tokens=128), dict(method='prompt', tokens=128), dict(tokens=128, precision='bf16', optimizer='sgd')))
+    yield from (dict(model='minilm-l6', **c) for c in (dict(tokens=128, rows=4), dict(tokens=256, rows=4, method='lora'), dict(tokens=256, rows=2, checkpointing=True, optimizer='adafactor'), dict(tokens=256, precision='bf16'), dict(tokens=512, method='bottleneck')))
+    yield from (dict(model=m, method='qlora', tokens=n, dtype=d) for m, n, d in (('llama', 512, 'float32'), ('llama', 2048, 'bfloat16'), ('gpt2', 256, 'float32'), ('t5', 256, 'float32'), ('smollm2-135m', 256, 'bfloat16'), ('smollm2-135m', 128, 'float32')))
+
+
+def ladder():
+    "One running example, a rung at a time: SmolLM2-135M at 256 tokens."
+    whole = dict(model='smollm2-135m', tokens=256)
+    rungs = {'transformers, eager attention': dict(attention='eager'), 'SDPA': dict(attention='sdpa'), 'packs, loss in chunks, own operators': {}, 'checkpointing': dict(checkpointing=True),
+             'Adafactor': dict(checkpointing=True, optimizer='adafactor'), '8-bit AdamW': dict(checkpointing=True, optimizer='adamw8bit'),
+             '8-bit AdamW inside of backward': dict(checkpointing=True, optimizer='adamw8bit', in_backward=True),
+             'LoRA': dict(method='lora', checkpointing=True), 'LoRA on bfloat16': dict(method='lora', checkpointing=True, dtype='bfloat16')}
+    for rung, c in rungs.items(): yield dict(whole, **c, ladder=rung)
+
+
+def shape_plans(done=()):
+    "Plans of public shapes for the explorer of the chapter: rows that train on one GPU, nothing loaded."
+    import itertools, transformers as t
+    from ftbook.lora import LoRA
+    from ftbook.memory import plan
+    def llama(width, layers, heads, hidden): return t.LlamaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=hidden, vocab_size=32_000)
+    models = {'SmolLM2-135M': 'SmolLM2-135M', 'Llama-3.2-1B': 'Llama-3.2-1B', 'Llama-3.2-3B': 'Llama-3.2-3B', 'LLaMA-7B': llama(4096, 32, 32, 11_008), 'LLaMA-13B': llama(5120, 40, 40, 13_824), 'Llama-3.1-70B': 'Llama-3.1-70B'}
+    for name, method, n, rows, again in itertools.product(models, ('full', 'LoRA'), (512, 2048), (1,), (True, False)):
+        if (name, method, n, rows, again) in done: continue
+        p = plan(models[name], LoRA() if method == 'LoRA' else None, dtype='bfloat16', seq_len=n, batch_size=rows, gradient_checkpointing=again, device='cuda')
+        yield dict(model=name, method=method, seq_len=n, batch_size=rows, gradient_checkpointing=again, items=p.groups(), when=p.when)
+
+
+def small(name):
+    "Configurations of small random models."
+    import transformers as t
+    return dict(
+        llama=lambda: t.LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2),
+        gpt2=lambda: t.GPT2Config(vocab_size=8000, n_embd=256, n_layer=6, n_head=8, n_positions=4096, bos_token_id=1, eos_token_id=2, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.),
+        bert=lambda: t.BertConfig(vocab_size=8000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, max_position_embeddings=4096),
+        t5=lambda: t.T5Config(vocab_size=8000, d_model=256, d_ff=1024, num_layers=4, num_heads=8, d_kv=32, decoder_start_token_id=0))[name]()
+
+
+def source_of(name): return name if name in ('smollm2-135m', 'minilm-l6') else small(name)
+
+
+def load(name, dtype, attention):
+    "The real model."
+    from ftbook.memory import _auto_class, read_config
+    from ftbook.models import as_dtype, model_folder
+    torch.manual_seed(0)
+    if name not in ('smollm2-135m', 'minilm-l6'): return _auto_class(small(name)).from_config(small(name), dtype=as_dtype(dtype), attn_implementation=attention)
+    return _auto_class(read_config(name)).from_pretrained(model_folder(name), dtype=as_dtype(dtype), attn_implementation=attention)
+
+
+def method_of(name):
+    "(method, function that quantises)."
+    from ftbook.bottleneck import Bottleneck
+    from ftbook.lora import LoRA
+    from ftbook.prompts import PromptTuning
+    if name == 'qlora':
+        from ftbook.quant import quantize_
+        return LoRA(), quantize_
+    return dict(full=None, lora=LoRA(), bottleneck=Bottleneck(), prompt=PromptTuning(num_virtual_tokens=20))[name], None
+
+
+def optimizer_of(name, in_backward=False):
+    "(what the plan is told, what really runs)."
+    from ftbook import memory
+    if in_backward: return memory.in_backward(name), memory.in_backward(name)
+    return name, memory.as_optimizer(name)
+
+
+def planned(c, method, quantize, optimizer):
+    from ftbook.memory import plan
+    return plan(source_of(c['model']), method, quantize=quantize, dtype=c['dtype'], seq_len=c['tokens'], batch_size=c['rows'], optimizer=optimizer, precision=c['precision'],
+                gradient_checkpointing=c['checkpointing'], attention=c['attention'])
+
+
+def by_finetune(model, c, optimizer):
+    "Two steps of `finetune`."
+    from ftbook import train
+    from ftbook.data import Example
+    n, vocabulary = c['tokens'], model.config.vocab_size
+    rows = [Example(torch.randint(3, vocabulary, (n,)).tolist(), [False] + [True]*(n - 1), index=i) for i in range(2*c['rows'])]
+    def run(): losses.extend((h['loss'], h['seconds']) for h in train.finetune(model, rows, max_steps=2, batch_size=c['rows'], max_tokens=n*c['rows'], lr=1e-4, precision=c['precision'],
+                                                                               gradient_checkpointing=c['checkpointing'], progress=False,
+                                                                               optimizer=None if c['optimizer'] == 'adamw' else optimizer).history)
+    losses = []
+    return run, losses
+
+
+def by_steps(model, c, optimizer, stack):
+    "The same two steps, with the loss of transformers or with an optimizer that runs inside of backward."
+    from ftbook import memory, train
+    s = memory.Setting(seq_len=c['tokens'], batch_size=c['rows'], attention=c['attention'])
+    model.train().config.use_cache = False
+    own = not memory.is_causal(model) or c['attention'] is not None
+    packs = False if own else stack.enter_context(train.isolated(model, True))
+    if c['checkpointing']: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    batch = memory._each(lambda t: torch.randint(3, 1000, t.shape) if t.dtype == torch.int64 and t.numel() > 2 and not (t == 1).all() and own else t, memory.full_batch(model, packs, s.seq_len, s.batch_size))
+    if own and 'SequenceClassification' in type(model).__name__: batch['labels'] = torch.zeros(c['rows'], dtype=torch.int64)
+    objective, found, started = memory.OwnLoss(model) if own else train.Objective(model), [], []
+    class Noted(torch.nn.Module):
+        def forward(self, batch):
+            started.append(time.perf_counter())
+            found.append(objective(batch)/(1 if own else s.batch_size*(s.seq_len - 1)))
+            value = found[-1]; found[-1] = value.item()
+            return value
+    opt = optimizer(memory.parameter_groups([p for p in model.parameters() if p.requires_grad]))
+    losses = []
+    def run():
+        memory.run_steps(Noted(), batch, opt, c['precision'])
+        losses.extend(zip(found, (b - a for a, b in zip(started, [*started[1:], time.perf_counter()]))))
+    return run, losses
+
+
+def main(c):
+    from ftbook import memory
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    method, quantize = method_of(c['method'])
+    torch.manual_seed(0)
+    told, real = optimizer_of(c['optimizer'], c['in_backward'])
+    start = time.perf_counter()
+    p = planned(c, method, quantize, told)
+    seconds = time.perf_counter() - start
+    model = load(c['model'], c['dtype'], c['attention'])
+    if quantize: model = quantize(model) or model
+    if method: model = method.apply(model)
+    with contextlib.ExitStack() as stack:
+        finetuned = memory.is_causal(model) and c['attention'] is None and not c['in_backward']
+        run, losses = by_finetune(model, c, real) if finetuned else by_steps(model, c, real, stack)
+        m = memory.measure_peak(run)
+    return c | dict(planned=p.peak, measured=m.peak, before=m.before, when=p.when, items={k: v for k, v in p.groups().items()}, plan_seconds=round(seconds, 2),
+                    finetune=finetuned, losses=[l for l, _ in losses], step_seconds=losses[-1][1])
+
+
+if __name__ == '__main__': print(json.dumps(main(DEFAULT | json.loads(sys.argv[1]))))

@@ -1,0 +1,263 @@
+"""What `merge.ipynb` measures: merges against mergekit 0.1.5, which lives in an environment of its own.
+
+    python merge_worker.py parity             write results/merge_parity.json; needs FTBOOK_MERGEKIT_PYTHON
+    python merge_worker.py answer FOLDER      run by mergekit's interpreter: merge every configuration in FOLDER
+    python merge_worker.py speed              every run that is missing, appended to results/merge.json one by one
+    python merge_worker.py ours CONFIG OUT    one merge of ours, whole process
+    python merge_worker.py theirs CONFIG OUT  one merge of mergekit's, whole process; run by its interpreter
+    python merge_worker.py copy CONFIG OUT    read the inputs and write the output's bytes, whole process
+
+FTBOOK_MERGEKIT_PYTHON names the interpreter that has mergekit. Both sides get the same files and the same YAML, and what is compared are the files that they write.
+Where a method draws at random, the question comes with the random numbers, and mergekit's call of `torch.bernoulli` reads them instead.
+"""
+import json, os, resource, shutil, subprocess, sys, tempfile, time
+from importlib.metadata import version
+from pathlib import Path
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+HERE = Path(__file__).resolve().parent
+PARITY, SPEED = HERE/'results'/'merge_parity.json', HERE/'results'/'merge.json'
+PYTHON = 'FTBOOK_MERGEKIT_PYTHON'
+NAMES = 'red', 'blue', 'green'
+SEED = 3
+
+
+# The questions
+
+def model(name, **kw): return dict(model=name, **({'parameters': kw} if kw else {}))
+
+def three(weights=(1., .5, .7), **kw): return [model(n, weight=w, **kw) for n, w in zip(NAMES, weights)]
+
+def question(method, models, base='base', **kw): return dict(merge_method=method, models=models, dtype='float32', **({'base_model': base} if base else {}), **kw)
+
+GRADIENT = [dict(filter='self_attn', value=[0, .5, .3, 1]), dict(filter='mlp', value=[1, .2]), dict(value=.5)]
+QUESTIONS = {
+    'linear': question('linear', three(), None),
+    'linear, not normalized': question('linear', three(), None, parameters=dict(normalize=False)),
+    'slerp': question('slerp', [model('base'), model('red')], parameters=dict(t=.3)),
+    'slerp, gradient and filters': question('slerp', [model('base'), model('red')], parameters=dict(t=GRADIENT)),
+    'task_arithmetic': question('task_arithmetic', three()),
+    'task_arithmetic, negation': question('task_arithmetic', three((1., -.8, .3)), parameters={'lambda': .6, 'normalize': True}),
+    'ties': question('ties', three(density=.4)),
+    'ties, sum': question('ties', three(density=.2), parameters={'normalize': False, 'lambda': .7, 'int8_mask': True}),
+    'ties, rescaled': question('ties', three(density=.4), parameters=dict(rescale=True)),
+    'ties, gradients': question('ties', [model(n, weight=GRADIENT, density=[1, .3, .1]) for n in NAMES]),
+    'ties, base listed': question('ties', [model('base'), *three(density=.4)]),
+    'dare_linear': question('dare_linear', three(density=.4)),
+    'dare_linear, not rescaled': question('dare_linear', three(density=.4), parameters=dict(rescale=False)),
+    'dare_ties': question('dare_ties', three(density=.4)),
+    'breadcrumbs': question('breadcrumbs', three(density=.6, gamma=.1)),
+    'breadcrumbs_ties': question('breadcrumbs_ties', three(density=.6, gamma=.1), parameters=dict(rescale=True)),
+    'della': question('della', three(density=.5, epsilon=.3)),
+    'della_linear': question('della_linear', three(density=.5, epsilon=.1)),
+    'model_stock': question('model_stock', [model(n) for n in NAMES]),
+    'model_stock, by row': question('model_stock', [model(n) for n in NAMES], parameters=dict(filter_wise=True)),
+    'sce': question('sce', [model(n) for n in NAMES]),
+    'sce, selected': question('sce', [model(n) for n in NAMES], parameters=dict(select_topk=.3)),
+    'karcher': question('karcher', [model(n) for n in NAMES], None),
+    'passthrough, slices': dict(merge_method='passthrough', dtype='float32', slices=[dict(sources=[dict(model='red', layer_range=[0, 3])]), dict(sources=[dict(model='blue', layer_range=[1, 4])])]),
+    'slerp, slices': dict(merge_method='slerp', dtype='float32', base_model='base', parameters=dict(t=[0, 1]), slices=[dict(sources=[dict(model='base', layer_range=[1, 3]), dict(model='red', layer_range=[1, 3])])]),
+    'linear, a LoRA adapter': question('linear', [model('red', weight=1.), model('base+adapter', weight=2.)], None),
+    'linear, union of tokens': question('linear', [model('red', weight=1.), model('more tokens', weight=2.)], None, tokenizer_source='union'),
+    'ties, union of tokens, padded': question('ties', [model('red', weight=1., density=.5), model('more tokens', weight=2., density=.5)], tokenizer=dict(source='union', pad_to_multiple_of=64)),
+    'task_arithmetic, tokens of the base': question('task_arithmetic', [model('red', weight=1.), model('more tokens', weight=2.)], tokenizer_source='base'),
+    'ties, bfloat16 out': question('ties', three(density=.4), out_dtype='bfloat16')}
+
+def small(name, seed, tokens=0):
+    "A small Llama; all but the base are the base and a little."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=tokens or 120,
+                                        initializer_range=.1, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in made.parameters(): p.add_(.02*bool(seed)*torch.randn(p.shape, generator=generator))
+    return made
+
+def words(n, extra=()):
+    "A tokenizer of n words, and some that are added."
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({f'w{i}': i for i in range(n)}, [])))
+    made.add_tokens(list(extra))
+    return made
+
+def ask(folder):
+    "Write models, configurations and random numbers."
+    import torch, yaml
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+    from ftbook.merge import coins
+    for seed, name in enumerate(('base', *NAMES)):
+        small(name, seed).save_pretrained(folder/name, max_shard_size='60KB' if name == 'blue' else '1GB')
+        words(118).save_pretrained(folder/name)
+    small('more tokens', 9, 125).save_pretrained(folder/'more tokens')
+    words(118, ['<one>', '<two>', '<three>']).save_pretrained(folder/'more tokens')
+    adapted = get_peft_model(small('base', 0), LoraConfig(r=3, lora_alpha=5, target_modules=['q_proj', 'down_proj']))
+    for p in adapted.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=.1)
+    adapted.save_pretrained(folder/'adapter')
+    shapes = {k: p.numel() for k, p in small('base', 0).named_parameters()}
+    save_file({f'{k}/{n}': torch.from_numpy(coins(f'{SEED}/{k}/{n}', 0, size).astype('int64')) for k, size in shapes.items() for n in NAMES}, folder/'coins.safetensors')
+    for i, c in enumerate(QUESTIONS.values()): (folder/f'{i}.yml').write_text(yaml.safe_dump(c))
+
+
+# mergekit
+
+class Coins:
+    "Stands in for `torch.bernoulli`: knows which tensor of which model mergekit is at, and reads the random numbers that came with the question."
+    def __init__(self, file):
+        from safetensors.torch import load_file
+        self.numbers, self.group, self.at = load_file(file), None, 0
+
+    def install(self):
+        import torch
+        from mergekit.merge_methods import generalized_task_arithmetic as g
+        merge_group, sparsify = g.GeneralizedTaskArithmeticMerge.merge_group, g.sparsify
+        def named(method, group, /, **parameters):
+            self.group, self.at = group, -1
+            return merge_group(method, group, **parameters)
+        def counted(*args, **kw):
+            self.at += 1
+            return sparsify(*args, **kw)
+        g.GeneralizedTaskArithmeticMerge.merge_group, g.sparsify, torch.bernoulli = named, counted, self.draw
+
+    def draw(self, chances):
+        drawn = self.numbers[f'{self.group.metadata.name}/{self.group.non_base[self.at].id}']
+        return (drawn < (chances.double()*2**32).long().view(-1)).view(chances.shape).to(chances.dtype)
+
+def theirs(config, out, **options):
+    "One merge by mergekit."
+    import yaml
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(Path(config).read_text())), str(out), MergeOptions(quiet=True, write_model_card=False, **options))   # the card asks the hub for every name
+
+def answer(folder):
+    "Merge every configuration."
+    Coins(folder/'coins.safetensors').install()
+    os.chdir(folder)
+    for i in range(len(QUESTIONS)): theirs(f'{i}.yml', folder/f'theirs {i}', lora_merge_cache=str(folder/'loras'))
+    (folder/'versions.json').write_text(json.dumps({p: version(p) for p in ('mergekit', 'transformers', 'torch')}))
+
+
+# Ours
+
+def tensors(folder):
+    from safetensors.torch import load_file
+    return {k: t for f in folder.glob('*.safetensors') for k, t in load_file(f).items()}
+
+def compare(folder, i, name):
+    "The largest difference of any tensor between the two answers."
+    from ftbook.merge import merge
+    merge(str(folder/f'{i}.yml'), folder/f'ours {i}', seed=SEED, hashes=False)
+    a, b = tensors(folder/f'ours {i}'), tensors(folder/f'theirs {i}')
+    b = {k: t for k, t in b.items() if k in a or k != 'lm_head.weight'}
+    if a.keys() != b.keys(): raise ValueError(f'{name}: only one side has {sorted(a.keys() ^ b.keys())[:3]}')
+    base = tensors(folder/'base')
+    config = [json.loads((folder/f'{side} {i}'/'config.json').read_text()) for side in ('ours', 'theirs')]
+    same = all(config[0].get(k) == config[1].get(k) for k in ('num_hidden_layers', 'vocab_size', 'dtype'))
+    return dict(question=name, tensors=len(a), dtype=str(next(iter(a.values())).dtype).removeprefix('torch.'), largest=max(float((t.float() - b[k].float()).abs().max()) for k, t in a.items()),
+                effect=max(float((t - base[k]).abs().max()) for k, t in a.items() if k in base and t.shape == base[k].shape), same_configuration=same)
+
+def parity(python=None):
+    "Put every question to both sides: (runs, versions)."
+    import ftbook
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, here = Path(tmp), Path.cwd()
+        ask(folder)
+        done = subprocess.run([python or os.environ[PYTHON], Path(__file__).resolve(), 'answer', folder], capture_output=True, text=True)
+        if done.returncode: raise RuntimeError(f'mergekit could not answer: {done.stderr[-3000:]}')
+        os.chdir(folder)
+        try: runs = [compare(folder, i, name) for i, name in enumerate(QUESTIONS)]
+        finally: os.chdir(here)
+        versions = dict(ours={p: version(p) for p in ('torch', 'transformers', 'numpy')} | {'ftbook': ftbook.__version__}, theirs=json.loads((folder/'versions.json').read_text()))
+    return runs, versions
+
+def read_parity(): return json.loads(PARITY.read_text(encoding='utf-8'))
+
+def measure_parity():
+    "Ask, and write the results file."
+    from domains_worker import where
+    runs, versions = parity()
+    here = {k: v for k, v in where(('torch', 'transformers', 'numpy')).items() if k != 'versions'}
+    lines = ',\n'.join(json.dumps(run) for run in runs)
+    PARITY.write_text(f'{{"machine": {json.dumps(here)},\n"versions": {json.dumps(versions)},\n"runs": [\n{lines}\n]}}\n', encoding='utf-8')
+
+
+# Speed: whole processes, three fine-tunes of SmolLM2-135M in bfloat16
+
+METHODS = {'ties': dict(density=.5), 'dare_ties': dict(density=.5), 'task_arithmetic': {}}
+ROUNDS = 5
+
+def big_models(folder):
+    "The base and three models that differ from it a little, in bfloat16, once."
+    import torch
+    from ftbook.models import load_model
+    for seed, name in enumerate(('base', *NAMES)):
+        if (folder/name/'config.json').exists(): continue
+        made, tokenizer = load_model('smollm2-135m', dtype='float32', device='cpu')
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in made.parameters(): p.add_(.1*bool(seed)*p.std()*torch.randn(p.shape, generator=generator))
+        made.bfloat16().save_pretrained(folder/name)
+        tokenizer.save_pretrained(folder/name)
+
+def copy(config, out):
+    "Read every input, and write as many bytes as the output has, in blocks: what no merge can do without."
+    import yaml
+    c = yaml.safe_load(Path(config).read_text())
+    files = [next(Path(m).glob('*.safetensors')) for m in [c['base_model'], *(o['model'] for o in c['models'])]]
+    out.mkdir(parents=True)
+    with open(out/'model.safetensors', 'wb') as to:
+        for f in files:
+            with open(f, 'rb', buffering=0) as source:
+                while block := source.read(1 << 20):
+                    if f == files[0]: to.write(block)
+        to.flush()
+        os.fsync(to.fileno())
+
+def process(side, config, out):
+    "One side's whole process: seconds, and the most memory that it held."
+    python = os.environ[PYTHON] if side == 'theirs' else sys.executable
+    shutil.rmtree(out, ignore_errors=True)
+    start = time.perf_counter()
+    child = subprocess.Popen([python, Path(__file__).resolve(), side, config, out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = child.stderr.read().decode()
+    _, status, used = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - start
+    if status: raise RuntimeError(f'{side} {config}: {said[-2000:]}')
+    return dict(seconds=round(seconds, 3), peak_mb=round(used.ru_maxrss/1024, 1))
+
+SIDES = 'theirs', 'ours', 'unhashed', 'copy'
+
+def turn(folder, method):
+    "Every side once, one after the other."
+    return {side: process(side, folder/f'{method}.yml', folder/f'{method} {side}') for side in SIDES}
+
+def speed(folder=None):
+    "Every round that is missing, on a quiet machine, appended one by one."
+    import yaml
+    from domains_worker import append, read
+    from ftbook.models import cache_dir
+    from quiet import undisturbed
+    folder = folder or cache_dir()/'merge_bench'
+    big_models(folder)
+    for method, given in METHODS.items():
+        c = question(method, [dict(model=str(folder/n), parameters=dict(weight=.5, **given)) for n in NAMES], str(folder/'base')) | {'dtype': 'bfloat16'}
+        (folder/f'{method}.yml').write_text(yaml.safe_dump(c))
+    for again in range(ROUNDS):
+        for method in METHODS:
+            if any(r['method'] == method and r['round'] == again for r in read(SPEED)['runs']): continue
+            if found := undisturbed(lambda: turn(folder, method)): append([dict(method=method, round=again, others=found[1], **found[0])], SPEED, ('torch', 'numpy'))
+            else: print(f'{method}: the machine was never quiet')
+
+
+if __name__ == '__main__':
+    what, given = sys.argv[1], [Path(o) for o in sys.argv[2:]]
+    if what in ('ours', 'unhashed'):
+        from ftbook.merge import merge
+        merge(given[0], given[1], hashes=what == 'ours')
+    else: dict(parity=measure_parity, answer=answer, speed=speed, theirs=theirs, copy=copy)[what](*given)

@@ -311,7 +311,7 @@ def read_vectors(
 @dataclass(frozen=True)
 class Tuning:
     "How the encoder is moved."
-    steps:int=15 # Batches
+    steps:int|None=None # Batches; None: 15, or so many that every row has its turn three times
     batch_size:int=40 # Sentences in a batch
     lr:float=2e-4 # Greatest learning rate
     layers:int|None=None # Train so many layers, from the top; None: the upper half, 0: all and the embeddings too
@@ -323,8 +323,16 @@ class Tuning:
     def __post_init__(self):
         if self.loss not in ('similarity', 'contrastive'): raise ValueError(f"loss must be 'similarity' or 'contrastive', not {self.loss!r}")
         for name, least in dict(steps=1, batch_size=2).items():
-            if getattr(self, name) < least: raise ValueError(f'{name} must be {least} or more, not {getattr(self, name)}')
+            if getattr(self, name) is not None and getattr(self, name) < least: raise ValueError(f'{name} must be {least} or more, not {getattr(self, name)}')
         if not (self.lr > 0 and self.temperature > 0): raise ValueError('lr and temperature must be above 0')
+
+# %% ../nbs/13_setfit.ipynb #940137f1
+@patch
+def n_steps(self:Tuning,
+    n:int, # Rows to learn from
+)->int: # Batches
+    "How many batches `n` rows get."
+    return self.steps or max(15, math.ceil(3*n/self.batch_size))
 
 # %% ../nbs/13_setfit.ipynb #1eb18881
 @patch
@@ -375,10 +383,10 @@ def tune_(
 )->list[float]: # The loss of each step
     "Bring sentences of one class together and others apart."
     params, decks, losses = trained_(body, tuning), Decks(targets, tuning.seed), []
-    optimizer = torch.optim.AdamW(params, lr=tuning.lr, weight_decay=.01)
+    optimizer, n_steps = torch.optim.AdamW(params, lr=tuning.lr, weight_decay=.01, fused=body.encoder.device.type in ('cpu', 'cuda')), tuning.n_steps(len(rows))
     body.encoder.eval()
-    for step in range(tuning.steps):
-        for group in optimizer.param_groups: group['lr'] = tuning.lr*_lr_at(step, tuning.steps)
+    for step in range(n_steps):
+        for group in optimizer.param_groups: group['lr'] = tuning.lr*_lr_at(step, n_steps)
         batch = decks.batch(tuning.batch_size)
         loss = batch_loss(body, [rows[i] for i in batch], targets[batch], tuning)
         optimizer.zero_grad()
@@ -557,7 +565,7 @@ def helps(self:Checked)->bool: # False only where both accuracy and cost are wor
 def __str__(self:Checked):
     gain, error = self.gain
     said = 'tuning helps' if self.helps and gain > 0 else 'tuning makes no difference' if self.helps else 'tuning hurts: the encoder stays as it came'
-    return f"{said}: on held-out rows {self.right('frozen'):.0%} are right with the frozen encoder and {self.right('tuned'):.0%} with the tuned one; it saves {gain:.2f} nats a row (standard error {error:.2f})"
+    return f"{said}: on held-out rows {self.right('frozen'):.0%} are right with the frozen encoder and {self.right('tuned'):.0%} with the tuned one; the answer to a row costs {abs(gain):.2f} nats {'less' if gain > 0 else 'more'} (standard error {error:.2f})"
 
 # %% ../nbs/13_setfit.ipynb #afd8768a
 def _kept(body, tuning):
@@ -657,6 +665,7 @@ def fit(self:FewShotClassifier,
 def _check(self:FewShotClassifier, rows, shots, check):
     "Cross-validate, if every class that is there can be on both sides."
     n_folds, least = (2 if check is True else check), shots.targets.sum(0)
+    if not 2 <= n_folds <= len(shots.texts): raise ValueError(f'check must be True, False or a number of parts from 2 to {len(shots.texts)}, not {check!r}')
     if least[least > 0].min() < 2:
         warnings.warn('a class has one example, so nothing can be held out: whether tuning helps was not checked, and probabilities are not calibrated', stacklevel=3)
         return None
@@ -754,7 +763,7 @@ def reliability(
 def calibration_error(
     evaluation:Evaluation, # Of texts that were not trained on
 )->float: # 0 where it is as often right as it is sure
-    "The mean distance between sureness and truth."
+    "The mean distance between how sure and how often right."
     groups = reliability(evaluation)
     return sum(g['n']*abs(g['sure'] - g['right']) for g in groups)/sum(g['n'] for g in groups)
 

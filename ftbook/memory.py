@@ -449,26 +449,48 @@ def _attend(query, key, value, *, window=None, dropout=0., scale=None):
     mask = torch.ones(n, past + n, dtype=torch.bool).tril(past) if past or n > (window or n) else None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=key.shape[1] != query.shape[1])
 
+# %% ../nbs/05_memory.ipynb #cb91a1e4
+_integers = torch.uint8, torch.int8
+
+def _codes_of(module):
+    "The codes of a quantised layer, which are its largest integers; None for any other."
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.dtype in _integers]
+    return max(own, key=Tensor.numel, default=None)
+
+def _first_piece(*bounds):
+    "`range`, of which a loop over pieces sees only the first."
+    start, stop, step = bounds if len(bounds) == 3 else (None, None, None)
+    return range(*bounds) if step is None else range(start, min(stop, start + step), step)
+
 # %% ../nbs/05_memory.ipynb #8a70a9df
 @contextlib.contextmanager
-def _without_asking(device):
-    "Replace what asks for numbers, and on a GPU what only a CPU does."
+def _without_asking(device, model):
+    "Replace what asks for numbers, what repeats itself, and on a GPU what only a CPU does."
     from transformers import masking_utils
+    files = {sys.modules[type(m).__module__] for m in model.modules() if _codes_of(m) is not None}
     changes = [(train, 'has_linear_head', _linear_by_structure), (train, '_causal', train._causal.__wrapped__), (train, 'like_lengths', _with_numbers(train.like_lengths.__wrapped__)),
                (train, '_swap', _swap_by_copy(train._swap)), (masking_utils, 'is_tracing', lambda tensor=None: False),
-               (sys.modules[AdamW8bit.__module__], '_pieces', lambda n: [slice(0, min(n, PIECE))])]  # every piece makes the same and drops it again
+               (sys.modules[AdamW8bit.__module__], '_pieces', lambda n: [slice(0, min(n, PIECE))]), *((file, 'range', _first_piece) for file in files)]
     if device != 'cpu': changes += [(train, '_own_attention', data._attention), (data, 'attend', _attend)]
-    before = [(o, n, getattr(o, n)) for o, n, _ in changes]
+    before = [(o, n, vars(o).get(n)) for o, n, _ in changes]
     for o, n, v in changes: setattr(o, n, v)
     try: yield
     finally:
-        for o, n, v in before: setattr(o, n, v)
+        for o, n, v in before: delattr(o, n) if v is None else setattr(o, n, v)
+        for cached in [f for file in files for f in vars(file).values() if hasattr(f, 'cache_clear')]: cached.cache_clear()
 
 # %% ../nbs/05_memory.ipynb #6edfe062
 def _blocks_of(model):
     "The longest list of layers in `model`: (path, how many)."
     lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     return max(lists.items(), key=lambda o: o[1], default=('', 0))
+
+# %% ../nbs/05_memory.ipynb #72ccba93
+def _descend(tracker, layer, n):
+    "The backward pass has come to `layer` of `n`: its first two and its last two are parts of their own."
+    before, _, where = tracker.parts[-1][1].partition(', ')
+    if layer < 2: tracker.enter(f'{before}, lower layers')
+    elif layer < n - 2 and where == 'upper layers': tracker.enter(f'{before}, middle layers')
 
 # %% ../nbs/05_memory.ipynb #6d5539ba
 @contextlib.contextmanager
@@ -478,7 +500,7 @@ def _watching(tracker, model):
     names, (path, n) = {m: name for name, m in model.named_modules()}, _blocks_of(model)
     def arrived(name, p):
         if p.grad is not None: tracker.note(p.grad, 'gradients')
-        if n and name.startswith(path + '.') and int(name[len(path) + 1:].split('.')[0]) < n//2: tracker.enter(tracker.parts[-1][1].replace('upper', 'lower'))
+        if n and name.startswith(path + '.'): _descend(tracker, int(name[len(path) + 1:].split('.')[0]), n)
     handles = [register_module_forward_pre_hook(lambda m, args: tracker.stack.append(names.get(m, ''))),
                register_module_forward_hook(lambda m, args, out: (tracker.stack.pop(), None)[1], always_call=True)]
     handles += [p.register_post_accumulate_grad_hook(lambda p, name=name: arrived(name, p)) for name, p in model.named_parameters() if p.requires_grad]
@@ -490,8 +512,7 @@ def _watching(tracker, model):
 def _note_weights(tracker, model, adapted):
     "Note the tensors of `model` with what they are. In a quantised layer the codes are its largest integers, and the rest are constants."
     for m in model.modules():
-        own = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        codes = max((t for t in own if t.dtype in (torch.uint8, torch.int8)), key=lambda t: t.numel(), default=None)
+        own, codes = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None], _codes_of(m)
         for t in own:
             if t is codes: label = 'weights, quantised'
             elif codes is not None and not t.requires_grad: label = 'quantisation constants'
@@ -551,7 +572,7 @@ def trace(
 )->tuple[Tracker, nn.Module]: # What lived when, and the ghost that was trained
     "Run two steps and an evaluation without a byte."
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_asking(s.device))
+        stack.enter_context(_without_asking(s.device, model))
         with (mode := _fake()): g = ghost(model, 'cpu')
         objective, batch = _prepare(g, s, stack, mode)
         optimizer = as_optimizer('adamw8bit' if (s.optimizer, s.device) == ('bitsandbytes', 'cuda') else s.optimizer)(parameter_groups([p for p in g.parameters() if p.requires_grad]))
@@ -637,7 +658,7 @@ def build_ghost(
     with torch.device('meta'): return _auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention)
 
 # %% ../nbs/05_memory.ipynb #80e550c2
-DEPTHS = 2, 4 # Layers of the two that are simulated
+DEPTHS = 4, 5 # Layers of the two that are simulated
 def _depth(config):
     "How many layers there are to draw a line through; 0 where the model has to be run whole."
     n, kinds = getattr(config, 'num_hidden_layers', 0), set(getattr(config, 'layer_types', None) or ())
@@ -660,7 +681,7 @@ def draw_line(
     "Accounts of a deep model from those of two shallow ones."
     a, b = DEPTHS
     def at(x, y): return x + (y - x)*(n - a)//(b - a)
-    return {part: Counter({k: at(few[part][k], more[part][k]) for k in few[part] | more[part]}) for part in few}
+    return {part: Counter({k: at(few[part][k], more[part][k]) for k in few[part] | more[part]}) for part in few if 'middle' not in part}
 
 # %% ../nbs/05_memory.ipynb #ff541f8d
 GIB = 2**30
@@ -742,13 +763,13 @@ def _weight(module): return sum(p.numel()*p.element_size() for p in module.param
 # %% ../nbs/05_memory.ipynb #f1da0404
 DIVIDED = {'ddp': (), 'zero1': ('optimizer',), 'zero2': ('optimizer', 'gradients'), 'zero3': ('optimizer', 'gradients', 'weights', 'adapters', 'quantisation'),
            'fsdp': ('optimizer', 'gradients', 'weights', 'adapters', 'quantisation')}
-def _per_device(items, sharding, n, layer):
+def _per_device(items, sharding, n, layer, buckets=0):
     "Items of one of `n` devices."
     if sharding is None: return items
     if sharding not in DIVIDED: raise ValueError(f'sharding must be one of {", ".join(DIVIDED)}, not {sharding!r}')
     if not isinstance(n, int) or n < 1: raise ValueError(f'n_devices must be 1 or more, not {n!r}')
     shared = Counter({k: -(-v//n) if k.startswith(DIVIDED[sharding]) else v for k, v in items.items()} if DIVIDED[sharding] else items)
-    if n > 1 and sharding == 'ddp': shared['gradient buckets'] = items['gradients']
+    if n > 1 and sharding == 'ddp': shared['gradient buckets'] = buckets
     if n > 1 and 'weights' in DIVIDED[sharding]: shared['gathered layers'] = 2*layer
     return shared
 
@@ -768,7 +789,8 @@ def plan(
     if dtype is None and not isinstance(model, nn.Module) and s.device == 'cuda' and (method or quantize): dtype = 'bfloat16'
     name, parts, layer = _accounts(model, s, dtype and as_dtype(dtype), method, quantize)
     outside = Counter({'CUDA context and cuBLAS': CONTEXT + WORKSPACE} if s.device == 'cuda' else {})
-    parts = {part: _per_device(items, sharding, n_devices, layer) + outside for part, items in parts.items()}
+    buckets = max(items['gradients'] for items in parts.values())
+    parts = {part: _per_device(items, sharding, n_devices, layer, buckets) + outside for part, items in parts.items()}
     totals = {part: sum(items.values()) for part, items in parts.items()}
     when = max((part for part in totals if part != 'evaluation'), key=totals.get)
     return Plan(name, s, dict(parts[when]), when, totals, totals['evaluation'], dict(layer=layer), f'{sharding} on {n_devices} devices' if sharding else '')

@@ -6,7 +6,7 @@ Docs: https://ftbook.github.io/ftbook/merging.html.md"""
 
 # %% auto #0
 __all__ = ['RUN', 'SAMPLE', 'PIECE', 'CHUNK', 'REQUIRED', 'RECIPES', 'KINDS', 'OTHER', 'INDEX', 'MODEL', 'SHARED', 'SHARD',
-           'task_arithmetic', 'soup', 'slerp_weights', 'trim', 'elect', 'agreeing', 'merge_agreeing', 'kth_largest',
+           'task_arithmetic', 'soup', 'slerp_weights', 'trim_', 'elect', 'agreeing', 'merge_agreeing', 'kth_largest',
            'coins', 'keep_mask', 'Parts', 'Recipe', 'recipe', 'gram', 'cosines', 'tensor_thresholds', 'crumb_limits',
            'stretch', 'della_chances', 'stock_ratio', 'karcher_weights', 'check_parameters', 'check_models',
            'find_recipe', 'merge_states', 'Chain', 'whole_thresholds', 'conflicts', 'Stored', 'read_header',
@@ -70,14 +70,16 @@ def slerp_weights(
     angle = math.acos(cosine)
     return math.sin((1 - t)*angle)/math.sin(angle), math.sin(t*angle)/math.sin(angle)
 
-# %% ../nbs/14_merging.ipynb #432675e5
-def trim(
-    deltas:Tensor, # (k, n)
-    thresholds:Sequence[float], # k magnitudes
-)->Tensor: # (k, n)
+# %% ../nbs/14_merging.ipynb #737e8069
+def trim_(
+    deltas:Tensor, # (k, n), changed in place
+    thresholds:Sequence[float], # k magnitudes; below 0 keeps everything
+)->Tensor: # (k, n), the same
     "Keep the entries whose magnitude reaches the threshold."
     below = np.nextafter(np.array(thresholds, np.float32), np.float32(-1)) # hardshrink keeps what is above its number
-    return torch.stack([F.hardshrink(d, float(t)) if t >= 0 else d for d, t in zip(deltas, below)])
+    for d, t in zip(deltas, below):
+        if t >= 0: torch.ops.aten.hardshrink.out(d, float(t), out=d)
+    return deltas
 
 # %% ../nbs/14_merging.ipynb #5364cf98
 def elect(
@@ -106,13 +108,13 @@ def merge_agreeing(
 )->Tensor: # (n,)
     "Elect a sign for every weight, and add what agrees with it."
     w = torch.tensor(list(weights), dtype=base.dtype)
-    if weigh_first: deltas = deltas*w[:, None]
+    if weigh_first and set(weights) != {1}: deltas = deltas*w[:, None]
     sign = elect(deltas)
     kept = agreeing(deltas, sign)
     total = (kept.sum(0) if weigh_first else w @ kept).mul_(sign)
     if normalize:
         share = w @ kept.sign_()
-        total.div_(share.masked_fill_(share == 0, 1))
+        total.div_(share.clamp_min_(1e-30) if min(weights) > 0 else share.masked_fill_(share == 0, 1))    # 0/0 is 0
     return base + total.mul_(scale)
 
 # %% ../nbs/14_merging.ipynb #e636d269
@@ -122,15 +124,16 @@ def _sample(values, n):
     "(m, s) values from evenly spread runs."
     count = max(1, min(SAMPLE, n//8)//RUN)
     starts = [round(i*(n - min(RUN, n))/max(1, count - 1)) for i in range(count)]
-    return torch.cat([values(a, min(n, a + RUN)) for a in starts], 1).sort(1).values
+    return torch.cat([values(a, min(n, a + RUN)) for a in starts], 1).numpy()
 
 # %% ../nbs/14_merging.ipynb #2b9bdc75
-def _bracket(ordered, share, widen):
+def _bracket(sample, share, widen):
     "Values between which a share of all values, counted from the largest, should lie."
-    s = len(ordered)
+    s = len(sample)
     margin = widen*(6*math.sqrt(share*(1 - share)*s) + 4)
     low, high = math.floor(s*(1 - share) - margin), math.ceil(s*(1 - share) + margin)
-    return float(ordered[low]) if low >= 0 else -1., float(ordered[high]) if high < s else math.inf
+    cut = np.partition(sample, [o for o in (low, high) if 0 <= o < s]) if low >= 0 or high < s else sample
+    return float(cut[low]) if low >= 0 else -1., float(cut[high]) if high < s else math.inf
 
 # %% ../nbs/14_merging.ipynb #711e8fc4
 def _within(found, low, high):
@@ -150,9 +153,9 @@ def kth_largest(
 )->list[float]: # m, exact
     "The k-th largest value of each row, without sorting and without holding them."
     pieces = pieces or (lambda f: [f(0, n)])
-    ordered, widen, answers = _sample(values, n), 1, {}
+    sample, widen, answers = _sample(values, n), 1, {}
     while left := [i for i in range(len(ranks)) if i not in answers]:
-        brackets = {i: _bracket(ordered[i], ranks[i]/n, widen) for i in left}
+        brackets = {i: _bracket(sample[i], ranks[i]/n, widen) for i in left}
         def count(start, stop):
             found = values(start, stop)
             return {i: _within(found[i], *b) for i, b in brackets.items()}
@@ -164,8 +167,18 @@ def kth_largest(
         widen *= 8                                         # at last the bracket holds everything
     return [answers[i] for i in range(len(ranks))]
 
-# %% ../nbs/14_merging.ipynb #f2134a7b
-PIECE = 1 << 17 # random numbers from one generator
+# %% ../nbs/14_merging.ipynb #952daaab
+PIECE = 1 << 15 # random numbers from one generator
+
+# %% ../nbs/14_merging.ipynb #7658fd5b
+_scratch = threading.local()
+
+def _named_generator(name):
+    "A generator whose state is the hash of a name; each thread has one, and sets it."
+    if not hasattr(_scratch, 'rng'): _scratch.rng = np.random.Generator(np.random.SFC64(0))
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), '<u8')[:3]
+    _scratch.rng.bit_generator.state = {'bit_generator': 'SFC64', 'state': {'state': np.append(words, np.uint64(1))}, 'has_uint32': 0, 'uinteger': 0}
+    return _scratch.rng
 
 # %% ../nbs/14_merging.ipynb #d7ac803c
 def coins(
@@ -174,9 +187,7 @@ def coins(
     stop:int, # One past the last
 )->np.ndarray: # uint32
     "Random numbers of a named stream; any part of it can be asked for."
-    def piece(i):
-        rng = np.random.Generator(np.random.SFC64(int.from_bytes(hashlib.sha256(f'{key}/{i}'.encode()).digest()[:8], 'little')))
-        return rng.integers(0, 2**64 - 1, (min(PIECE, stop - i*PIECE) + 1)//2, np.uint64, endpoint=True).view(np.uint32)
+    def piece(i): return _named_generator(f'{key}/{i}').integers(0, 2**64 - 1, (min(PIECE, stop - i*PIECE) + 1)//2, np.uint64, endpoint=True).view(np.uint32)
     first = start//PIECE
     found = [piece(i) for i in range(first, -(-stop//PIECE))]
     return (found[0] if len(found) == 1 else np.concatenate(found))[start - first*PIECE:stop - first*PIECE]
@@ -187,13 +198,13 @@ def keep_mask(
     start:int, # First entry
     stop:int, # One past the last
     density:float|np.ndarray, # Share that is kept; an array has one for each entry
-)->Tensor: # (stop - start,) float32, 1 where an entry is kept
+)->np.ndarray: # (stop - start,) bool, True where an entry is kept
     "A random mask that depends on its name alone."
     limit = np.minimum(np.asarray(density, np.float64)*2**32, 2**32 - 1).astype(np.uint32)
-    return torch.from_numpy(np.less(coins(key, start, stop), limit, out=np.empty(stop - start, np.float32), casting='unsafe'))
+    return coins(key, start, stop) < limit
 
-# %% ../nbs/14_merging.ipynb #dff0e9bc
-CHUNK = 1 << 17 # entries that are treated at once
+# %% ../nbs/14_merging.ipynb #e5c5a7fd
+CHUNK = 1 << 15 # entries that are treated at once
 
 # %% ../nbs/14_merging.ipynb #676b57f9
 class Parts:
@@ -329,12 +340,12 @@ def tensor_thresholds(
 # %% ../nbs/14_merging.ipynb #211d3948
 def _look_ties(parts, p):
     seen = p.thresholds if hasattr(p, 'thresholds') else tensor_thresholds(parts, p.density)
-    return seen, stretch(parts, lambda a, b: trim(parts.deltas(a, b), seen), p.rescale)
+    return seen, stretch(parts, lambda deltas, a, b: trim_(deltas, seen), p.rescale)
 
 # %% ../nbs/14_merging.ipynb #00175a33
 def _blend_ties(parts, start, stop, seen, p, weigh_first=True):
     base, stack = parts.read(start, stop)
-    deltas = trim(stack.sub_(base), seen[0])
+    deltas = trim_(stack.sub_(base), seen[0])
     if p.rescale: deltas.mul_(torch.tensor(seen[1])[:, None])
     return merge_agreeing(base, deltas, p.weight, p.scale, p.normalize, weigh_first)
 
@@ -358,60 +369,74 @@ def crumb_limits(
     low, high = at([parts.n - c for c in cut]), at([parts.n - c - k + 1 for c, k in zip(cut, kept)])
     return [(-1., math.inf) if d >= 1 else (math.inf, 0.) if not k else (a, b) for d, k, a, b in zip(densities, kept, low, high)]
 
-# %% ../nbs/14_merging.ipynb #9f9c54d0
-def _crumbs(parts, start, stop, limits):
-    "Task vectors without their smallest and largest entries."
-    deltas = parts.deltas(start, stop)
-    for d, (low, high) in zip(deltas, limits): d.mul_(torch.from_numpy(np.logical_and(abs(d.numpy()) >= low, abs(d.numpy()) <= high)))
+# %% ../nbs/14_merging.ipynb #0761c5e5
+def _crumbs_(parts, deltas, start, stop, limits, p):
+    "Clear the smallest and largest entries of task vectors."
+    for d, (low, high) in zip(deltas, limits): _thin_(d, np.logical_and((size := abs(d.numpy())) >= low, size <= high))
     return deltas
 
 # %% ../nbs/14_merging.ipynb #89416cc4
 def stretch(
     parts:Parts, # Of one tensor
-    thinned:Callable, # Of (start, stop): task vectors with entries set to zero
+    thin_:Callable, # Of (task vectors, start, stop): sets entries of them to zero
     wanted:bool=True, # False: leave everything as it is
 )->list[float]: # A factor for each model
     "By how much thinned task vectors have to grow to keep their sum of magnitudes."
     if not wanted: return [1.]*len(parts.models)
-    size = lambda t: t.abs_().sum(1, dtype=torch.float64)
-    sums = parts.each(lambda a, b: (size(parts.deltas(a, b)), size(thinned(a, b))))
+    size = lambda t: t.abs().sum(1).double()               # a piece in float32, all pieces in float64
+    def both(start, stop):
+        deltas = parts.deltas(start, stop)
+        return size(deltas), size(thin_(deltas, start, stop))
+    sums = parts.each(both)
     return [float(b/a) if a >= 1e-7 and b >= 1e-7 else 1. for b, a in zip(sum(s[0] for s in sums), sum(s[1] for s in sums))]
 
 # %% ../nbs/14_merging.ipynb #7cd26f78
-def _finish(parts, start, stop, deltas, factors, p, elected):
+def _finish(base, deltas, factors, p, elected):
     "Scale thinned task vectors and add them up, with an election or without."
-    deltas, base = deltas.mul_(torch.tensor(factors)[:, None]), torch.empty(stop - start)
-    parts.base(start, stop, base)
+    if set(factors) != {1.}: deltas.mul_(torch.tensor(factors)[:, None])
     return merge_agreeing(base, deltas, p.weight, p.scale, p.normalize) if elected else task_arithmetic(base, deltas, p.weight, p.scale, p.normalize)
 
 # %% ../nbs/14_merging.ipynb #4a665a7d
-def _family(name, paper, thin, limits, elected, normalize, rescale, **each):
+def _family(name, paper, thin_, limits, elected, normalize, rescale, **each):
     "Register a recipe that thins task vectors, may stretch them, and adds them up."
     def look(parts, p):
         seen = limits(parts, p)
-        return seen, stretch(parts, lambda a, b: thin(parts, a, b, seen, p), p.rescale)
-    def blend(parts, start, stop, seen, p): return _finish(parts, start, stop, thin(parts, start, stop, seen[0], p), seen[1], p, elected)
+        return seen, stretch(parts, lambda deltas, a, b: thin_(parts, deltas, a, b, seen, p), p.rescale)
+    def blend(parts, start, stop, seen, p):
+        base, stack = parts.read(start, stop)
+        return _finish(base, thin_(parts, stack.sub_(base), start, stop, seen[0], p), seen[1], p, elected)
     recipe(name, paper, look=look, shared={'normalize': normalize, 'lambda': 1., 'rescale': rescale, 'int8_mask': False},
            each=dict(weight=REQUIRED, density=1., **each), rows=name.startswith('della'))(blend)
 
-# %% ../nbs/14_merging.ipynb #9b59820c
-def _key(parts, i, p): return f'{p.seed}/{parts.name}/{parts.keys[i]}'
+# %% ../nbs/14_merging.ipynb #b63ff113
+def _mask(parts, i, start, stop, density, p, kept):
+    "Which entries of model i stay; `kept` remembers it, where there is one."
+    if kept is not None and (i, start, stop) in kept: return np.unpackbits(kept[i, start, stop], count=stop - start)
+    mask = keep_mask(f'{p.seed}/{parts.name}/{parts.keys[i]}', start, stop, density)
+    if kept is not None: kept[i, start, stop] = np.packbits(mask)
+    return mask
 
-# %% ../nbs/14_merging.ipynb #59b58360
-def _drop(parts, start, stop, seen, p, paper=False):
-    "Task vectors of which a random share is left."
-    deltas = parts.deltas(start, stop)
+def _thin_(row, mask, factor=1.):
+    "Clear the entries of a row where the mask is 0."
+    np.multiply(row.numpy(), mask, out=row.numpy(), casting='unsafe')
+    if factor != 1: row.mul_(factor)
+
+def _remember(parts, p): return {} if p.rescale else None
+
+# %% ../nbs/14_merging.ipynb #b8c57887
+def _drop_(parts, deltas, start, stop, seen, p, paper=False):
+    "Leave a random share of task vectors."
     for i, (d, density) in enumerate(zip(deltas, p.density)):
-        if density < 1: d.mul_(keep_mask(_key(parts, i, p), start, stop, density)).mul_(1/density if paper else 1)
+        if density < 1: _thin_(d, _mask(parts, i, start, stop, density, p, seen), 1/density if paper else 1)
     return deltas
 
-# %% ../nbs/14_merging.ipynb #6d79e024
+# %% ../nbs/14_merging.ipynb #c9fedd6d
 for _end, _elected in (('linear', False), ('ties', True)):
-    _family(f'dare_{_end}', 'Yu et al. 2024, Language Models are Super Mario; rescaled as in mergekit', _drop, lambda parts, p: None, _elected, False, True)
-    _family(f'dare_{_end}_paper', 'Yu et al. 2024, Language Models are Super Mario', partial(_drop, paper=True), lambda parts, p: None, _elected, False, False)
+    _family(f'dare_{_end}', 'Yu et al. 2024, Language Models are Super Mario; rescaled as in mergekit', _drop_, _remember, _elected, False, True)
+    _family(f'dare_{_end}_paper', 'Yu et al. 2024, Language Models are Super Mario', partial(_drop_, paper=True), _remember, _elected, False, False)
 
 for _name, _elected in (('breadcrumbs', False), ('breadcrumbs_ties', True)):
-    _family(_name, 'Davari & Belilovsky 2024, Model Breadcrumbs', lambda parts, a, b, seen, p: _crumbs(parts, a, b, seen),
+    _family(_name, 'Davari & Belilovsky 2024, Model Breadcrumbs', _crumbs_,
             lambda parts, p: crumb_limits(parts, p.density, p.gamma), _elected, False, False, gamma=.01)
 
 # %% ../nbs/14_merging.ipynb #0c6d8840
@@ -424,21 +449,20 @@ def della_chances(
     ranks = magnitudes.argsort(dim=1).argsort(dim=1).to(torch.float32)
     return (ranks/max(1, magnitudes.shape[1] - 1)).mul_(2*epsilon).add_(density - epsilon)
 
-# %% ../nbs/14_merging.ipynb #1abfc2cc
-def _draw(parts, start, stop, seen, p, paper=False):
-    "Task vectors thinned by rank and chance."
-    deltas = parts.deltas(start, stop)
+# %% ../nbs/14_merging.ipynb #206e7a88
+def _draw_(parts, deltas, start, stop, seen, p, paper=False):
+    "Thin task vectors by rank and chance."
     for i, (d, density, epsilon) in enumerate(zip(deltas, p.density, p.epsilon)):
         if density >= 1: continue
         chances = della_chances(d.abs().view(-1, parts.width), density, epsilon).view(-1)
-        d.mul_(keep_mask(_key(parts, i, p), start, stop, chances.numpy()))
+        _thin_(d, _mask(parts, i, start, stop, chances.numpy(), p, seen))
         if paper: d.div_(chances)
     return deltas
 
-# %% ../nbs/14_merging.ipynb #9adc565f
+# %% ../nbs/14_merging.ipynb #2c15fa58
 for _name, _elected in (('della', True), ('della_linear', False)):
-    _family(_name, 'Deep et al. 2024, DELLA-Merging; rescaled as in mergekit', _draw, lambda parts, p: None, _elected, _elected, True, epsilon=.15)
-    _family(f'{_name}_paper', 'Deep et al. 2024, DELLA-Merging', partial(_draw, paper=True), lambda parts, p: None, _elected, _elected, False, epsilon=.15)
+    _family(_name, 'Deep et al. 2024, DELLA-Merging; rescaled as in mergekit', _draw_, _remember, _elected, _elected, True, epsilon=.15)
+    _family(f'{_name}_paper', 'Deep et al. 2024, DELLA-Merging', partial(_draw_, paper=True), _remember, _elected, _elected, False, epsilon=.15)
 
 # %% ../nbs/14_merging.ipynb #ef6132f2
 def stock_ratio(
@@ -689,8 +713,6 @@ def weight_files(
     return [folder/n for n in names]
 
 # %% ../nbs/14_merging.ipynb #4d577ed6
-_scratch = threading.local()
-
 def _buffer(n):
     "Bytes to read into, kept by each thread."
     if not hasattr(_scratch, 'bytes') or len(_scratch.bytes) < n: _scratch.bytes = torch.empty(n, dtype=torch.uint8)
@@ -817,7 +839,8 @@ def read_config(
     _check_keys(c, _TOP, 'the configuration')
     c.update(_module(c.pop('modules', None)))
     found = find_recipe(c.get('merge_method'))
-    if ('models' in c) == ('slices' in c): raise ValueError('the configuration needs either models or slices')
+    if ('models' in c) and ('slices' in c) or not ({'models', 'slices'} & c.keys()): raise ValueError('the configuration needs either models or slices')
+    if not (c.get('models') or c.get('slices')): raise ValueError('the configuration lists no model')
     slices = c.pop('slices') if 'slices' in c else [{'sources': [{**_mapping(m, 'a model'), 'layer_range': None} for m in c.pop('models')]}]
     c['slices'] = [_slice(s, c.get('base_model'), len(slices) == 1, found) for s in slices]
     for s in [c, *c['slices'], *(o for s in c['slices'] for o in s['sources'])]: _check_settings(s.get('parameters') or {}, c['merge_method'])
@@ -1329,7 +1352,7 @@ def _write_at(file, data, offset):
         view, offset = view[done:], offset + done
 
 # %% ../nbs/14_merging.ipynb #a2cedf87
-def _blame(job, parts, start, stop, merged):
+def _blame(job, parts, start, stop):
     "The error for a number that is none: whose it is."
     base, stack = parts.read(start, stop)
     rows = [*([(job.base, base)] if base is not None else []), *zip(job.models, stack)]
@@ -1344,8 +1367,9 @@ def _make(plan, job, file, spread, moved):
     parts, size, dtype = job.parts(plan.recipe.rows, spread), job.size//max(1, job.n), KINDS[job.kind]
     seen = plan.recipe.look and plan.recipe.look(parts, job.p)
     def piece(start, stop):
-        merged = plan.recipe.blend(parts, start, stop, seen, job.p).to(dtype)
-        if not math.isfinite(merged.sum(dtype=torch.float64)): raise _blame(job, parts, start, stop, merged)
+        wide = plan.recipe.blend(parts, start, stop, seen, job.p)
+        merged = wide.to(dtype)
+        if not (math.isfinite(wide.sum()) and dtype is not torch.float16) and not merged.isfinite().all(): raise _blame(job, parts, start, stop)
         if job.base and not all(moved): moved[:] = [m or bool(d.any()) for m, d in zip(moved, parts.deltas(start, stop))]
         _write_at(file, merged.view(torch.uint8).numpy(), job.offset + size*start)
     parts.each(piece)

@@ -172,8 +172,8 @@ class _Gate(Function):
 # %% ../nbs/04_training.ipynb #0bedf5ff
 def _made_again(h, gate, up):
     "While this is open, autograd keeps no `h`: it is computed from `gate` and `up` again."
-    where, shape = h.data_ptr(), h.shape
-    def note(t): return None if t.data_ptr() == where and t.shape == shape else t
+    where, shape = h.untyped_storage()._cdata, h.shape
+    def note(t): return None if t.untyped_storage()._cdata == where and t.shape == shape else t
     def give(t): return F.silu(gate).mul_(up) if t is None else t
     if torch._C._autograd._top_saved_tensors_default_hooks(False): return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(note, give)

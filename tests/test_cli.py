@@ -358,3 +358,19 @@ def test_held_out_rows_and_benchmarks_are_looked_for(desk):
     (desk/"texts.txt").write_text("A film about the 5th summer of a long war.\n")
     found = {f["where"]: f["rows"] for f in json.loads(audited(desk, "--json", "--test", "held.jsonl", "--benchmarks", "texts.txt").stdout)["findings"]}
     assert found["leakage.benchmark"] == 1 and sum(n for where, n in found.items() if where in ("leakage.exact", "leakage.near")) >= 1
+
+
+def test_a_plan_says_what_fits_and_draws_it(desk, tiny):
+    done = ftbook("plan", tiny, "--device", "cpu", "--seq-len", "64")
+    assert done.exit_code == 0 and "adapters" in done.stdout and "fits in 24 GiB" in done.stdout
+    assert (desk/"ftbook-plans"/f"{Path(tiny).name}.svg").read_text().lstrip().startswith("<svg")
+    told, packed = (json.loads(ftbook("plan", tiny, "--device", "cpu", "--json", *more).stdout) for more in ((), ("--quantize", "nf4")))
+    assert told["fits"] and 0 < told["peak"] == sum(told["items"].values()) and packed["items"] != told["items"]
+
+
+@pytest.mark.parametrize("args, says", [(("--gpu", "0"), "24"), (("--method", "magic"), "--method must be one of lora, houlsby"), (("--quantize", "nf3"), "--quantize must be one of nf4"),
+                                        (("--method", "full", "--quantize", "nf4"), "take an adapter"), (("--method", "ia3", "--rank", "2"), "--rank does not belong to --method ia3"),
+                                        (("--optimizer", "lion"), "optimizer must be one of adamw"), (("--sharding", "magic"), "magic")])
+def test_a_plan_that_cannot_be(desk, tiny, args, says):
+    done = ftbook("plan", tiny, "--device", "cpu", *args)
+    assert done.exit_code == 1 and says in done.output and not (desk/"ftbook-plans").exists()

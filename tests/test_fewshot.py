@@ -491,6 +491,17 @@ def test_what_cannot_be_built(tiny, kw, said):
     with pytest.raises(ValueError, match=said): FewShotClassifier(kw.pop("encoder", tiny), device="cpu", **kw)
 
 
+@pytest.mark.parametrize("check", [1, 99, -2])
+def test_parts_that_make_no_sense(tiny, check):
+    with pytest.raises(ValueError, match="number of parts from 2 to 24"): classifier(tiny).fit(*sentences(8), check=check)
+
+
+def test_steps_grow_with_the_rows_and_not_with_their_square():
+    steps = [Tuning().n_steps(n) for n in (16, 40, 320, 1040, 8320)]
+    assert steps[:2] == [15, 15] and all(b <= a*n/m + 1 for (a, m), (b, n) in zip(zip(steps[2:], (320, 1040)), zip(steps[3:], (1040, 8320))))
+    assert Tuning(steps=4).n_steps(10**6) == 4
+
+
 @pytest.mark.parametrize("kw", [dict(loss="triplet"), dict(steps=0), dict(batch_size=1), dict(lr=0), dict(temperature=-1)])
 def test_tuning_that_makes_no_sense(kw):
     with pytest.raises(ValueError): Tuning(**kw)

@@ -12,7 +12,7 @@ __all__ = ['BLOCK', 'nats_and_gradient_', 'chunked_loss', 'has_linear_head', 'Ob
            'fingerprint', 'until_interrupted', 'finetune']
 
 # %% ../nbs/04_training.ipynb #001d3880
-import contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
+import atexit, contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -702,6 +702,11 @@ def _wanted(*engines): return any(os.environ.get(f'ACCELERATE_USE_{e}', '').lowe
 
 def _on_cpu(device): return torch.device(device).type == 'cpu' and not (_wanted('FSDP', 'DEEPSPEED') and torch.cuda.is_available()) # these two take the weights to their GPUs
 
+@lru_cache
+def _leave_at_exit():
+    "Take leave of the other processes before Python ends: gloo's threads must not outlive it."
+    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
+
 def join_processes(
     device='cpu', # Where the model is, or will be
 )->tuple[int, int]: # How many there are, and which this is
@@ -709,6 +714,7 @@ def join_processes(
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: return 1, 0
     from accelerate import PartialState
     state = PartialState(cpu=_on_cpu(device))
+    _leave_at_exit()
     return state.num_processes, state.process_index
 
 def _set_engine(name):
@@ -736,6 +742,7 @@ def _accelerator(precision, device, trackers, out):
     if AcceleratorState._shared_state and AcceleratorState._shared_state.get('_mixed_precision') != (precision or 'no'):
         if _wanted('FSDP'): _set_engine('MULTI_CPU' if AcceleratorState._shared_state['device'].type == 'cpu' else 'MULTI_GPU')
         AcceleratorState._reset_state()
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: _leave_at_exit()
     return _with_fsdp(Accelerator(mixed_precision=precision or 'no', cpu=_on_cpu(device), log_with=trackers, project_dir=out))
 
 def _optimizer(params, settings, device, make=None):

@@ -130,7 +130,7 @@ def _sample(values, n):
 def _bracket(sample, share, widen):
     "Values between which a share of all values, counted from the largest, should lie."
     s = len(sample)
-    margin = widen*(6*math.sqrt(share*(1 - share)*s) + 4)
+    margin = widen*(4*math.sqrt(share*(1 - share)*s) + 4)
     low, high = math.floor(s*(1 - share) - margin), math.ceil(s*(1 - share) + margin)
     cut = np.partition(sample, [o for o in (low, high) if 0 <= o < s]) if low >= 0 or high < s else sample
     return float(cut[low]) if low >= 0 else -1., float(cut[high]) if high < s else math.inf
@@ -307,8 +307,8 @@ def gram(
         if offset: stack.sub_(base)
         elif base is not None: stack = torch.cat([base[None], stack])
         wide = stack.double()
-        return (wide @ wide.t()).numpy()
-    return sum(parts.each(inner))
+        return (wide @ wide.t()).tolist()                  # plain numbers: small tensors kept between large ones would hold memory
+    return np.sum(parts.each(inner), 0)
 
 # %% ../nbs/14_merging.ipynb #c3638c1c
 def cosines(
@@ -383,12 +383,13 @@ def stretch(
 )->list[float]: # A factor for each model
     "By how much thinned task vectors have to grow to keep their sum of magnitudes."
     if not wanted: return [1.]*len(parts.models)
-    size = lambda t: t.abs().sum(1).double()               # a piece in float32, all pieces in float64
+    size = lambda t: t.abs().sum(1).tolist()               # a piece in float32, all pieces in Python's double precision
     def both(start, stop):
         deltas = parts.deltas(start, stop)
         return size(deltas), size(thin_(deltas, start, stop))
     sums = parts.each(both)
-    return [float(b/a) if a >= 1e-7 and b >= 1e-7 else 1. for b, a in zip(sum(s[0] for s in sums), sum(s[1] for s in sums))]
+    before, after = (np.sum([o[i] for o in sums], 0) for i in (0, 1))
+    return [float(b/a) if a >= 1e-7 and b >= 1e-7 else 1. for b, a in zip(before, after)]
 
 # %% ../nbs/14_merging.ipynb #7cd26f78
 def _finish(base, deltas, factors, p, elected):
@@ -411,9 +412,10 @@ def _family(name, paper, thin_, limits, elected, normalize, rescale, **each):
 # %% ../nbs/14_merging.ipynb #b63ff113
 def _mask(parts, i, start, stop, density, p, kept):
     "Which entries of model i stay; `kept` remembers it, where there is one."
-    if kept is not None and (i, start, stop) in kept: return np.unpackbits(kept[i, start, stop], count=stop - start)
+    piece = i, start//parts.step
+    if kept and kept.filled[piece]: return np.unpackbits(kept.bits[piece], count=stop - start)
     mask = keep_mask(f'{p.seed}/{parts.name}/{parts.keys[i]}', start, stop, density)
-    if kept is not None: kept[i, start, stop] = np.packbits(mask)
+    if kept: kept.bits[piece][:-(-(stop - start)//8)], kept.filled[piece] = np.packbits(mask), True
     return mask
 
 def _thin_(row, mask, factor=1.):
@@ -421,7 +423,11 @@ def _thin_(row, mask, factor=1.):
     np.multiply(row.numpy(), mask, out=row.numpy(), casting='unsafe')
     if factor != 1: row.mul_(factor)
 
-def _remember(parts, p): return {} if p.rescale else None
+def _remember(parts, p):
+    "Room for the masks of one tensor, in one block; None where they are needed once."
+    if not p.rescale: return None
+    shape = len(parts.models), -(-parts.n//parts.step)
+    return SimpleNamespace(bits=np.empty((*shape, -(-parts.step//8)), np.uint8), filled=np.zeros(shape, bool))
 
 # %% ../nbs/14_merging.ipynb #b8c57887
 def _drop_(parts, deltas, start, stop, seen, p, paper=False):
@@ -533,7 +539,7 @@ def _sce(parts, p):
         moved = sum(parts.each(lambda a, b: int(torch.count_nonzero(_variance(parts.deltas(a, b))))))
         rank = int(moved*p.select_topk)
         least = kth_largest(lambda a, b: _variance(parts.deltas(a, b))[None], parts.n, [rank], parts.each)[0] if rank else math.inf
-    energy = sum(parts.each(lambda a, b: _selected(parts, a, b, least).square().sum(1, dtype=torch.float64)))
+    energy = torch.tensor(np.sum(parts.each(lambda a, b: _selected(parts, a, b, least).square().sum(1).tolist()), 0))
     return least, energy/energy.sum() if energy.sum()/parts.n >= 1e-6 else torch.full_like(energy, 1/len(energy))
 
 # %% ../nbs/14_merging.ipynb #22fdd08a

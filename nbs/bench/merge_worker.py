@@ -10,7 +10,7 @@
 FTBOOK_MERGEKIT_PYTHON names the interpreter that has mergekit. Both sides get the same files and the same YAML, and what is compared are the files that they write.
 Where a method draws at random, the question comes with the random numbers, and mergekit's call of `torch.bernoulli` reads them instead.
 """
-import json, os, resource, shutil, subprocess, sys, tempfile, time
+import json, os, shutil, subprocess, sys, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -224,12 +224,14 @@ def process(side, config, out):
     python = os.environ[PYTHON] if side == 'theirs' else sys.executable
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
-    child = subprocess.Popen([python, Path(__file__).resolve(), side, config, out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = child.stderr.read().decode()
-    _, status, used = os.wait4(child.pid, 0)
+    done = subprocess.run([python, Path(__file__).resolve(), side, config, out], capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    if status: raise RuntimeError(f'{side} {config}: {said[-2000:]}')
-    return dict(seconds=round(seconds, 3), peak_mb=round(used.ru_maxrss/1024, 1))
+    if done.returncode: raise RuntimeError(f'{side} {config}: {done.stderr[-2000:]}')
+    return dict(seconds=round(seconds, 3), peak_mb=round(int(done.stdout.split()[-1])/1024, 1))
+
+def peak():
+    "The most memory that this process has held, in KiB; it counts from its own start, which `getrusage` does not."
+    return next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM')).split()[1]
 
 SIDES = 'theirs', 'ours', 'unhashed', 'copy'
 
@@ -261,3 +263,4 @@ if __name__ == '__main__':
         from ftbook.merge import merge
         merge(given[0], given[1], hashes=what == 'ours')
     else: dict(parity=measure_parity, answer=answer, speed=speed, theirs=theirs, copy=copy)[what](*given)
+    if what in SIDES: print(peak())

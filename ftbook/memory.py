@@ -555,7 +555,8 @@ def _prepare(model, s, stack, mode):
     if hasattr(model.config, 'use_cache'): model.config.use_cache = False
     causal = is_causal(model)
     packs = stack.enter_context(train.isolated(model, s.fast)) if causal and s.attention is None else False
-    if s.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    enable = 'activation_checkpointing_enable' if hasattr(model, 'activation_checkpointing_enable') else 'gradient_checkpointing_enable'  # renamed in transformers 5
+    if s.gradient_checkpointing: getattr(model, enable)(dict(use_reentrant=False))
     batch = full_batch(model, packs, s.seq_len, s.batch_size)
     stack.enter_context(mode)
     return (train.Objective(model) if causal and s.attention is None else OwnLoss(model)), _each(lambda t: torch.empty_like(t, device='cpu'), batch)
@@ -1081,7 +1082,7 @@ class LossScaler:
         optimizer.zero_grad()
         return bool(finite)
 
-# %% ../nbs/05_memory.ipynb #962785e1
+# %% ../nbs/05_memory.ipynb #ff422670
 def stacked(
     rows:dict[str, dict], # {bar: {item: GiB}}
     marks:tuple=SIZES, # GiB, drawn as lines

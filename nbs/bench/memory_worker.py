@@ -35,7 +35,7 @@ def ladder():
     rungs = {'transformers, eager attention': dict(attention='eager'), 'SDPA': dict(attention='sdpa'), 'packs, loss in chunks, own operators': {}, 'checkpointing': dict(checkpointing=True),
              'Adafactor': dict(checkpointing=True, optimizer='adafactor'), '8-bit AdamW': dict(checkpointing=True, optimizer='adamw8bit'),
              '8-bit AdamW inside of backward': dict(checkpointing=True, optimizer='adamw8bit', in_backward=True),
-             'LoRA': dict(method='lora', checkpointing=True), 'LoRA on bfloat16': dict(method='lora', checkpointing=True, dtype='bfloat16')}
+             'LoRA': dict(method='lora', checkpointing=True), 'LoRA on bfloat16': dict(method='lora', checkpointing=True, dtype='bfloat16'), 'QLoRA': dict(method='qlora', checkpointing=True, dtype='bfloat16')}
     for rung, c in rungs.items(): yield dict(whole, **c, ladder=rung)
 
 
@@ -44,12 +44,21 @@ def shape_plans(done=()):
     import itertools, transformers as t
     from ftbook.lora import LoRA
     from ftbook.memory import plan
+    from ftbook.quant import quantize_
     def llama(width, layers, heads, hidden): return t.LlamaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=hidden, vocab_size=32_000)
     models = {'SmolLM2-135M': 'SmolLM2-135M', 'Llama-3.2-1B': 'Llama-3.2-1B', 'Llama-3.2-3B': 'Llama-3.2-3B', 'LLaMA-7B': llama(4096, 32, 32, 11_008), 'LLaMA-13B': llama(5120, 40, 40, 13_824), 'Llama-3.1-70B': 'Llama-3.1-70B'}
-    for name, method, n, rows, again in itertools.product(models, ('full', 'LoRA'), (512, 2048), (1,), (True, False)):
+    for name, method, n, rows, again in itertools.product(models, ('full', 'LoRA', 'QLoRA'), (512, 2048), (1,), (True, False)):
         if (name, method, n, rows, again) in done: continue
-        p = plan(models[name], LoRA() if method == 'LoRA' else None, dtype='bfloat16', seq_len=n, batch_size=rows, gradient_checkpointing=again, device='cuda')
+        p = plan(models[name], None if method == 'full' else LoRA(), quantize=quantize_ if method == 'QLoRA' else None, dtype='bfloat16', seq_len=n, batch_size=rows, gradient_checkpointing=again, device='cuda')
         yield dict(model=name, method=method, seq_len=n, batch_size=rows, gradient_checkpointing=again, items=p.groups(), when=p.when)
+
+
+def ladder_plans(tokens=2048):
+    "The rungs of the ladder on longer rows, planned alone."
+    for c in ladder():
+        c = DEFAULT | c | dict(tokens=tokens)
+        p = planned(c, *method_of(c['method']), optimizer_of(c['optimizer'], c['in_backward'])[0])
+        yield dict(ladder=c['ladder'], tokens=tokens, items=p.groups(), when=p.when)
 
 
 def small(name):
@@ -102,34 +111,46 @@ def by_finetune(model, c, optimizer):
     "Two steps of `finetune`."
     from ftbook import train
     from ftbook.data import Example
-    n, vocabulary = c['tokens'], model.config.vocab_size
-    rows = [Example(torch.randint(3, vocabulary, (n,)).tolist(), [False] + [True]*(n - 1), index=i) for i in range(2*c['rows'])]
+    n, losses = c['tokens'], []
+    rows = [Example(ids.tolist(), [False] + [True]*(n - 1), index=i) for i, ids in enumerate(tokens(model, c))]
     def run(): losses.extend((h['loss'], h['seconds']) for h in train.finetune(model, rows, max_steps=2, batch_size=c['rows'], max_tokens=n*c['rows'], lr=1e-4, precision=c['precision'],
-                                                                               gradient_checkpointing=c['checkpointing'], progress=False,
-                                                                               optimizer=None if c['optimizer'] == 'adamw' else optimizer).history)
-    losses = []
+                                                                               gradient_checkpointing=c['checkpointing'], progress=False, optimizer=None if c['optimizer'] == 'adamw' else optimizer).history)
     return run, losses
+
+
+def tokens(model, c):
+    "Random rows for two steps; both steps see the same one where a step has one row."
+    torch.manual_seed(1)
+    rows = torch.randint(3, model.config.vocab_size, (2*c['rows'], c['tokens']))
+    return rows if c['rows'] > 1 else rows[:1].expand(2, -1)
+
+
+def fill(batch, ids):
+    "The batch with these tokens, asked for where it asked before."
+    from dataclasses import replace
+    from ftbook.data import IGNORE
+    if isinstance(batch, dict):
+        labels = batch['labels'] if batch['labels'].dim() == 1 else torch.where(batch['labels'] == IGNORE, IGNORE, ids)
+        return dict(batch, input_ids=ids.clone(), labels=labels)
+    return replace(batch, input_ids=ids.clone(), labels=torch.where(batch.labels == IGNORE, IGNORE, ids))
 
 
 def by_steps(model, c, optimizer, stack):
     "The same two steps, with the loss of transformers or with an optimizer that runs inside of backward."
     from ftbook import memory, train
-    s = memory.Setting(seq_len=c['tokens'], batch_size=c['rows'], attention=c['attention'])
     model.train().config.use_cache = False
     own = not memory.is_causal(model) or c['attention'] is not None
     packs = False if own else stack.enter_context(train.isolated(model, True))
-    if c['checkpointing']: model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    batch = memory._each(lambda t: torch.randint(3, 1000, t.shape) if t.dtype == torch.int64 and t.numel() > 2 and not (t == 1).all() and own else t, memory.full_batch(model, packs, s.seq_len, s.batch_size))
-    if own and 'SequenceClassification' in type(model).__name__: batch['labels'] = torch.zeros(c['rows'], dtype=torch.int64)
+    if c['checkpointing']: getattr(model, ('activation' if hasattr(model, 'activation_checkpointing_enable') else 'gradient') + '_checkpointing_enable')(dict(use_reentrant=False)) # transformers renamed it in 5
+    batch = fill(memory.full_batch(model, packs, c['tokens'], c['rows']), tokens(model, c)[:c['rows']])
     objective, found, started = memory.OwnLoss(model) if own else train.Objective(model), [], []
     class Noted(torch.nn.Module):
         def forward(self, batch):
             started.append(time.perf_counter())
-            found.append(objective(batch)/(1 if own else s.batch_size*(s.seq_len - 1)))
-            value = found[-1]; found[-1] = value.item()
+            value = objective(batch)/(1 if own else c['rows']*(c['tokens'] - 1))
+            found.append(value.item())
             return value
-    opt = optimizer(memory.parameter_groups([p for p in model.parameters() if p.requires_grad]))
-    losses = []
+    opt, losses = optimizer(memory.parameter_groups([p for p in model.parameters() if p.requires_grad])), []
     def run():
         memory.run_steps(Noted(), batch, opt, c['precision'])
         losses.extend(zip(found, (b - a for a, b in zip(started, [*started[1:], time.perf_counter()]))))

@@ -929,14 +929,14 @@ def advise(
     "What would make it fit, the cheapest in quality first."
     _check_gib(gpu)
     now = dict(settings, method=method, quantize=quantize)
-    def line(change, cost):
-        p = plan(model, **now)
+    def line(change, cost, how):
+        p = plan(model, **how)
         return dict(change=change, GiB=p.peak/GIB, fits=p.fits(gpu), smallest=next((f'{g} GiB' for g in SIZES if p.fits(g)), 'none of these'), cost=cost)
-    found, fields = [line('as asked', '')], Setting.__dataclass_fields__
+    found, fields = [line('as asked', '', now)], Setting.__dataclass_fields__
     for change, new, cost in _changes(Setting(**{k: v for k, v in settings.items() if k in fields}), method, quantize, offered or {}):
         if found[-1]['fits']: break
-        now |= new
-        found.append(line(change, cost))
+        tried = line(change, cost, now | new)
+        if tried['GiB'] < found[-1]['GiB']: now |= new; found.append(tried)
     return found
 
 # %% ../nbs/05_memory.ipynb #ccbe1034

@@ -32,11 +32,19 @@ def real(config, s, method=None):
         return measure_peak(lambda: memory.run_steps(objective, batch, optimizer, s.precision, s.pieces)).peak - others
 
 
+def head_scratch(n, vocabulary=2000, width=64):
+    "The most that the CPU's bf16 kernels allocate beside their results in the head's three products: no plan can know it, and a model this small shows it."
+    h, w, logits = (torch.randn(*size).bfloat16() for size in ((n, width), (vocabulary, width), (n, vocabulary)))
+    products = [lambda: torch.mm(h, w.t(), out=logits), lambda: torch.mm(logits, w, out=h), lambda: w.addmm_(logits.t(), h)]
+    return max(m.peak - m.before for m in map(measure_peak, products))
+
+
 @pytest.mark.parametrize("how", [{}, dict(gradient_checkpointing=True), dict(optimizer="adafactor"), dict(optimizer="adamw8bit"), dict(precision="bf16"), dict(fast=False), dict(pieces=2, batch_size=2), dict(optimizer=in_backward())],
     ids=["plain", "checkpointing", "adafactor", "8-bit", "bf16", "slow", "pieces", "in backward"])
 def test_the_plan_is_the_allocators(how):
     s = dict(seq_len=128) | how
-    assert plan(llama(), **s).peak == pytest.approx(real(llama(), Setting(**s)), rel=.03 if "precision" in how else .01) # a bf16 kernel of the CPU has scratch of its own, which a model this small shows
+    beside = head_scratch(127) if "precision" in how else 0
+    assert plan(llama(), **s).peak + beside == pytest.approx(real(llama(), Setting(**s)), rel=.001 if beside else .01)
 
 
 @pytest.mark.parametrize("method", [LoRA(), Bottleneck(), PromptTuning(num_virtual_tokens=8)], ids=lambda m: type(m).__name__)

@@ -13,10 +13,11 @@ __all__ = ['NEVER', 'HEADS', 'FORMAT', 'Head', 'fit_head', 'count_pairs', 'pair_
            'most_uncertain', 'pick_columns', 'choose_shots', 'FewShotReport', 'draw_confusion', 'fewshot_report',
            'next_rows', 'write_report']
 
-# %% ../nbs/13_setfit.ipynb #5294c6e4
-import copy, csv, json, math, random, re, warnings
+# %% ../nbs/13_setfit.ipynb #8cb4f6c9
+import copy, csv, json, math, random, re, shutil, warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -798,6 +799,26 @@ def _write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8')
 
+# %% ../nbs/13_setfit.ipynb #b690af7a
+def _check_place(folder, mark):
+    "ValueError where a folder holds what is not ours to replace."
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder/mark).is_file()))):
+        raise ValueError(f'{folder} exists and holds something: choose another folder')
+
+@contextmanager
+def _whole(folder, mark):
+    "A scratch folder that becomes `folder` at the end of the block."
+    _check_place(folder, mark)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.parent/f'.{folder.name}.part'
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally: shutil.rmtree(scratch, ignore_errors=True)
+
 # %% ../nbs/13_setfit.ipynb #0c8ddfe0
 def save_body(
     body:Body, # The encoder
@@ -817,17 +838,17 @@ def save_body(
 # %% ../nbs/13_setfit.ipynb #4b370597
 @patch
 def save(self:FewShotClassifier,
-    folder:str|Path, # Made if it is not there
+    folder:str|Path, # New, empty, or of an earlier classifier, which is replaced; else ValueError
 )->Path: # The folder
     "Write the classifier: a folder that sentence-transformers loads, and the head beside it."
     if self.head is None: raise ValueError('the classifier is not fitted: there is nothing to save')
-    folder = Path(folder)
-    save_body(self.body, folder)
-    save_file(dict(weight=self.head.weight.contiguous(), bias=self.head.bias.contiguous()), folder/'head.safetensors')
-    _write_json(folder/'config_setfit.json', dict(normalize_embeddings=False, labels=self.classes))
-    _write_json(folder/'fewshot.json', dict(format=FORMAT, classes=self.classes, exclusive=self.exclusive, temperature=self.head.temperature, head=self.kind,
-        tuned=self.tuned, calibrated=self.calibrated, source=Path(self.source).name))
-    return folder
+    facts = dict(format=FORMAT, classes=self.classes, exclusive=self.exclusive, temperature=self.head.temperature, head=self.kind, tuned=self.tuned, calibrated=self.calibrated, source=Path(self.source).name)
+    with _whole(Path(folder), 'fewshot.json') as inside:
+        save_body(self.body, inside)
+        save_file(dict(weight=self.head.weight.contiguous(), bias=self.head.bias.contiguous()), inside/'head.safetensors')
+        _write_json(inside/'config_setfit.json', dict(normalize_embeddings=False, labels=self.classes))
+        _write_json(inside/'fewshot.json', facts)
+    return Path(folder)
 
 # %% ../nbs/13_setfit.ipynb #fc01f001
 def _read_head(folder):
@@ -1027,7 +1048,7 @@ def fewshot_report(
     label_column:str=None, # None: found by `pick_columns`
     shots:int=None, # Learn from at most so many rows of each class; None: from all
     test:str|Path=None, # A file to judge by, with the same columns
-    out:str|Path='fewshot', # Folder for model, report.html, report.json and next.csv
+    out:str|Path='fewshot', # A new folder for model, report.html, report.json and next.csv
     encoder:str|Path='minilm-l6', # As in `FewShotClassifier`
     seed:int=0, # Of the choice of rows and of the batches
     same_labels:str='refuse', # As in `make_shots`
@@ -1035,6 +1056,7 @@ def fewshot_report(
     device:str|None=None, # None: the fastest
 )->FewShotReport: # Files are written; ValueError says what cannot be used
     "From a file with a few labelled rows to a model and a report."
+    _check_place(Path(out), None)
     rows = list(read_rows(file))
     text, label = pick_columns(rows, text_column, label_column)
     texts, labels, unlabelled = _labelled(rows, text, label)
@@ -1080,14 +1102,13 @@ def next_rows(
 # %% ../nbs/13_setfit.ipynb #8272b4d6
 def write_report(
     report:FewShotReport, # What to write
-    out:str|Path, # Made if it is not there
+    out:str|Path, # A new or an empty folder; else ValueError
 ):
     "Write model, page, facts and the rows to label next."
-    out = Path(out)
-    report.model.save(out/'model')
-    (out/'report.html').write_text(report.html(), encoding='utf-8')
-    _write_json(out/'report.json', report.facts)
-    with open(out/'next.csv', 'w', newline='', encoding='utf-8') as f:
+    with _whole(Path(out), None) as inside, open(inside/'next.csv', 'w', newline='', encoding='utf-8') as f:
+        report.model.save(inside/'model')
+        (inside/'report.html').write_text(report.html(), encoding='utf-8')
+        _write_json(inside/'report.json', report.facts)
         w = csv.DictWriter(f, ['text', 'says', 'sure', 'otherwise'])
         w.writeheader()
         w.writerows(report.next_rows)

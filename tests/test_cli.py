@@ -37,7 +37,7 @@ def files(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for 
 
 # The shape of a command
 
-@pytest.mark.parametrize("name", ["", "quickstart", "train", "check", "audit", "models"])
+@pytest.mark.parametrize("name", ["", "quickstart", "train", "check", "audit", "plan", "fewshot", "merge", "models"])
 def test_help(name):
     done = ftbook(*[name] * bool(name), "--help")
     assert done.exit_code == 0 and done.stdout.startswith(f"Usage: ftbook {name}".strip())
@@ -374,3 +374,81 @@ def test_a_plan_says_what_fits_and_draws_it(desk, tiny):
 def test_a_plan_that_cannot_be(desk, tiny, args, says):
     done = ftbook("plan", tiny, "--device", "cpu", *args)
     assert done.exit_code == 1 and says in done.output and not (desk/"ftbook-plans").exists()
+
+
+# A classifier from a few rows
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    from test_fewshot import save_tiny_encoder
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def topics(desk, n=8, names=("kitchen", "sea")):
+    from test_fewshot import sentences, write_csv
+    return write_csv(desk/"topics.csv", [("text", "label"), *zip(*sentences(n, classes=names))])
+
+
+def test_fewshot_for_a_person_and_for_a_program(desk, encoder):
+    topics(desk)
+    done = ftbook("fewshot", "topics.csv", "--shots", "4", "--encoder", encoder)
+    assert done.exit_code == 0 and "% right on the labelled rows that were not trained on" in done.stdout and "ftbook-fewshot/topics/report.html" in done.stdout
+    folder = desk/"ftbook-fewshot"/"topics"
+    assert sorted(f.name for f in folder.iterdir()) == ["model", "next.csv", "report.html", "report.json"]
+    facts = json.loads(ftbook("fewshot", "topics.csv", "--encoder", encoder, "--out", "again", "--json").stdout)
+    assert facts["folder"] == "again" and facts["n_train"] == 16 and facts["classes"] == ["kitchen", "sea"]
+
+
+@pytest.mark.parametrize("rows, options, says", [
+    (None, [], "there is no file"),
+    ([("text", "label"), ("a", "x"), ("b", "x")], [], "needs two or more"),
+    ([("text", "label"), ("a", "x"), ("b", "X"), ("c", "x"), ("d", "X")], [], "differ by case"),
+    ([("text", "label"), ("a", "x"), ("b", "y")], ["--text-column", "body"], "there are 'text', 'label'"),
+    ([("text", "label"), ("a", "x"), ("b", "y")], ["--out", "rows.jsonl"], "exists and holds something")])
+def test_fewshot_says_what_is_wrong_and_writes_nothing(desk, encoder, rows, options, says):
+    from test_fewshot import write_csv
+    if rows: write_csv(desk/"few.csv", rows)
+    before = files(desk)
+    done = ftbook("fewshot", "few.csv", "--encoder", encoder, *options)
+    assert done.exit_code == 1 and says in done.stderr and done.stdout == "", done.output
+    assert files(desk) == before
+
+
+# Models into one
+
+@pytest.fixture
+def pair(tiny, desk):
+    "Two models that differ from a base a little, and a configuration."
+    import torch
+    from safetensors.torch import load_file, save_file
+    for seed, name in enumerate(("red", "blue")):
+        shutil.copytree(tiny, desk/name)
+        file, generator = desk/name/"model.safetensors", torch.Generator().manual_seed(seed)
+        save_file({k: v + .01*torch.randn(v.shape, generator=generator) for k, v in load_file(file).items()}, file, metadata=dict(format="pt"))
+    (desk/"both.yaml").write_text(f"merge_method: task_arithmetic\nbase_model: {tiny}\nmodels:\n- {{model: red, parameters: {{weight: 0.5}}}}\n- {{model: blue, parameters: {{weight: 0.5}}}}\n")
+    return desk
+
+
+def test_merge_is_the_function(pair):
+    from safetensors.torch import load_file
+    from ftbook.merge import merge
+    planned = json.loads(ftbook("merge", "both.yaml", "--plan", "--json").stdout)
+    assert planned["method"] == "task_arithmetic" and len(planned["models"]) == 3 and planned["bytes_written"] > 0 and not (pair/"ftbook-merges").exists()
+    done = ftbook("merge", "both.yaml")
+    assert done.exit_code == 0 and "ftbook-merges/both" in done.stdout, done.output
+    merge("both.yaml", pair/"other")
+    ours, same = load_file(pair/"ftbook-merges"/"both"/"model.safetensors"), load_file(pair/"other"/"model.safetensors")
+    assert all(bool((ours[k] == same[k]).all()) for k in same | ours)
+    again = ftbook("merge", "both.yaml")
+    assert again.exit_code == 1 and "overwrite" in again.stderr and ftbook("merge", "both.yaml", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("old, new, options, says", [
+    ("weight: 0.5", "wieght: 0.5", [], "wieght"), ("task_arithmetic", "telepathy", [], "telepathy"), ("red", "green", [], "green"),
+    ("", "", ["--shard", "big"], "--shard must be a size such as 5GB"), ("", "", ["red"], "choose another folder")])
+def test_merge_says_what_is_wrong_and_writes_nothing(pair, old, new, options, says):
+    (pair/"both.yaml").write_text((pair/"both.yaml").read_text().replace(old, new))
+    before = files(pair)
+    done = ftbook("merge", "both.yaml", *(options if options != ["red"] else [pair/"red"]))
+    assert done.exit_code == 1 and says in done.stderr and done.stdout == "", done.output
+    assert files(pair) == before

@@ -5,6 +5,7 @@
     python methods_worker.py batch N [TASK]   the next N of them, in this process
     python methods_worker.py cost        time and memory of every variant, on a quiet machine, appended to results/methods_cost.json
     python methods_worker.py cost NAME   of one; prints one line of JSON
+    python methods_worker.py summary     results/methods_summary.json, which the chapters read: means and intervals of the runs at the chosen rates
 
 A run is (part, variant, task, lr, seed, batch_size). Parts: 'sweep' (one seed, judged by the loss on validation rows), 'run' (five seeds at the best rate of the sweep) and 'batch' (larger batches).
 All train SmolLM2-135M on the same 96 rows, twice, 8 to a step. The answer is the most probable of the labels.
@@ -14,7 +15,7 @@ from functools import cache
 
 from domains_worker import HERE, append as append_to, read as read_from
 
-RESULTS, COST = HERE/'results'/'methods.json', HERE/'results'/'methods_cost.json'
+RESULTS, COST, SUMMARY = (HERE/'results'/f'methods{part}.json' for part in ('', '_cost', '_summary'))
 PACKAGES = 'torch', 'transformers', 'peft'
 TASKS, N_TRAIN, N_VALID, N_TEST, BATCH, EPOCHS, SEEDS = ('movie', 'newsgroups'), 96, 64, 160, 8, 2, 5
 FEWER_SEEDS = 3         # of the sizes in between
@@ -35,9 +36,9 @@ VARIANTS = {
     'prompt 32, text': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='text')), 'prompt 32, random': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='random')),
     'prompt 32, vocabulary': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='vocabulary')),
     'prefix 26, text': ('prompts', 'PrefixTuning', dict(num_virtual_tokens=26, init='text')), 'prefix 26, random': ('prompts', 'PrefixTuning', dict(num_virtual_tokens=26, init='random')),
-    'DoRA 16': lora(16, use_dora=True), 'PiSSA 16': lora(16, init='pissa_niter_4'), 'LoRA+ 16': lora(16, lr_ratio=16), 'OLoRA 16': lora(16, init='olora'), 'LoRA 64': lora(64),
-    'rsLoRA 64': ('lora', 'LoRA', dict(rank=64, alpha=16, use_rslora=True)), 'LoRA 42, attention': lora(42, target_modules=ATTENTION), 'LoRA 26, MLP': lora(26, target_modules=MLP),
-    **{f'LoRA {r}': lora(r) for r in RANKS if r not in (1, 16, 64)}}
+    'LoRA 64': lora(64), 'LoRA 4': lora(4), 'LoRA 42, attention': lora(42, target_modules=ATTENTION), 'LoRA 26, MLP': lora(26, target_modules=MLP),
+    'DoRA 16': lora(16, use_dora=True), 'PiSSA 16': lora(16, init='pissa_niter_4'), 'LoRA+ 16': lora(16, lr_ratio=16), **{f'LoRA {r}': lora(r) for r in (8, 2, 32)},
+    'rsLoRA 64': ('lora', 'LoRA', dict(rank=64, alpha=16, use_rslora=True)), 'OLoRA 16': lora(16, init='olora')}     # in the order in which they are run
 IN_BETWEEN = 'LoRA 2', 'LoRA 4', 'LoRA 8', 'LoRA 32', 'Houlsby 4'
 LADDER = 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1
 FIRST = {'full': 3e-5, 'IA3': 3e-3, 'BitFit': 1e-3, 'PromptTuning': 1e-2, 'PrefixTuning': 3e-3, 'LoRA+ 16': 1e-4, 'PiSSA 16': 1e-4}   # lowest of the three rates with which a sweep begins; 3e-4 for all others
@@ -249,11 +250,56 @@ def measure_costs(rounds=3):
             if found := undisturbed(worker): append_to([found[0] | dict(others=found[1])], COST, PACKAGES)
 
 
+# Summary
+
+FAMILIES = {'full and LoRA': ('full', 'LoRA', 'LoRA+', 'rsLoRA', 'DoRA', 'PiSSA', 'OLoRA'), 'adapters': ('Houlsby', 'Pfeiffer', 'parallel'), 'vectors': ('(IA)3', 'BitFit'), 'soft prompts': ('prompt', 'prefix'), 'probe': ('probe',)}
+def family(variant): return next(f for f, names in FAMILIES.items() if variant.split()[0] in names)
+
+def interval(values):
+    "Mean, and half the width of its 95 % interval from Student's distribution."
+    from scipy.stats import t
+    n = len(values)
+    return statistics.mean(values), t.ppf(.975, n - 1)*statistics.stdev(values)/n**.5
+
+def found(runs, variant, task, what='accuracy'):
+    "One measure of the seeds at the chosen rate."
+    lr = 0. if variant == 'probe' else best_lr(runs, variant, task)
+    return [r[what] for r in runs if (r['part'], r['variant'], r['task'], r['lr']) == ('run', variant, task, lr)]
+
+def measured(runs):
+    "Variants with three seeds or more on every task."
+    return [v for v in ('probe', *VARIANTS) if all(len(found(runs, v, task)) >= FEWER_SEEDS for task in TASKS)]
+
+def cost_of(costs, variant, what):
+    values = [r[what] for r in costs if r['variant'] == variant and r.get(what) is not None]
+    return statistics.median(values) if values else None
+
+def summarize(runs, costs, variant, task):
+    "One row of the summary; an interval is (mean, half its width)."
+    lr, size = best_lr(runs, variant, task) if variant != 'probe' else None, [r['file_bytes'] for r in runs if r['variant'] == variant and 'file_bytes' in r]
+    measures = {what: [round(v, 5) for v in interval(found(runs, variant, task, what))] for what in ('accuracy', 'forgetting')}
+    price = {what: cost_of(costs, variant, what) for what in ('step_seconds', 'peak_bytes', 'forward_seconds', 'merged_seconds')}
+    return dict(variant=variant, family=family(variant), task=task, trained=found(runs, variant, task, 'trained')[0], lr=lr, seeds=len(found(runs, variant, task)), **measures,
+                valid_loss=swept(runs, variant, task).get(lr), file_bytes=size[0] if size else None, **price)
+
+def summary():
+    data, costs = read(), read_from(COST)['runs'] if COST.exists() else []
+    rows = [summarize(data['runs'], costs, v, task) for v in measured(data['runs']) for task in TASKS]
+    spectra = [dict(rank=int(r['variant'].split()[1]), task=r['task'], **r['spectra']) for r in data['runs'] if 'spectra' in r and r['lr'] == best_lr(data['runs'], r['variant'], r['task'])]
+    return dict(machines=data['machines'], rows=rows, spectra=sorted(spectra, key=lambda r: r['rank']), rates={v: {task: swept(data['runs'], v, task) for task in TASKS} for v in VARIANTS if all(best_lr(data['runs'], v, task) for task in TASKS)})
+
+def write_summary():
+    found = summary()
+    lines = ',\n'.join(json.dumps(r) for r in found['rows'])
+    SUMMARY.write_text(f'{{"machines": {json.dumps(found["machines"])},\n"rates": {json.dumps(found["rates"])},\n"spectra": {json.dumps(found["spectra"])},\n"rows": [\n{lines}\n]}}\n', encoding='utf-8')
+
+
 if __name__ == '__main__':
     what = sys.argv[1:]
     if what[:1] == ['batch']:
         for job in missing(what[2:] or TASKS)[:int(what[1])]: measure(job)
     elif what == ['cost']: measure_costs()
+    elif what == ['summary']: write_summary()
     elif what[:1] == ['cost']: print(json.dumps(cost(what[1])))
     else:
         while missing(what or TASKS): subprocess.run([sys.executable, __file__, 'batch', '8', *what], check=True, cwd=HERE)   # a process ends before its memory grows

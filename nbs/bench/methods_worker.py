@@ -188,13 +188,13 @@ def wanted(runs, variant, task):
 def plan(runs):
     "Every run that is known by now, in order: the sweep of a variant, then its seeds."
     yield from (('run', 'probe', task, 0., seed, BATCH) for seed in range(SEEDS) for task in TASKS)
+    yield from (('batch', variant, 'movie', lr, SWEEP_SEED, size) for size in BATCHES for variant in ('full', 'LoRA 16') for lr in batch_rates(variant))
     for n_seeds in (FEWER_SEEDS, SEEDS):
         for variant in VARIANTS:
             for task in TASKS:
                 yield from (('sweep', variant, task, lr, SWEEP_SEED, BATCH) for lr in wanted(runs, variant, task))
                 if (lr := best_lr(runs, variant, task)) is not None:
                     yield from (('run', variant, task, lr, seed, BATCH) for seed in range(FEWER_SEEDS if variant in IN_BETWEEN else n_seeds))
-    yield from (('batch', variant, 'movie', lr, SWEEP_SEED, size) for size in BATCHES for variant in ('full', 'LoRA 16') for lr in batch_rates(variant))
 
 def batch_rates(variant):
     "A larger batch may want a larger rate: the first three and one above."
@@ -282,16 +282,22 @@ def summarize(runs, costs, variant, task):
     return dict(variant=variant, family=family(variant), task=task, trained=found(runs, variant, task, 'trained')[0], lr=lr, seeds=len(found(runs, variant, task)), **measures,
                 valid_loss=swept(runs, variant, task).get(lr), file_bytes=size[0] if size else None, **price)
 
+def lowest(runs, variant, size):
+    "The lowest validation loss on film reviews that any rate gave at a batch size; None before all have run."
+    at = [r['valid_loss'] for r in runs if (r['part'], r['batch_size'], r['variant'], r['task']) == ('sweep' if size == BATCH else 'batch', size, variant, 'movie')]
+    return min(at) if len(at) >= (3 if size == BATCH else len(batch_rates(variant))) else None
+
 def summary():
     data, costs = read(), read_from(COST)['runs'] if COST.exists() else []
     rows = [summarize(data['runs'], costs, v, task) for v in measured(data['runs']) for task in TASKS]
     spectra = [dict(rank=int(r['variant'].split()[1]), task=r['task'], **r['spectra']) for r in data['runs'] if 'spectra' in r and r['lr'] == best_lr(data['runs'], r['variant'], r['task'])]
-    return dict(machines=data['machines'], rows=rows, spectra=sorted(spectra, key=lambda r: r['rank']), rates={v: {task: swept(data['runs'], v, task) for task in TASKS} for v in VARIANTS if all(best_lr(data['runs'], v, task) for task in TASKS)})
+    batches = {size: {v: loss for v in ('full', 'LoRA 16') if (loss := lowest(data['runs'], v, size)) is not None} for size in (BATCH, *BATCHES)}
+    return dict(machines=data['machines'], rows=rows, batches=batches, spectra=sorted(spectra, key=lambda r: r['rank']), rates={v: {task: swept(data['runs'], v, task) for task in TASKS} for v in VARIANTS if all(best_lr(data['runs'], v, task) for task in TASKS)})
 
 def write_summary():
     found = summary()
     lines = ',\n'.join(json.dumps(r) for r in found['rows'])
-    SUMMARY.write_text(f'{{"machines": {json.dumps(found["machines"])},\n"rates": {json.dumps(found["rates"])},\n"spectra": {json.dumps(found["spectra"])},\n"rows": [\n{lines}\n]}}\n', encoding='utf-8')
+    SUMMARY.write_text(f'{{"machines": {json.dumps(found["machines"])},\n"rates": {json.dumps(found["rates"])},\n"batches": {json.dumps(found["batches"])},\n"spectra": {json.dumps(found["spectra"])},\n"rows": [\n{lines}\n]}}\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

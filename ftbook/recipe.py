@@ -11,17 +11,18 @@ __all__ = ['METHODS', 'Rule', 'ModelKeys', 'DataKeys', 'MethodKeys', 'TrainKeys'
            'free_memory', 'holds_run', 'disk_needed', 'prepare', 'check', 'wilson', 'paired_bootstrap', 'choice_ids',
            'choice_scores', 'forgetting_texts', 'plain_example', 'Forgetting', 'compare_losses', 'write_answers',
            'named_first', 'measure', 'measure_together', 'judge', 'smoke_step', 'write_text', 'recipe_yaml', 'Job',
-           'train_settings', 'Result', 'run', 'release_memory', 'collect', 'summary_line', 'summary_sentence',
-           'draw_intervals', 'cards', 'draw_samples', 'draw_losses', 'forgetting_words', 'advice', 'loading_code',
-           'draw_findings', 'Report', 'sections', 'quickstart_recipe', 'free_folder', 'quickstart']
+           'train_settings', 'Result', 'run', 'release_memory', 'NotEnoughMemory', 'collect', 'summary_line',
+           'summary_sentence', 'draw_intervals', 'cards', 'draw_samples', 'draw_losses', 'forgetting_words', 'advice',
+           'loading_code', 'draw_findings', 'Report', 'sections', 'quickstart_recipe', 'free_folder', 'quickstart']
 
-# %% ../nbs/16_recipe.ipynb #71f04141
+# %% ../nbs/16_recipe.ipynb #8778fb98
 import copy, ctypes, difflib, errno, json, math, os, platform, random, re, shutil, sys, tempfile, textwrap, time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -39,7 +40,7 @@ from .data import (DICTIONARIES, READERS, SURVEYS, Encoded, Example, classificat
     normalise, pack, pad, prompt_ids, read_rows, row_parts, show_mask, split_rows, term_rows, to_example)
 from .explore import Picture, bars, escape, page, plot, table, tidy
 from .lora import LoRA
-from .memory import OPTIMIZERS, as_optimizer
+from .memory import OPTIMIZERS, as_optimizer, explaining_out_of_memory, is_out_of_memory, plan_run
 from .methods import is_quantized, save_adapter, trainable_summary
 from .models import SHIPPED, as_dtype, count_parameters, load_model, load_tokenizer, probe_device, skeleton, training_bytes
 from .prompts import Case, PrefixTuning, PromptTuning, PTuning, refuse, transformer_of
@@ -1178,12 +1179,26 @@ def _tidy(state):
     "A callback of `finetune`."
     if state.step % 5 == 0: release_memory()
 
+# %% ../nbs/16_recipe.ipynb #6fae0ee4
+class NotEnoughMemory(RuntimeError): "A run wanted more memory than there is; the message says for what."
+
+@contextmanager
+def _memory_explained(recipe, examples, model, keys):
+    "While this is open, an error for want of memory says what took it."
+    given = {k: keys[k] for k in ('batch_size', 'precision', 'gradient_checkpointing')} | {k: keys[k] for k in ('max_tokens',) if keys[k]}
+    planned = partial(plan_run, model, examples, optimizer=recipe.train.optimizer or 'adamw', **given)
+    try:
+        with explaining_out_of_memory(model, planned): yield
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e): raise
+        raise NotEnoughMemory(f'there was not enough memory. {e}\nWhat helps: a lower train.max_tokens, train.gradient_checkpointing: true, method.type: lora, model.quantize: nf4') from e
+
 # %% ../nbs/16_recipe.ipynb #7c2d1f93
 def _train(job, p, model):
     "Train, from the last checkpoint if there is one."
     keys = train_settings(job.recipe, len(p.train))
     if not p.validation: keys.update(patience=None, eval_every=None)
-    with _writing(job.out):
+    with _writing(job.out), _memory_explained(job.recipe, p.train, model, keys):
         return finetune(model, p.train, **keys, eval_examples=p.validation or None, out=job.out, resume=bool(checkpoints(job.out/'checkpoints')), callbacks=[_tidy], progress=job.progress)
 
 # %% ../nbs/16_recipe.ipynb #9859244f

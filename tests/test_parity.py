@@ -25,3 +25,13 @@ def test_the_table_can_fail(monkeypatch):
     from ftbook.lora import LoRALinear
     monkeypatch.setattr(LoRALinear, "finish", lambda self, y: y*1.001)
     with pytest.raises(AssertionError): assert all(v < 1e-5 for v in test_lora.compare(test_lora.LoRA(rank=4, alpha=8).apply(test_lora.make("Llama")), test_lora.peft_twin(test_lora.make("Llama"), r=4, lora_alpha=8), steps=0).values())
+
+
+def test_the_merging_table(capsys):
+    import test_merge
+    rows, wide = test_merge.parity_rows(), 60
+    with capsys.disabled():
+        print("\nMerged tensors against mergekit, largest absolute difference")
+        for what, gap, tolerance in rows: print(f"  {what:{wide}} {gap:9.1e}  of {tolerance:.0e}")
+    assert len(rows) >= 30
+    for what, gap, tolerance in rows: assert gap <= tolerance, what

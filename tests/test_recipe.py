@@ -460,3 +460,17 @@ def test_the_same_seed_gives_the_same_run(make, tmp_path):
 def test_the_main_job(tmp_path):
     facts = r.quickstart(tmp_path/"run", progress=False).facts
     assert facts["n_eval"] >= 500 and facts["accuracy_before"] < .70 and facts["accuracy_after"] >= .87
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes"), MemoryError()], ids=lambda e: type(e).__name__)
+def test_out_of_memory_names_the_item_of_the_plan(tiny, tmp_path, monkeypatch, error):
+    def fail(*args, **kw): raise error
+    monkeypatch.setattr(r, "finetune", fail)
+    config = tiny_config(tiny, write_rows(tmp_path/"rows.jsonl", good_rows()))
+    with pytest.raises(r.NotEnoughMemory, match=r"(?s)there was not enough memory.*GiB are there; the plan wants .*What helps: a lower train.max_tokens"): r.run(r.make_recipe(config), tmp_path/"out", progress=False)
+
+
+def test_another_error_of_training_passes(tiny, tmp_path, monkeypatch):
+    def fail(*args, **kw): raise RuntimeError("mat1 and mat2")
+    monkeypatch.setattr(r, "finetune", fail)
+    with pytest.raises(RuntimeError, match="^mat1 and mat2$"): r.run(r.make_recipe(tiny_config(tiny, write_rows(tmp_path/"rows.jsonl", good_rows()))), tmp_path/"out", progress=False)

@@ -1180,7 +1180,11 @@ def _tidy(state):
     if state.step % 5 == 0: release_memory()
 
 # %% ../nbs/16_recipe.ipynb #6fae0ee4
-class NotEnoughMemory(RuntimeError): "A run wanted more memory than there is; the message says for what."
+class NotEnoughMemory(RuntimeError):
+    "A run wanted more memory than there is; the message says for what."
+    def __init__(self,
+        said:str, # Which item of the plan, by how much, and what helps
+    ): super().__init__(said)
 
 @contextmanager
 def _memory_explained(recipe, examples, model, keys):

@@ -6,6 +6,8 @@
     python merge_worker.py ours CONFIG OUT    one merge of ours, whole process
     python merge_worker.py theirs CONFIG OUT  one merge of mergekit's, whole process; run by its interpreter
     python merge_worker.py copy CONFIG OUT    read the inputs and write the output's bytes, whole process
+    python merge_worker.py big                synthetic models of up to 3 GB, merged under a memory limit, appended to results/merge.json
+    python merge_worker.py limited CONFIG OUT one merge of ours that may hold no more than LIMIT bytes of data
 
 FTBOOK_MERGEKIT_PYTHON names the interpreter that has mergekit. Both sides get the same files and the same YAML, and what is compared are the files that they write.
 Where a method draws at random, the question comes with the random numbers, and mergekit's call of `torch.bernoulli` reads them instead.
@@ -190,7 +192,7 @@ def measure_parity():
 # Speed: whole processes, three fine-tunes of SmolLM2-135M in bfloat16
 
 METHODS = {'ties': dict(density=.5), 'dare_ties': dict(density=.5), 'task_arithmetic': {}}
-ROUNDS = 5
+ROUNDS = 3
 
 def big_models(folder):
     "The base and three models that differ from it a little, in bfloat16, once."
@@ -224,10 +226,12 @@ def process(side, config, out):
     python = os.environ[PYTHON] if side == 'theirs' else sys.executable
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
-    done = subprocess.run([python, Path(__file__).resolve(), side, config, out], capture_output=True, text=True)
+    free = {k: v for k, v in os.environ.items() if k not in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}       # both sides may use every core
+    done = subprocess.run([python, Path(__file__).resolve(), side, config, out], capture_output=True, text=True, env=free)
     seconds = time.perf_counter() - start
     if done.returncode: raise RuntimeError(f'{side} {config}: {done.stderr[-2000:]}')
-    return dict(seconds=round(seconds, 3), peak_mb=round(int(done.stdout.split()[-1])/1024, 1))
+    inside, peak_kb = done.stdout.split()[-2:]
+    return dict(seconds=round(seconds, 3), inside=float(inside), peak_mb=round(int(peak_kb)/1024, 1))
 
 def peak():
     "The most memory that this process has held, in KiB; it counts from its own start, which `getrusage` does not."
@@ -252,15 +256,69 @@ def speed(folder=None):
         (folder/f'{method}.yml').write_text(yaml.safe_dump(c))
     for again in range(ROUNDS):
         for method in METHODS:
-            if any(r['method'] == method and r['round'] == again for r in read(SPEED)['runs']): continue
+            if any(r.get('method') == method and r.get('round') == again for r in read(SPEED)['runs']): continue
             if found := undisturbed(lambda: turn(folder, method)): append([dict(method=method, round=again, others=found[1], **found[0])], SPEED, ('torch', 'numpy'))
             else: print(f'{method}: the machine was never quiet')
 
 
+# Size: synthetic models of up to 3 GB under a memory limit
+
+LIMIT = 512 << 20                                 # bytes of data (heap, anonymous mappings, stacks) that the merging process may have
+SIZES = 750_000_000, 1_500_000_000, 3_000_000_000 # of one model
+COUNTS = 2, 3, 4                                  # models, the base among them
+ROWS, WIDTH, VOCABULARY = 4096, 4096, 32768       # the matrices, and the largest tensor: 268 MB
+
+def synthetic(folder, size, name, seed):
+    "One model in bfloat16: blocks of seeded noise, cut at another place for every tensor; all but the base are the base and a little."
+    import torch
+    shapes = [('embed_tokens.weight', VOCABULARY, WIDTH)]
+    while sum(2*a*b for _, a, b in shapes) < size: shapes.append((f'layers.{len(shapes) - 1}.mlp.weight', ROWS, WIDTH))
+    noise = lambda s: torch.randn(1 << 25, generator=torch.Generator().manual_seed(s))
+    block = (.02*noise(0) + (.002*noise(seed) if seed else 0)).bfloat16().view(torch.uint8).numpy().tobytes()
+    at, header = 0, {}
+    for k, a, b in shapes: header[k], at = dict(dtype='BF16', shape=[a, b], data_offsets=[at, at + 2*a*b]), at + 2*a*b
+    text = json.dumps(header).encode()
+    (folder/name).mkdir(parents=True)
+    with open(folder/name/'model.safetensors', 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        for i, (_, a, b) in enumerate(shapes):
+            left, start = 2*a*b, i*4096 % len(block)
+            while left: left, start = left - f.write(block[start:start + left]), 0
+    return at
+
+def grow(size, count, folder):
+    "One merge by TIES of `count` models, in a process of its own under the limit."
+    import yaml
+    c = question('ties', [dict(model=str(folder/n), parameters=dict(weight=.5, density=.5)) for n in NAMES[:count - 1]], str(folder/'base')) | {'dtype': 'bfloat16'}
+    (folder/'big.yml').write_text(yaml.safe_dump(c))
+    found = process('limited', folder/'big.yml', folder/'out')
+    shutil.rmtree(folder/'out')
+    return dict(big='ties', models=count, bytes_each=size, limit=LIMIT, **found)
+
+def big():
+    "Every size with four models, and every number of models at the middle size."
+    from domains_worker import append, read
+    from quiet import disturbed
+    for size in SIZES:
+        missing = [n for n in (COUNTS if size == SIZES[1] else COUNTS[-1:]) if not any((r.get('models'), r.get('bytes_each', 0)//10**8) == (n, size//10**8) for r in read(SPEED)['runs'])]
+        if not missing: continue
+        with tempfile.TemporaryDirectory() as tmp:
+            if shutil.disk_usage(tmp).free < 6*size: raise OSError(f'{tmp} has less than {6*size/1e9:.0f} GB free')
+            for seed, name in enumerate(('base', *NAMES)): synthetic(Path(tmp), size, name, seed)
+            for count in missing:
+                found, others = disturbed(lambda: grow(size, count, Path(tmp)))
+                append([found | dict(others=round(others, 3))], SPEED, ('torch', 'numpy'))
+
+
 if __name__ == '__main__':
     what, given = sys.argv[1], [Path(o) for o in sys.argv[2:]]
-    if what in ('ours', 'unhashed'):
+    start = time.perf_counter()
+    if what == 'limited':
+        import resource
+        resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
+    if what in ('ours', 'unhashed', 'limited'):
         from ftbook.merge import merge
+        start = time.perf_counter()
         merge(given[0], given[1], hashes=what == 'ours')
-    else: dict(parity=measure_parity, answer=answer, speed=speed, theirs=theirs, copy=copy)[what](*given)
-    if what in SIDES: print(peak())
+    else: dict(parity=measure_parity, answer=answer, speed=speed, theirs=theirs, copy=copy, big=big)[what](*given)
+    if what in (*SIDES, 'limited'): print(round(time.perf_counter() - start, 3), peak())

@@ -1,0 +1,91 @@
+"The runs on real tasks: what the worker does to tensors, and that its results are what they say."
+import itertools, json, sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+bench = Path(__file__).parents[1]/'nbs'/'bench'
+sys.path.insert(0, str(bench))
+import merge_tasks_worker as worker
+from ftbook.merge import between, conflicts, merge_states
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "Three fine-tunes of a base with two tensors, in place of the real ones."
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda: {'a': torch.randn(40, 30, generator=rng), 'b': torch.randn(50, generator=rng)}
+    base = draw()
+    states = dict(base=base) | {t: {k: base[k] + .1*v for k, v in draw().items()} for t in worker.THREE}
+    monkeypatch.setattr(worker, 'state', states.__getitem__)
+    worker.trimmed.cache_clear()
+    yield states
+    worker.trimmed.cache_clear()
+
+
+@pytest.mark.parametrize('density, normalize', list(itertools.product((.2, .5), (True, False))))
+def test_trimming_first_is_ties(small, density, normalize):
+    weights = [.5, 1., .25]
+    want = merge_states('ties', small['base'], [small[t] for t in worker.THREE], weight=weights, density=density, normalize=normalize)
+    got = worker.merged('ties', worker.THREE, weights, density=density, normalize=normalize)
+    for k in want: torch.testing.assert_close(got[k], want[k], atol=1e-6, rtol=0)
+
+
+def test_thinning_is_that_of_the_merge(small):
+    "A merge with one weight of 1 has the entries of that model alone, grown."
+    for i, t in enumerate(worker.THREE):
+        thin, density = worker.thinned(t, i, .5), .5
+        got = worker.merged('dare_linear_paper', worker.THREE, [float(j == i) for j in range(3)], density=density)
+        for k, b in small['base'].items(): torch.testing.assert_close(got[k] - b, (thin[k] - b)/density, atol=1e-6, rtol=0)
+
+
+def test_counts_are_those_of_conflicts(small):
+    models = [small[t] for t in worker.THREE]
+    n, moved, against = worker.entry_counts(models)
+    flat = torch.stack([torch.cat([(m[k] - b).flatten() for k, b in small['base'].items()]) for m in models])
+    assert n == flat.shape[1] and against/moved == pytest.approx(conflicts(flat))
+    cosine = torch.nn.functional.cosine_similarity(flat[0].double(), flat[1].double(), dim=0)
+    assert worker.clash(worker.THREE[:2], 'ties', 1.)['cosine'] == pytest.approx(float(cosine), abs=2e-5)
+
+
+def test_a_run_that_was_written_is_not_planned_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, 'RESULTS', tmp_path/'runs.json')
+    first, *_ = plan = list(dict.fromkeys(worker.plan()))
+    part, tasks, method, settings, weights = plan[-20]
+    run = dict(part=part, tasks=list(tasks), method=method, settings=dict(settings), weights=list(weights))
+    worker.RESULTS.write_text(json.dumps(dict(machines=[], runs=[run])))
+    left = worker.missing()
+    assert first in left and plan[-20] not in left and len(left) == len(plan) - 1
+
+
+def test_committed_runs_fit_the_plan():
+    runs, plan = worker.read()['runs'], set(worker.plan())
+    keys = [worker.key(r) for r in runs if r['part'] != 'training']
+    assert keys and len(set(keys)) == len(keys) and set(keys) <= plan
+    for r in runs:
+        for task, bits in r.get('right', {}).items():
+            assert len(bits) == worker.N_TEST and set(bits) <= {'0', '1'} and r['nats'][task] > 0
+
+
+weight = st.floats(0, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(weight, weight, st.lists(st.floats(0, 1), min_size=9, max_size=9))
+def test_a_value_between_neighbours(a, b, values):
+    "It stands between the values of its neighbours, whose shares add up to one and whose mean place is the point."
+    grid = dict(zip(itertools.product((0, .5, 1), repeat=2), values))
+    value, shares = between(grid, (a, b))
+    near = [grid[p] for p in shares]
+    assert len(shares) <= 3 and min(near) - 1e-9 <= value <= max(near) + 1e-9 and sum(shares.values()) == pytest.approx(1)
+    for i, x in enumerate((a, b)): assert sum(s*p[i] for p, s in shares.items()) == pytest.approx(x, abs=1e-6)
+
+
+def test_a_neighbour_that_lacks_is_named():
+    grid = {p: 0. for p in itertools.product((0, 1), repeat=2) if p != (1, 1)}
+    assert between(grid, (.25, .5))[1] == {(0, 0): .25, (1, 0): .25, (0, 1): .5}
+    with pytest.raises(ValueError, match=r'\(1, 1\) was not measured'): between(grid, (.75, .5))
+    with pytest.raises(ValueError, match='outside'): between(grid, (0, 1.1))
+    with pytest.raises(ValueError, match='outside'): between({}, (0, 0))

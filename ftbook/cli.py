@@ -210,7 +210,7 @@ def plan(
     optimizer:Annotated[str, typer.Option(help='adamw, adamw8bit, adafactor or sgd.')]='adamw', # By name
     checkpointing:Annotated[bool, typer.Option('--checkpointing', help='Compute activations again instead of keeping them.')]=False, # Compute again?
     device:Annotated[str, typer.Option(help='cuda or cpu.')]='cuda', # Kind of device
-    sharding:Annotated[str|None, typer.Option(help='ddp, zero1, zero2, zero3 or fsdp.')]=None, # How devices share
+    sharding:Annotated[str|None, typer.Option(help='ddp, zero1, zero2, zero3 or fsdp2.')]=None, # How devices share
     devices:Annotated[int, typer.Option(help='Devices that share.', min=1)]=1, # How many
     out:Annotated[Path|None, typer.Option(help='File for the figure. Without it, ftbook-plans/NAME.svg.')]=None, # File for the figure
     as_json:Json=False, # JSON on stdout

@@ -6,19 +6,21 @@ Docs: https://ftbook.github.io/ftbook/memory.html.md"""
 
 # %% auto #0
 __all__ = ['STATE_BLOCK', 'PIECE', 'SMALL', 'OPTIMIZERS', 'DEPTHS', 'GIB', 'CONTEXT', 'WORKSPACE', 'DIVIDED', 'SIZES',
-           'live_bytes', 'Measured', 'measure_peak', 'Block', 'Tracker', 'ghost', 'Adafactor', 'dynamic_levels',
-           'quantize_blocks', 'dequantize_blocks', 'AdamW8bit', 'as_optimizer', 'OwnLoss', 'is_causal', 'full_batch',
-           'parameter_groups', 'run_steps', 'Setting', 'trace', 'account', 'read_config', 'build_ghost', 'draw_line',
-           'Plan', 'plan', 'StepInBackward', 'in_backward', 'largest', 'longest_sequence', 'largest_batch', 'advise',
-           'plan_report', 'explain_out_of_memory', 'checkpoint_', 'uncheckpoint_', 'offload_activations',
-           'tiled_attention', 'LossScaler', 'stacked']
+           'live_bytes', 'Measured', 'measure_peak', 'Block', 'Tracker', 'runs_on', 'with_numbers', 'pieces', 'alike',
+           'ghost', 'Adafactor', 'dynamic_levels', 'quantize_blocks', 'dequantize_blocks', 'AdamW8bit', 'as_optimizer',
+           'OwnLoss', 'is_causal', 'full_batch', 'parameter_groups', 'run_steps', 'Setting', 'trace', 'account',
+           'read_config', 'build_ghost', 'draw_line', 'Plan', 'as_sharding', 'plan', 'StepInBackward', 'in_backward',
+           'largest', 'longest_sequence', 'largest_batch', 'advise', 'which_method', 'plan_report', 'held_items',
+           'explain_out_of_memory', 'is_out_of_memory', 'explaining_out_of_memory', 'plan_run', 'checkpoint_',
+           'uncheckpoint_', 'offload_activations', 'tiled_attention', 'LossScaler', 'stacked']
 
-# %% ../nbs/05_memory.ipynb #7805b5ee
-import contextlib, copy, gc, math, os, sys, weakref
+# %% ../nbs/05_memory.ipynb #bbcfd182
+import contextlib, copy, gc, math, os, re, sys, weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 
 import torch
@@ -88,9 +90,10 @@ class Tracker(TorchDispatchMode):
     "Follows every storage from birth to death while it is open."
     def __init__(self,
         n_targets:int=0, # Entries that `nonzero` finds
+        device:str='cpu', # Where the step would run
     ):
         super().__init__()
-        self.n_targets, self.blocks, self.known, self.parts, self.stack, self.time = n_targets, [], {}, [], [], 0
+        self.n_targets, self.device, self.blocks, self.known, self.parts, self.stack, self.seen, self.time = n_targets, device, [], {}, [], [], {}, 0
 
     def enter(self,
         part:str, # Of the step
@@ -135,14 +138,14 @@ def _without_numbers(tracker, func, args):
 # %% ../nbs/05_memory.ipynb #5feeaa3b
 def _caller():
     "Name of the function in which the operation was started."
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)
     while frame.f_code.co_name in ('inner', '_fn'): frame = frame.f_back
     return frame.f_code.co_name
 
 # %% ../nbs/05_memory.ipynb #ef2b1ff0
-def _adds_gradients(func, args, caller):
+def _adds_gradients(func, args):
     "Does autograd add two gradients here, and is it the only one to hold the first?"
-    if func is not torch.ops.aten.add.Tensor or caller != '_engine_run_backward' or not isinstance(args[1], Tensor): return False
+    if func is not torch.ops.aten.add.Tensor or not isinstance(args[1], Tensor) or _caller() != '_engine_run_backward': return False
     return torch._C._storage_Use_Count(args[0].untyped_storage()._cdata) <= 2 and args[0].dtype == args[1].dtype
 
 # %% ../nbs/05_memory.ipynb #996861c1
@@ -152,12 +155,82 @@ def __torch_dispatch__(self:Tracker, func, types, args=(), kwargs=None):
     if func.namespace == 'prim': return func(*args, **(kwargs or {}))
     out = _without_numbers(self, func, args)
     if out is NotImplemented:
-        if _adds_gradients(func, args, _caller()): func = torch.ops.aten.add_.Tensor
+        if _adds_gradients(func, args): func = torch.ops.aten.add_.Tensor
         out = func(*args, **(kwargs or {}))
-    for t in torch.utils._pytree.tree_leaves(out):
+    for t in (out,) if isinstance(out, Tensor) else torch.utils._pytree.tree_leaves(out):
         if isinstance(t, Tensor): self.note(t)
     if isinstance(out, Tensor) and func.overloadpacket.__name__ in _answers: out.ftbook_answer = _answers[func.overloadpacket.__name__]
     return out
+
+# %% ../nbs/05_memory.ipynb #405042f3
+_running = ContextVar('running', default=None) # The `Tracker` of the plan that runs
+
+def runs_on(
+    t:Tensor, # Any
+)->str: # 'cpu', 'cuda' and so on
+    "The kind of device that `t` is on; in a plan, that it would be on."
+    return t.device.type if (tracker := _running.get()) is None else tracker.device
+
+def with_numbers(
+    f:Callable, # Makes a table, or asks for values
+)->Callable: # The same, on real tensors whatever mode is open
+    "Decorates a function that a plan must not run on tensors without numbers."
+    @wraps(f)
+    def run(*args):
+        from torch.utils._python_dispatch import _disable_current_modes
+        with _disable_current_modes(): return f(*args)
+    return run
+
+# %% ../nbs/05_memory.ipynb #ecb96f4d
+def pieces(
+    n:int, # Numbers in all
+    size:int, # In a piece
+)->list[slice]: # In a plan the first alone
+    "Cut `n` numbers into pieces, each of which makes and drops the same."
+    whole = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    return whole if _running.get() is None else whole[:1]
+
+# %% ../nbs/05_memory.ipynb #ebaed8c7
+@patch
+def again(self:Tracker,
+    key:Hashable, # What the lives depend on
+    make:Callable, # Makes one new tensor, and drops whatever else it makes
+)->Tensor: # What `make` returns, or one like it
+    "Run `make` once for each `key`; later, note what it would do."
+    start, first = self.time, len(self.blocks)
+    if key not in self.seen:
+        out = make()
+        if (own := self.known.get(out.untyped_storage()._cdata)) is None: return out  # nothing is followed yet
+        lives = [(b.n_bytes, b.born - own.born, b.died - own.born, b.shape) for b in self.blocks[first:] if b.died is not None]
+        self.seen[key] = lives, own.born - start - 1, self.time - own.born, out.shape, out.dtype
+        return out
+    lives, before, after, shape, dtype = self.seen[key]
+    self.time += before
+    out, where = torch.empty(shape, dtype=dtype), (self.stack[-1] if self.stack else '', self.parts[-1][1] if self.parts else '')
+    self.blocks += [Block(n, self.time + born, self.time + died, size, *where) for n, born, died, size in lives]
+    self.time += after
+    return out
+
+# %% ../nbs/05_memory.ipynb #a7d91744
+def alike(
+    key:Callable, # Takes the arguments; gives what the sizes of all tensors depend on
+)->Callable: # A decorator
+    "Decorates a function that makes one tensor: a plan follows it once for each `key`."
+    def decorate(f):
+        @wraps(f)
+        def run(*args):
+            tracker = _running.get()
+            return f(*args) if tracker is None else tracker.again((f, key(*args)), partial(f, *args))
+        return run
+    return decorate
+
+# %% ../nbs/05_memory.ipynb #c543f885
+@contextlib.contextmanager
+def _following(tracker):
+    "Make `tracker` the one of the plan that runs; it follows what happens while it is open itself."
+    before = _running.set(tracker)
+    try: yield tracker
+    finally: _running.reset(before)
 
 # %% ../nbs/05_memory.ipynb #63e1c4d0
 def ghost(
@@ -240,11 +313,9 @@ def dequantize_blocks(
     "The numbers that codes stand for."
     return levels[codes.int()]*absmax.repeat_interleave(STATE_BLOCK, output_size=len(absmax)*STATE_BLOCK)[:len(codes)]
 
-# %% ../nbs/05_memory.ipynb #c1ec97eb
-PIECE, SMALL = 2**20, 4096 # Numbers unpacked at a time; fewer than SMALL are not packed at all
-def _pieces(n): return [slice(i, min(i + PIECE, n)) for i in range(0, n, PIECE)]
-
 # %% ../nbs/05_memory.ipynb #9bf853ae
+PIECE, SMALL = 2**20, 4096 # Numbers unpacked at a time; fewer than SMALL are not packed at all
+
 class AdamW8bit(Optimizer):
     "AdamW whose moments take a byte each."
     def __init__(self,
@@ -283,7 +354,7 @@ def step(self:AdamW8bit,
         state, w, g = self.state[p], p.view(-1), p.grad.reshape(-1)
         if not state: _begin_moments_(state, p)
         state['step'] += 1
-        for piece in _pieces(len(w)):
+        for piece in pieces(len(w), PIECE):
             if 'moment1' in state: _adam_update_(w[piece], g[piece].float(), (state['moment1'], state['moment2']), state['step'], group)
             else: _packed_update_(state, w[piece], g[piece].float(), piece, [o.to(p.device) for o in self.levels], group)
 
@@ -384,10 +455,11 @@ def run_steps(
     pieces:int=1, # Forward and backward so many times before each update
     enter:Callable=lambda part: None, # Called with the name of every part
     device:str='cpu', # Of the model
+    steps:tuple=(1, 2), # Their numbers
 ):
     "Two optimizer steps."
     params = [p for group in optimizer.param_groups for p in group['params']]
-    for step in (1, 2):
+    for step in steps:
         for _ in range(pieces):
             enter(f'step {step}: forward')
             with _autocast(precision, device): loss = objective(batch)
@@ -434,14 +506,6 @@ def _swap_by_copy(swap):
         if 'forward' in vars(small): module.forward = MethodType(vars(small)['forward'].__func__, module)
     return _swap
 
-# %% ../nbs/05_memory.ipynb #c61d95b6
-def _with_numbers(f):
-    "`f`, run on real tensors whatever mode is open."
-    def run(*args):
-        from torch.utils._python_dispatch import _disable_current_modes
-        with _disable_current_modes(): return f(*args)
-    return run
-
 # %% ../nbs/05_memory.ipynb #4995d6f5
 def _attend(query, key, value, *, window=None, dropout=0., scale=None):
     "`attend` as it runs on a GPU: in its own precision."
@@ -449,35 +513,19 @@ def _attend(query, key, value, *, window=None, dropout=0., scale=None):
     mask = torch.ones(n, past + n, dtype=torch.bool).tril(past) if past or n > (window or n) else None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=key.shape[1] != query.shape[1])
 
-# %% ../nbs/05_memory.ipynb #cb91a1e4
-_integers = torch.uint8, torch.int8
-
-def _codes_of(module):
-    "The codes of a quantised layer, which are its largest integers; None for any other."
-    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.dtype in _integers]
-    return max(own, key=Tensor.numel, default=None)
-
-def _first_piece(*bounds):
-    "`range`, of which a loop over pieces sees only the first."
-    start, stop, step = bounds if len(bounds) == 3 else (None, None, None)
-    return range(*bounds) if step is None else range(start, min(stop, start + step), step)
-
 # %% ../nbs/05_memory.ipynb #8a70a9df
 @contextlib.contextmanager
-def _without_asking(device, model):
-    "Replace what asks for numbers, what repeats itself, and on a GPU what only a CPU does."
+def _without_asking(device):
+    "Replace what asks for numbers, and on a GPU what only a CPU does."
     from transformers import masking_utils
-    files = {sys.modules[type(m).__module__] for m in model.modules() if _codes_of(m) is not None}
-    changes = [(train, 'has_linear_head', _linear_by_structure), (train, '_causal', train._causal.__wrapped__), (train, 'like_lengths', _with_numbers(train.like_lengths.__wrapped__)),
-               (train, '_swap', _swap_by_copy(train._swap)), (masking_utils, 'is_tracing', lambda tensor=None: False),
-               (sys.modules[AdamW8bit.__module__], '_pieces', lambda n: [slice(0, min(n, PIECE))]), *((file, 'range', _first_piece) for file in files)]
+    changes = [(train, 'has_linear_head', _linear_by_structure), (train, '_causal', train._causal.__wrapped__), (train, 'like_lengths', with_numbers(train.like_lengths.__wrapped__)),
+               (train, '_swap', _swap_by_copy(train._swap)), (masking_utils, 'is_tracing', lambda tensor=None: False)]
     if device != 'cpu': changes += [(train, '_own_attention', data._attention), (data, 'attend', _attend)]
-    before = [(o, n, vars(o).get(n)) for o, n, _ in changes]
+    before = [(o, n, getattr(o, n)) for o, n, _ in changes]
     for o, n, v in changes: setattr(o, n, v)
     try: yield
     finally:
-        for o, n, v in before: delattr(o, n) if v is None else setattr(o, n, v)
-        for cached in [f for file in files for f in vars(file).values() if hasattr(f, 'cache_clear')]: cached.cache_clear()
+        for o, n, v in before: setattr(o, n, v)
 
 # %% ../nbs/05_memory.ipynb #6edfe062
 def _blocks_of(model):
@@ -508,7 +556,14 @@ def _watching(tracker, model):
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/05_memory.ipynb #33e93723
+# %% ../nbs/05_memory.ipynb #cb91a1e4
+_integers = torch.uint8, torch.int8
+
+def _codes_of(module):
+    "The codes of a quantised layer, which are its largest integers; None for any other."
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.dtype in _integers]
+    return max(own, key=Tensor.numel, default=None)
+
 def _note_weights(tracker, model, adapted):
     "Note the tensors of `model` with what they are. In a quantised layer the codes are its largest integers, and the rest are constants."
     for m in model.modules():
@@ -566,22 +621,37 @@ def _fake():
     from torch._subclasses.fake_tensor import FakeTensorMode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
+# %% ../nbs/05_memory.ipynb #fd98af86
+def _first_update(tracker, optimizer):
+    "What a first step leaves behind."
+    tracker.enter('step 1: update')
+    for p in [p for group in optimizer.param_groups for p in group['params']]:
+        p.grad = torch.empty_like(p)
+        tracker.note(p.grad, 'gradients')
+        if hasattr(optimizer, 'arrived'): optimizer.arrived(p)
+    optimizer.step()
+    _enter(tracker, optimizer, 'step 1: updated')
+    optimizer.zero_grad()
+
 # %% ../nbs/05_memory.ipynb #5f4ce914
 def trace(
     model:nn.Module, # On any device; it is not touched
     s:Setting, # How it is trained
+    both:bool=False, # Also all of the first step
 )->tuple[Tracker, nn.Module]: # What lived when, and the ghost that was trained
-    "Run two steps and an evaluation without a byte."
+    "Run a step and an evaluation without a byte."
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_asking(s.device, model))
+        stack.enter_context(_without_asking(s.device))
+        tracker = stack.enter_context(_following(Tracker(s.batch_size*(s.seq_len - 1), s.device)))
         with (mode := _fake()): g = ghost(model, 'cpu')
         objective, batch = _prepare(g, s, stack, mode)
         optimizer = as_optimizer('adamw8bit' if (s.optimizer, s.device) == ('bitsandbytes', 'cuda') else s.optimizer)(parameter_groups([p for p in g.parameters() if p.requires_grad]))
-        tracker = stack.enter_context(Tracker(s.batch_size*(s.seq_len - 1)))
+        stack.enter_context(tracker)
         stack.enter_context(_watching(tracker, g))
         _note_weights(tracker, g, hasattr(model, 'ftbook_method'))
         _each(lambda t: tracker.note(t, 'batch'), batch)
-        run_steps(objective, batch, optimizer, s.precision, s.pieces, lambda part: _enter(tracker, optimizer, part))
+        if not both: _first_update(tracker, optimizer)
+        run_steps(objective, batch, optimizer, s.precision, s.pieces, lambda part: _enter(tracker, optimizer, part), steps=(1, 2) if both else (2,))
         tracker.enter('evaluation')
         with torch.no_grad(): train.target_nats(objective, batch) if isinstance(objective, train.Objective) else objective(batch)
         tracker.enter('end')
@@ -761,15 +831,22 @@ def _account_of(source, s, dtype, method, quantize):
 # %% ../nbs/05_memory.ipynb #1ad017fc
 def _weight(module): return sum(p.numel()*p.element_size() for p in module.parameters())
 
-# %% ../nbs/05_memory.ipynb #f1da0404
-DIVIDED = {'ddp': (), 'zero1': ('optimizer',), 'zero2': ('optimizer', 'gradients'), 'zero3': ('optimizer', 'gradients', 'weights', 'adapters', 'quantisation'),
-           'fsdp': ('optimizer', 'gradients', 'weights', 'adapters', 'quantisation')}
+# %% ../nbs/05_memory.ipynb #8791d023
+DIVIDED = {'ddp': (), 'zero1': ('optimizer',), 'zero2': ('optimizer', 'gradients'), 'zero3': ('optimizer', 'gradients', 'weights', 'adapters'),
+           'fsdp2': ('optimizer', 'gradients', 'weights', 'adapters')}
+def as_sharding(
+    name:str, # A key of `DIVIDED`; 'fsdp' means 'fsdp2'
+)->str: # A key of `DIVIDED`. ValueError for a name that is not known
+    "The name of an engine, as [chapter 11](11_scale.ipynb) has it too."
+    name = 'fsdp2' if name == 'fsdp' else name
+    if name not in DIVIDED: raise ValueError(f'sharding must be one of {", ".join(DIVIDED)}, not {name!r}')
+    return name
+
 def _per_device(items, sharding, n, layer, buckets=0):
     "Items of one of `n` devices."
     if sharding is None: return items
-    if sharding not in DIVIDED: raise ValueError(f'sharding must be one of {", ".join(DIVIDED)}, not {sharding!r}')
     if not isinstance(n, int) or n < 1: raise ValueError(f'n_devices must be 1 or more, not {n!r}')
-    shared = Counter({k: -(-v//n) if k.startswith(DIVIDED[sharding]) else v for k, v in items.items()} if DIVIDED[sharding] else items)
+    shared = Counter({k: -(-v//n) if k.startswith(DIVIDED[sharding]) and k != 'weights, quantised' else v for k, v in items.items()} if DIVIDED[sharding] else items)
     if n > 1 and sharding == 'ddp': shared['gradient buckets'] = buckets
     if n > 1 and 'weights' in DIVIDED[sharding]: shared['gathered layers'] = 2*layer
     return shared
@@ -786,7 +863,7 @@ def plan(
     **setting, # Fields of `Setting`
 )->Plan: # ValueError says what to change
     "Everything a training step would hold at its fullest moment."
-    s = _checked(Setting(**setting))
+    s, sharding = _checked(Setting(**setting)), sharding and as_sharding(sharding)
     if dtype is None and not isinstance(model, nn.Module) and s.device == 'cuda' and (method or quantize): dtype = 'bfloat16'
     name, parts, layer = _accounts(model, s, dtype and as_dtype(dtype), method, quantize)
     outside = Counter({'CUDA context and cuBLAS': CONTEXT + WORKSPACE} if s.device == 'cuda' else {})
@@ -939,6 +1016,20 @@ def advise(
         if tried['GiB'] < found[-1]['GiB']: now |= new; found.append(tried)
     return found
 
+# %% ../nbs/05_memory.ipynb #bd742215
+def which_method(
+    model, # As for `plan`
+    ways:dict[str, dict], # Name -> what `plan` is told, the best first: dict(full={}, LoRA=dict(method=LoRA()))
+    *,
+    gpu:float=24, # GiB
+    **settings, # More for `plan`, of all of them
+)->list[dict]: # way, GiB, fits, the smallest of `SIZES` that holds it, chosen
+    "What each way to train would hold, and the first that fits."
+    _check_gib(gpu)
+    plans = {way: plan(model, **(settings | how)) for way, how in ways.items()}
+    first = next((way for way, p in plans.items() if p.fits(gpu)), None)
+    return [dict(way=way, GiB=p.peak/GIB, fits=p.fits(gpu), smallest=next((f'{g} GiB' for g in SIZES if p.fits(g)), 'none of these'), chosen=way == first) for way, p in plans.items()]
+
 # %% ../nbs/05_memory.ipynb #ccbe1034
 def plan_report(
     model, # As for `plan`
@@ -958,18 +1049,93 @@ def plan_report(
         lines += [f"  + {a['change']:<32}{a['GiB']:>9.2f} GiB  {'fits' if a['fits'] else ''}  ({a['cost']})" for a in advise(model, method, gpu=gpu, offered=offered, **quick)[1:]]
     return '\n'.join([f'{p.model}, {p.setting.batch_size} x {p.setting.seq_len} tokens, {p.setting.device} {p.note}', *lines]), p.figure(gpu).svg
 
+# %% ../nbs/05_memory.ipynb #39a88a44
+_parts = {'weights': ('weights', 'buffers', 'quantisation', 'adapters'), 'gradients': ('gradient',), 'optimizer states': ('optimizer',)}
+def held_items(
+    model:nn.Module, # In training
+)->dict[str, int]: # Bytes of its weights, their gradients, and the states of its optimizers
+    "What a model holds beside activations."
+    params, own = list(model.parameters()), {id(p) for p in model.parameters()}
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and any(id(p) in own for g in o.param_groups for p in g['params'])]
+    states = [t for o in optimizers for state in o.state.values() for t in state.values() if isinstance(t, Tensor)]
+    def size(tensors): return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return {'weights': size([*params, *model.buffers()]), 'gradients': size([p.grad for p in params if p.grad is not None]), 'optimizer states': size(states)}
+
+def _above(p, found):
+    "The item that is furthest above the plan: (name, bytes there, bytes planned); None where all are as planned."
+    planned = {part: sum(n for k, n in p.items.items() if k.startswith(words)) for part, words in _parts.items()}
+    if 'gradients' in found: planned['gradients'] = max(planned['gradients'], planned['optimizer states']//8)  # at the peak some are not there yet
+    over = [(part, n, planned[part]) for part, n in found.items() if n > 1.02*planned[part] + 1e6]
+    return max(over, key=lambda o: o[1] - o[2], default=None)
+
 # %% ../nbs/05_memory.ipynb #cca7db28
 def explain_out_of_memory(
     p:Plan, # Of the run
     limit:float, # GiB that the device has
     measured:int|None=None, # Bytes held when it failed, where that is known; or `Measured.peak`
+    found:dict|None=None, # From `held_items`
 )->str: # Sentences
     "Which item is too large, and by how much."
     over, (largest_item, n) = (measured or p.peak) - _check_gib(limit)*GIB, max(p.groups().items(), key=lambda o: o[1])
     said = f'{limit:g} GiB are there; the plan wants {p.peak/GIB:.2f} GiB in {p.when}, most of it for {largest_item} ({n/GIB:.2f} GiB).'
-    if measured and measured > 1.1*p.peak: return f'{said} {measured/GIB:.2f} GiB were held, {(measured - p.peak)/GIB:.2f} more than planned: something outside of the step keeps tensors, or other processes are on the device.'
+    if above := _above(p, found or {}): return f'{said} More than planned: {above[0]}, {above[1]/GIB:.2f} GiB instead of {above[2]/GIB:.2f}, {(above[1] - above[2])/GIB:.2f} GiB above the plan: what was planned is not what runs.'
+    if measured and measured > 1.1*p.peak:
+        where = 'activations or what passes through: ' if found else ''
+        return f'{said} {measured/GIB:.2f} GiB were held, {(measured - p.peak)/GIB:.2f} more than planned: {where}rows longer than {p.setting.seq_len} tokens, something outside of the step that keeps tensors, or other processes on the device.'
     if over <= 0: return f'{said} It should fit with {-over/GIB:.2f} GiB to spare: look for other processes on the device, or rows longer than {p.setting.seq_len} tokens.'
     return f'{said} It is {over/GIB:.2f} GiB too much; `advise` lists what to change.'
+
+# %% ../nbs/05_memory.ipynb #ce0f90a0
+_signs = 'out of memory', "can't allocate memory", 'not enough memory', 'Cannot allocate memory'
+def is_out_of_memory(
+    error:Exception, # Any
+)->bool: # On a GPU, on a CPU, or of Python itself
+    "Does `error` say that there is no memory left?"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and any(o in str(error) for o in _signs)
+
+def _asked(text):
+    "Bytes that were asked for, as an error says."
+    found = re.search(r'ried to allocate ([\d.]+) ?(bytes|[KMG]iB)', text)
+    return int(float(found[1])*dict(bytes=1, KiB=2**10, MiB=2**20, GiB=2**30)[found[2]]) if found else 0
+
+def _memory_of(device):
+    "(GiB that a device has, bytes held there)."
+    if torch.device(device).type == 'cuda': return torch.cuda.get_device_properties(device).total_memory/GIB, torch.cuda.memory_allocated(device)
+    return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/GIB, live_bytes()
+
+# %% ../nbs/05_memory.ipynb #24c33149
+@contextlib.contextmanager
+def explaining_out_of_memory(
+    model:nn.Module, # In training
+    p, # A `Plan`, or a function without arguments that makes one
+    limit:float|None=None, # GiB that the device has; None asks it
+):
+    "While this is open, an error for want of memory says which item of the plan was exceeded, and by how much."
+    try: yield
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e): raise
+        there, held = _memory_of(next(model.parameters()).device)
+        try: planned = p() if callable(p) else p
+        except Exception: raise e from None    # a plan that cannot be made must not hide the error
+        said = explain_out_of_memory(planned, limit or there, held + _asked(str(e)), held_items(model))
+        raise type(e)(f'{said}\n{e}') from e
+
+# %% ../nbs/05_memory.ipynb #59b82cfd
+def plan_run(
+    model:nn.Module, # As it will be trained
+    examples:list[Example], # What it will be trained on
+    *,
+    batch_size:int=8, # As in `Settings` of chapter 4
+    max_tokens:int=1024, # As in `Settings` of chapter 4
+    optimizer='adamw', # As for `plan`
+    precision:str|None=None, # As for `plan`
+    gradient_checkpointing:bool=False, # As for `plan`
+    **more, # For `plan`
+)->Plan: # Of the longest rows, as many as run together
+    "The plan of a run of `finetune`."
+    longest = max(map(len, examples))
+    together = max(1, min(batch_size, max_tokens//longest))
+    return plan(model, seq_len=longest, batch_size=together, pieces=2 if batch_size > together else 1, optimizer=optimizer, precision=precision, gradient_checkpointing=gradient_checkpointing, **more)
 
 # %% ../nbs/05_memory.ipynb #b814ae96
 def checkpoint_(

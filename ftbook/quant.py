@@ -10,7 +10,7 @@ __all__ = ['VALUES', 'BLOCK_SIZES', 'CHUNK', 'normal_float', 'code_bits', 'neare
            'QuantLinear', 'quantized_layers', 'quantizable', 'quantize_', 'to_dense', 'dequantize_', 'load_quantized',
            'merge_quantized_']
 
-# %% ../nbs/10_qlora.ipynb #d813ab90
+# %% ../nbs/10_qlora.ipynb #9982bfaa
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .lora import working_dtype
+from .memory import alike, pieces, runs_on, with_numbers
 from .methods import head_of, is_linear, linear_size, merge_part_, method_of, name_matches, parts_of, remove_, replace_
 from .models import as_dtype, check_weights, load_model, load_tokenizer, model_folder, probe_device, skeleton
 
@@ -51,6 +52,7 @@ def code_bits(
 
 # %% ../nbs/10_qlora.ipynb #909b993c
 @lru_cache(maxsize=32)
+@with_numbers
 def _midpoints(kind, device):
     "Midpoints between neighbouring values, and the codes of the values in increasing order."
     values = VALUES[kind].to(device)
@@ -106,6 +108,7 @@ def quantize_blocks(
 
 # %% ../nbs/10_qlora.ipynb #fb0b93a8
 @lru_cache(maxsize=8)
+@with_numbers
 def dynamic_code(
     device='cpu', # Where it is needed
 )->Tensor: # (256,) float32, increasing
@@ -116,6 +119,7 @@ def dynamic_code(
 
 # %% ../nbs/10_qlora.ipynb #03f0e8fa
 @lru_cache(maxsize=8)
+@with_numbers
 def _grid(device):
     "The dynamic code of each of 65,536 points from -1 to 1."
     code, points = dynamic_code(device), torch.arange(65536, device=device)/65535*2 - 1
@@ -134,6 +138,7 @@ def quantize_constants(
 
 # %% ../nbs/10_qlora.ipynb #c1303c45
 @lru_cache(maxsize=32)
+@with_numbers
 def _table(kind, device):
     "What each byte stands for: (256,) of one float32, or of two, read as an int64."
     values = VALUES[kind].to(device)
@@ -167,17 +172,17 @@ class Quantized:
         values = dynamic_code(self.absmax.device).index_select(0, self.absmax.int())
         return values.mul_(self.nested.repeat_interleave(256)[:len(values)]).add_(self.mean)
 
+    @alike(lambda q, dtype=torch.float32: (q.shape, q.kind, q.block_size, q.nested is None, dtype))
     def dequantize(self,
         dtype:torch.dtype=torch.float32, # Of the result
     )->Tensor: # `shape`
         "The tensor, as near as it is known."
         n, absmax, table, each = math.prod(self.shape), self.constants(), _table(self.kind, self.codes.device), 8//code_bits(self.kind)
         out = torch.empty(n, dtype=dtype, device=self.codes.device)
-        size = 2**17 if self.codes.device.type == 'cpu' else 2**24          # a piece that stays in the processor's cache; a multiple of every block size
-        for i in range(0, n, size):
-            part = out[i:i + size]
-            codes = self.codes[i//each:math.ceil((i + len(part))/each)]
-            part.copy_(_times_(table.index_select(0, codes.int()).view(torch.float32)[:len(part)], absmax[i//self.block_size:], self.block_size))
+        size = 2**17 if runs_on(self.codes) == 'cpu' else 2**24             # a piece that stays in the processor's cache; a multiple of every block size
+        for piece in pieces(n, size):
+            part, codes = out[piece], self.codes[piece.start//each:math.ceil(piece.stop/each)]
+            part.copy_(_times_(table.index_select(0, codes.int()).view(torch.float32)[:len(part)], absmax[piece.start//self.block_size:], self.block_size))
         return out.view(self.shape)
 
     @property

@@ -9,7 +9,7 @@ __all__ = ['SHARDING', 'ring_all_reduce', 'all_reduce_bytes', 'sharded_bytes', '
            'split_mlp', 'bubble', 'pipeline_schedule', 'draw_schedule', 'config_files', 'validate_config',
            'launch_config', 'run_processes']
 
-# %% ../nbs/11_scale.ipynb #7fe8c622
+# %% ../nbs/11_scale.ipynb #9a8ac6a1
 import difflib, importlib.util, inspect, json, math, os, signal, socket, subprocess, sys, tempfile, textwrap
 from collections.abc import Callable
 from importlib.resources import files
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .explore import Picture, escape
+from .memory import as_sharding
 
 # %% ../nbs/11_scale.ipynb #6f9c3387
 def ring_all_reduce(
@@ -55,23 +56,23 @@ SHARDING['fsdp2'] = SHARDING['zero3']
 def sharded_bytes(
     items:dict, # Bytes by item, from `training_bytes` or `scale_bytes`
     n_devices:int, # That share the work
-    sharding:str='fsdp2', # A key of `SHARDING`
+    sharding:str='fsdp2', # A key of `SHARDING`; 'fsdp' means 'fsdp2'
 )->dict: # Bytes by item, on each device; activations come on top
     "What one of several devices holds."
     if n_devices < 1: raise ValueError(f"n_devices must be 1 or more, not {n_devices}")
-    if sharding not in SHARDING: raise ValueError(f"sharding must be one of {', '.join(SHARDING)}, not {sharding!r}")
+    sharding = as_sharding(sharding)
     return {k: math.ceil(b/n_devices) if k in SHARDING[sharding] else b for k, b in items.items()}
 
 # %% ../nbs/11_scale.ipynb #4eb76822
 def traffic(
     items:dict, # Bytes by item, of one device without sharding
     n_devices:int, # That share the work
-    sharding:str='fsdp2', # A key of `SHARDING`
+    sharding:str='fsdp2', # A key of `SHARDING`; 'fsdp' means 'fsdp2'
     pieces:int=1, # Forward passes to a step
 )->float: # Bytes that each device sends in a step
     "What sharing costs in messages."
     sharded_bytes(items, n_devices, sharding) # refuses what cannot be
-    half = (n_devices - 1)/n_devices
+    half, sharding = (n_devices - 1)/n_devices, as_sharding(sharding)
     gathered = sum(items.get(k, 0) for k in _weights)
     if sharding == 'ddp': return all_reduce_bytes(items['gradients'], n_devices)
     if sharding in ('zero1', 'zero2'): return half*(items['gradients'] + items['trained weights'])

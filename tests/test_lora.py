@@ -6,6 +6,7 @@ from torch import nn
 
 from ftbook.lora import LoRA, LoRAEmbedding, LoRALinear, Siblings, add_adapter_, adapter_names, as_plain, fewer_ranks, low_rank, param_groups, row_norms, share_siblings_, use_adapter_
 from ftbook.methods import Whole, load_adapter, merge_, parts_of, remove_, save_adapter, trainable_summary, unmerge_
+from tiny import random_batch, seeded
 
 vocab = 60
 
@@ -41,14 +42,8 @@ def t5():
 small_models = {"Llama": llama, "Qwen2": qwen, "GPT-2": gpt2, "BERT": bert, "T5": t5}
 
 
-def make(name, seed=0):
-    torch.manual_seed(seed)
-    return small_models[name]().train()
-
-
-def batch(seed=1, n=2, length=12):
-    ids = torch.randint(0, vocab, (n, length), generator=torch.Generator().manual_seed(seed))
-    return dict(input_ids=ids, labels=ids)
+def make(name, seed=0): return seeded(small_models[name], seed)
+def batch(**kw): return random_batch(vocab, **kw)
 
 
 def peft_twin(model, **config):

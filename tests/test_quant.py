@@ -9,6 +9,7 @@ from ftbook.lora import LoRA
 from ftbook.methods import load_adapter, merge_, parts_of, remove_, save_adapter
 from ftbook.quant import (BLOCK_SIZES, VALUES, QuantLinear, bits_per_weight, dequantize_, dynamic_code, load_quantized, merge_quantized_, nearest, normal_float,
     quantizable, quantize_, quantize_blocks, quantize_constants, quantize_tensor, quantized_layers, scale_blocks)
+from tiny import random_batch, seeded
 
 logging.getLogger("bitsandbytes").setLevel("ERROR")
 vocab = 60
@@ -38,14 +39,8 @@ def t5():
 small_models = {"Llama": llama, "Qwen2": qwen, "GPT-2": gpt2, "T5": t5}
 
 
-def make(name, seed=0):
-    torch.manual_seed(seed)
-    return small_models[name]().train()
-
-
-def batch(seed=1, n=2, length=12):
-    ids = torch.randint(0, vocab, (n, length), generator=torch.Generator().manual_seed(seed))
-    return dict(input_ids=ids, labels=ids)
+def make(name, seed=0): return seeded(small_models[name], seed)
+def batch(**kw): return random_batch(vocab, **kw)
 
 
 def logits(model): return model(**batch()).logits.detach()
@@ -356,6 +351,47 @@ def test_a_folder_that_is_quantised_already_is_refused(tmp_path):
     config = json.loads((tmp_path/"config.json").read_text())
     (tmp_path/"config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     with pytest.raises(ValueError, match="quantised already"): load_quantized(tmp_path, device=cpu)
+
+
+def hub_folder(cache, repo):
+    "A model as the hub's cache keeps it: files named by their contents, a snapshot that points at them, and a name for the snapshot."
+    from transformers import AutoTokenizer
+    from ftbook.models import model_folder
+    torch.manual_seed(0)
+    home, commit = cache/f"models--{repo.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
+    snapshot = home/"snapshots"/commit
+    llama().save_pretrained(snapshot)
+    AutoTokenizer.from_pretrained(model_folder("smollm2-135m")).save_pretrained(snapshot)
+    (home/"blobs").mkdir()
+    for i, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blob := home/"blobs"/f"{i:040x}")
+        file.symlink_to(blob)
+    (home/"refs").mkdir()
+    (home/"refs"/"main").write_text(commit)
+    return snapshot
+
+
+@pytest.mark.parametrize("backend", ["ftbook", "bitsandbytes"])
+def test_a_hub_id_is_streamed_from_the_cache(tmp_path, monkeypatch, backend):
+    from huggingface_hub import constants
+    from transformers import AutoModelForCausalLM
+    from ftbook import quant
+    snapshot = hub_folder(tmp_path, "someone/some-model")
+    for file in (constants, __import__("huggingface_hub")._snapshot_download.constants): monkeypatch.setattr(file, "HF_HUB_CACHE", str(tmp_path))
+    seen = []
+    monkeypatch.setattr(quant, "load_tokenizer", lambda name: seen.append(name))       # it has tests of its own
+    monkeypatch.setattr(quant, "load_model", lambda *a, **k: pytest.fail("the whole model was loaded"))
+    found = quant._local_files("someone/some-model")
+    assert found is not None and found.samefile(snapshot)
+    model, _ = load_quantized("someone/some-model", dtype="float32", device=cpu, backend=backend)
+    want = quantize_(AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32), backend=backend)
+    assert seen == ["someone/some-model"] and len(quantized_layers(model)) == 14 and torch.equal(logits(model), logits(want))
+
+
+def test_a_hub_id_that_is_not_there_is_named(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="someone/no-such-model"): load_quantized("someone/no-such-model", device=cpu)
 
 
 # Merging

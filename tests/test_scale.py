@@ -44,10 +44,17 @@ def test_each_stage_holds_less_and_only_the_last_sends_more():
     assert traffic(items, 8, "fsdp2", pieces=3) == 3*sent[3] and traffic(items, 1, "fsdp2") == 0
 
 
-@pytest.mark.parametrize("call", [lambda: sharded_bytes({}, 0), lambda: sharded_bytes({}, 2, "fsdp"), lambda: traffic({}, 2, "none"), lambda: all_reduce_bytes(1, -1), lambda: bubble(1, 0),
+@pytest.mark.parametrize("call", [lambda: sharded_bytes({}, 0), lambda: sharded_bytes({}, 2, "fsdp1"), lambda: traffic({}, 2, "none"), lambda: all_reduce_bytes(1, -1), lambda: bubble(1, 0),
     lambda: split_mlp(torch.ones(1, 2), torch.ones(3, 2), torch.ones(2, 3), 2)])
 def test_impossible_numbers_are_refused(call):
     with pytest.raises(ValueError, match="must be|has 1 or more|cannot be divided"): call()
+
+
+def test_one_vocabulary():
+    from ftbook.memory import DIVIDED
+    assert set(DIVIDED) == set(SHARDING)
+    items = training_bytes(10**9)
+    assert sharded_bytes(items, 4, "fsdp") == sharded_bytes(items, 4, "fsdp2") and traffic(items, 4, "fsdp") == traffic(items, 4, "fsdp2")
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(1, 9))
@@ -129,6 +136,19 @@ def test_a_file_that_is_no_configuration(text, says, tmp_path):
     with pytest.raises(ValueError, match=says): validate_config(tmp_path/"c.yaml")
 
 
+@pytest.mark.parametrize("kind", [k for k in config_files() if k.startswith("zero")])
+def test_what_accelerate_tells_deepspeed(kind, monkeypatch):
+    "DeepSpeed cannot run here; the dictionary that accelerate hands to it can be looked at."
+    from accelerate.utils import DeepSpeedPlugin
+    given = launch_config(kind, 2)["deepspeed_config"]
+    plugin = DeepSpeedPlugin(zero_stage=given["zero_stage"], gradient_accumulation_steps=given.get("gradient_accumulation_steps", 1),
+        offload_optimizer_device=given.get("offload_optimizer_device"), offload_param_device=given.get("offload_param_device"), zero3_save_16bit_model=given.get("zero3_save_16bit_model", False))
+    zero = plugin.deepspeed_config["zero_optimization"]
+    assert zero["stage"] == int(kind[4]) and plugin.deepspeed_config["gradient_accumulation_steps"] == 1
+    away = "cpu" if kind.endswith("offload") else "none"
+    assert (zero["offload_optimizer"]["device"] or "none") == away and (zero["offload_param"]["device"] or "none") == (away if kind.startswith("zero3") else "none")
+
+
 def test_what_this_machine_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(scale.importlib.util, "find_spec", lambda name: None)
@@ -157,7 +177,10 @@ def in_one(method, **kwargs):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True, max_position_embeddings=64, initializer_range=.2))
     rows = [Example(torch.randint(1, 97, (n,)).tolist(), [j >= n//3 for j in range(n)], index=i) for i, n in enumerate(torch.randint(5, 30, (14,)).tolist())]
-    if method == "lora": LoRA(rank=4, dropout=0.).apply(model)
+    if method == "qlora":
+        from ftbook.quant import quantize_
+        quantize_(model)
+    if method != "full": LoRA(rank=4, dropout=0.).apply(model)
     run = finetune(model, rows, **(dict(lr=1e-2, epochs=2, batch_size=4, max_tokens=40, eval_examples=rows[:5], eval_every=3, progress=False) | kwargs))
     return dict(losses=[h["loss"] for h in run.history], evals=[h["eval_loss"] for h in run.history if h["eval_loss"]], stopped=run.stopped, resumed=run.resumed_from, end=evaluate(model, rows[:5]).loss,
         weights={n: p.detach().clone() for n, p in model.named_parameters()}, tied=model.lm_head.weight is model.model.embed_tokens.weight, kind=type(model.model.layers[0]).__name__)
@@ -170,7 +193,7 @@ def in_two(tests, folder, alone, tries):
     rank, found = int(os.environ["RANK"]), {}
     def at(step, act): return lambda state: act(state) if state.step == step and rank == 1 else None
     def spoil(state): next(p for p in state.model.parameters() if p.requires_grad).data.fill_(float("nan"))
-    for method in ("full", "lora"): found[method] = in_one(method)
+    for method in ("full", "lora", "qlora"): found[method] = in_one(method)
     found["begun"] = in_one("full", out=f"{folder}/begun", callbacks=[at(3, lambda s: setattr(s, "stop", True))])
     found["went on"] = in_one("full", out=alone, resume=True)
     if "signal" in tries: found["signal"] = in_one("full", out=f"{folder}/signal", callbacks=[at(2, lambda s: signal.raise_signal(signal.SIGINT))])
@@ -188,7 +211,7 @@ def in_two(tests, folder, alone, tries):
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     stopped = in_one("full", out=folder/"begun", callbacks=[lambda s: setattr(s, "stop", s.step == 3)])
-    return dict(full=in_one("full"), lora=in_one("lora"), best=in_one("full", lr=.3, epochs=6, eval_every=1, patience=2), folder=folder, begun=stopped)
+    return dict(full=in_one("full"), lora=in_one("lora"), qlora=in_one("qlora"), best=in_one("full", lr=.3, epochs=6, eval_every=1, patience=2), folder=folder, begun=stopped)
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
@@ -204,14 +227,14 @@ def two(request, one, tmp_path_factory):
 def close(a, b): return len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_two_processes_lose_what_one_loses(one, two, method):
     for found in (r[method] for r in two["ranks"]):
         assert close(found["losses"], one[method]["losses"]) and close(found["evals"], one[method]["evals"]) and len(found["losses"]) == 8
     assert two["ranks"][0][method]["evals"] == two["ranks"][1][method]["evals"]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_the_model_is_given_back_whole(one, two, method):
     mine, theirs = one[method]["weights"], two["weights"][method]
     assert mine.keys() == theirs.keys() and all((mine[n] - theirs[n]).abs().max() < 1e-3 for n in mine)

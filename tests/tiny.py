@@ -6,6 +6,18 @@ import torch, yaml
 from ftbook.models import model_folder
 
 
+def seeded(build, seed=0):
+    "A random model that `build` makes, always the same, in training."
+    torch.manual_seed(seed)
+    return build().train()
+
+
+def random_batch(vocab, seed=1, n=2, length=12):
+    "Rows of random ids, which are their own labels."
+    ids = torch.randint(0, vocab, (n, length), generator=torch.Generator().manual_seed(seed))
+    return dict(input_ids=ids, labels=ids)
+
+
 def save_tiny_model(folder):
     "Save a small random model of the Llama family, with the tokenizer and the template of the shipped one."
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -6,6 +6,7 @@ CONFIGURATION is JSON: model, method, tokens, rows, optimizer, dtype, precision,
 A causal model is then trained for two steps by `finetune` itself, any other by the same two steps with the loss that transformers gives it, while the profiler sees every allocation.
 """
 import contextlib, json, logging, os, sys, time, warnings
+from pathlib import Path
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
 logging.getLogger('bitsandbytes').setLevel('ERROR')
@@ -26,6 +27,9 @@ def configurations():
     yield from (dict(model='smollm2-135m', **c) for c in (dict(tokens=128), dict(tokens=256, optimizer='adafactor'), dict(tokens=256, optimizer='bitsandbytes', checkpointing=True), dict(method='lora', tokens=256),
                 dict(method='lora', tokens=512, checkpointing=True), dict(method='lora', dtype='bfloat16', tokens=256), dict(method='bottleneck', tokens=128), dict(method='prompt', tokens=128), dict(tokens=128, precision='bf16', optimizer='sgd')))
     yield from (dict(model='minilm-l6', **c) for c in (dict(tokens=128, rows=4), dict(tokens=256, rows=4, method='lora'), dict(tokens=256, rows=2, checkpointing=True, optimizer='adafactor'), dict(tokens=256, precision='bf16'), dict(tokens=512, method='bottleneck')))
+    yield from (dict(model='llama', method=k, tokens=256, rows=2) for k in ('prefix', 'ptuning', 'ia3', 'bitfit', 'dora'))
+    yield from (dict(model=m, method=k, tokens=256) for m, k in (('gpt2', 'prefix'), ('bert', 'bitfit'), ('t5', 'ia3'), ('t5', 'dora')))
+    yield from (dict(model='smollm2-135m', method=k, tokens=128) for k in ('prefix', 'ptuning', 'ia3', 'bitfit', 'dora'))
     yield from (dict(model=m, method='qlora', tokens=n, dtype=d) for m, n, d in (('llama', 512, 'float32'), ('llama', 2048, 'bfloat16'), ('gpt2', 256, 'float32'), ('t5', 256, 'float32'), ('smollm2-135m', 256, 'bfloat16'), ('smollm2-135m', 128, 'float32')))
 
 
@@ -47,10 +51,33 @@ def shape_plans(done=()):
     from ftbook.quant import quantize_
     def llama(width, layers, heads, hidden): return t.LlamaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=hidden, vocab_size=32_000)
     models = {'SmolLM2-135M': 'SmolLM2-135M', 'Llama-3.2-1B': 'Llama-3.2-1B', 'Llama-3.2-3B': 'Llama-3.2-3B', 'LLaMA-7B': llama(4096, 32, 32, 11_008), 'LLaMA-13B': llama(5120, 40, 40, 13_824), 'Llama-3.1-70B': 'Llama-3.1-70B'}
-    for name, method, n, rows, again in itertools.product(models, ('full', 'LoRA', 'QLoRA'), (512, 2048), (1,), (True, False)):
+    ways = 'full', 'LoRA', 'QLoRA'
+    for name, method, n, rows, again in [*itertools.product(['LLaMA-7B'], ways, (512, 2048), (1, 4, 16), (True, False)), *itertools.product(models, ways, (512, 2048), (1,), (True, False))]:
         if (name, method, n, rows, again) in done: continue
+        start = time.perf_counter()
         p = plan(models[name], None if method == 'full' else LoRA(), quantize=quantize_ if method == 'QLoRA' else None, dtype='bfloat16', seq_len=n, batch_size=rows, gradient_checkpointing=again, device='cuda')
-        yield dict(model=name, method=method, seq_len=n, batch_size=rows, gradient_checkpointing=again, items=p.groups(), when=p.when)
+        yield dict(model=name, method=method, seq_len=n, batch_size=rows, gradient_checkpointing=again, items=p.groups(), when=p.when, seconds=round(time.perf_counter() - start, 2))
+
+
+def ladder_times(path, limit=330, rounds=3):
+    """Seconds of the second step of every rung, without the profiler, in turns, until `limit` seconds are over. The machine must have nothing else to do:
+
+    python -c "from memory_worker import *; ladder_times(Path('results/memory_ladder.json'))"
+    """
+    import gc
+    from domains_worker import append
+    torch.set_num_threads(2)
+    begun = time.perf_counter()
+    for turn in range(rounds):
+        for c in ladder():
+            if time.perf_counter() - begun > limit: return
+            c = DEFAULT | c
+            gc.collect()
+            with contextlib.ExitStack() as stack:
+                run, losses, _ = ready(c, stack)
+                run()
+            append([dict(ladder=c['ladder'], turn=turn, threads=2, seconds=round(losses[-1][1], 3))], path, ('torch', 'transformers', 'bitsandbytes'))
+            del run
 
 
 def ladder_plans(tokens=2048):
@@ -85,13 +112,13 @@ def load(name, dtype, attention):
 
 def method_of(name):
     "(method, function that quantises)."
-    from ftbook.bottleneck import Bottleneck
+    from ftbook.bottleneck import IA3, BitFit, Bottleneck
     from ftbook.lora import LoRA
-    from ftbook.prompts import PromptTuning
+    from ftbook.prompts import PrefixTuning, PromptTuning, PTuning
     if name == 'qlora':
         from ftbook.quant import quantize_
         return LoRA(), quantize_
-    return dict(full=None, lora=LoRA(), bottleneck=Bottleneck(), prompt=PromptTuning(num_virtual_tokens=20))[name], None
+    return dict(full=None, lora=LoRA(), dora=LoRA(use_dora=True), bottleneck=Bottleneck(), ia3=IA3(), bitfit=BitFit(), prompt=PromptTuning(num_virtual_tokens=20), prefix=PrefixTuning(num_virtual_tokens=20), ptuning=PTuning(num_virtual_tokens=20))[name], None
 
 
 def optimizer_of(name, in_backward=False):
@@ -157,21 +184,29 @@ def by_steps(model, c, optimizer, stack):
     return run, losses
 
 
+def ready(c, stack):
+    "(function that takes two steps, where it writes losses and seconds, does `finetune` run it?) with the real model."
+    from ftbook import memory
+    method, quantize = method_of(c['method'])
+    real = optimizer_of(c['optimizer'], c['in_backward'])[1]
+    model = load(c['model'], c['dtype'], c['attention'])
+    if quantize: model = quantize(model) or model
+    if method: model = method.apply(model)
+    finetuned = memory.is_causal(model) and c['attention'] is None and not c['in_backward']
+    return *(by_finetune(model, c, real) if finetuned else by_steps(model, c, real, stack)), finetuned
+
+
 def main(c):
     from ftbook import memory
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     method, quantize = method_of(c['method'])
     torch.manual_seed(0)
-    told, real = optimizer_of(c['optimizer'], c['in_backward'])
+    told = optimizer_of(c['optimizer'], c['in_backward'])[0]
     start = time.perf_counter()
     p = planned(c, method, quantize, told)
     seconds = time.perf_counter() - start
-    model = load(c['model'], c['dtype'], c['attention'])
-    if quantize: model = quantize(model) or model
-    if method: model = method.apply(model)
     with contextlib.ExitStack() as stack:
-        finetuned = memory.is_causal(model) and c['attention'] is None and not c['in_backward']
-        run, losses = by_finetune(model, c, real) if finetuned else by_steps(model, c, real, stack)
+        run, losses, finetuned = ready(c, stack)
         m = memory.measure_peak(run)
     return c | dict(planned=p.peak, measured=m.peak, before=m.before, when=p.when, items={k: v for k, v in p.groups().items()}, plan_seconds=round(seconds, 2),
                     finetune=finetuned, losses=[l for l, _ in losses], step_seconds=losses[-1][1])

@@ -200,7 +200,7 @@ def _planned(method, rank):
 # %% ../nbs/18_cli.ipynb #0415bd08
 @app.command()
 def plan(
-    model:Annotated[str, typer.Argument(help='A shipped name, a hub id, a folder, or a shape such as llama-7b.', show_default=False)], # Whose step
+    model:Annotated[str, typer.Argument(help='A shipped name, a hub id, a folder, or a shape such as LLaMA-7B.', show_default=False)], # Whose step
     gpu:Annotated[float, typer.Option(help='GiB that there are.')]=24, # GiB
     method:Annotated[str, typer.Option(help='lora, full, houlsby, prompt and others.')]='lora', # As in a configuration
     rank:Annotated[int|None, typer.Option(help='Of lora.', min=1)]=None, # Of lora

@@ -704,7 +704,9 @@ def read_config(
     if source in SHAPES: return LlamaConfig(**SHAPES[source])
     folder = model_folder(source)
     try: return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e: raise _load_error(source, folder, e) from e
+    except (OSError, ValueError, KeyError) as e:
+        said = _load_error(source, folder, e)
+        raise type(said)(f'{said} Known without any file: {", ".join(SHAPES)}.') from e
 
 # %% ../nbs/05_memory.ipynb #60f57d45
 def _auto_class(config):

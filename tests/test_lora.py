@@ -43,7 +43,7 @@ small_models = {"Llama": llama, "Qwen2": qwen, "GPT-2": gpt2, "BERT": bert, "T5"
 
 
 def make(name, seed=0): return seeded(small_models[name], seed)
-def batch(**kw): return random_batch(vocab, **kw)
+def batch(*args, **kw): return random_batch(vocab, *args, **kw)
 
 
 def peft_twin(model, **config):

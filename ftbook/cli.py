@@ -8,8 +8,8 @@ Docs: https://ftbook.github.io/ftbook/cli.html.md"""
 __all__ = ['app', 'Json', 'Debug', 'options', 'quickstart', 'train', 'check', 'audit', 'plan', 'fewshot', 'merge', 'models',
            'main']
 
-# %% ../nbs/18_cli.ipynb #beae595e
-import json, os, sys
+# %% ../nbs/18_cli.ipynb #9afed1b0
+import json, os, re, sys
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import version
@@ -250,7 +250,7 @@ def fewshot(
     file:Annotated[Path, typer.Argument(help='Rows with a text and, for some or all, a label (.csv .tsv .jsonl .json .parquet).', show_default=False)], # Rows to learn from
     text_column:Annotated[str|None, typer.Option(help='Field with the text. Without it, the one that looks like text.')]=None, # Field with the text
     label_column:Annotated[str|None, typer.Option(help='Field with the label. Without it, the one that looks like a label.')]=None, # Field with the label
-    shots:Annotated[int|None, typer.Option(help='Learn from at most so many rows of a class; the rest are judged by.', min=2)]=None, # Rows of a class
+    shots:Annotated[int|None, typer.Option(help='Learn from at most so many rows of a class; the rest are judged by.', min=1)]=None, # Rows of a class
     test:Annotated[Path|None, typer.Option(help='Rows to judge by. Without it, rows left over or cross-validation.')]=None, # Rows to judge by
     out:Annotated[Path|None, typer.Option(help='A new folder for the result. Without it, ftbook-fewshot/NAME for NAME.csv.')]=None, # Folder for the result
     encoder:Annotated[str, typer.Option(help='A shipped name, a hub id or a folder.')]='minilm-l6', # What turns text into vectors
@@ -274,9 +274,10 @@ def _sized(text):
     "Bytes from `5GB`, `800MB` or a plain number."
     from ftbook.merge import SHARD
     if text is None: return SHARD
-    number, unit = text.upper().rstrip('B')[:-1], text.upper().rstrip('B')[-1:]
-    try: return int(float(number)*{'K': 10**3, 'M': 10**6, 'G': 10**9}[unit]) if unit in 'KMG' else int(text)
-    except ValueError: raise ValueError(f'--shard must be a size such as 5GB, not {text!r}') from None
+    size = re.fullmatch(r'(\d+\.?\d*)([KMG]?)B?', text.strip().upper())
+    n = int(float(size[1])*{'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}[size[2]]) if size else 0
+    if n < 1: raise ValueError(f'--shard must be a size such as 5GB, not {text!r}')
+    return n
 
 # %% ../nbs/18_cli.ipynb #0de961cf
 @app.command()

@@ -1,0 +1,218 @@
+"""The runs of `sweep.ipynb`: many configurations of fine-tuning on two tasks, and a random search of the same space on two others.
+
+    python sweep_worker.py PART [TASK]          every run of a part that is missing, appended to results/sweep.json one by one
+    python sweep_worker.py batch N PART [TASK]  the next N of them, in this process
+    python sweep_worker.py parquet              results/sweep.parquet, which the chapter reads, from results/sweep.json
+
+Parts: 'base' (the untouched model), 'design' (a quasi-random design of the space on `TASKS`), 'best' (the best of each method again, with other seeds and other rows), 'search' (a random search of
+the same space on `HELD_OUT`) and 'recommended' (what `ftbook.choose.recommend` says there, knowing only 'design' and 'best'). Two processes may take two tasks side by side.
+All train SmolLM2-135M on 96 rows with one thread; the answer is the most probable of the labels. `cpu_seconds` is the processor time of the training alone, `peak_bytes` the memory above the loaded weights.
+"""
+import copy, json, math, os, random, subprocess, sys, time
+os.environ['OMP_NUM_THREADS'] = '1'
+from functools import cache
+
+from domains_worker import HERE, append as append_to, read as read_from
+
+RESULTS, TABLE = HERE/'results'/'sweep.json', HERE/'results'/'sweep.parquet'
+PACKAGES = 'torch', 'transformers', 'scipy', 'ftbook'
+TASKS, HELD_OUT = ('movie', 'newsgroups'), ('r8', 'tweets')
+N_TRAIN, N_VALID, N_TEST = 96, 64, 160
+SEED, SEEDS, SEARCHED = 0, (1, 2, 3), 50        # of the design and the search; of the best again; runs of the search
+
+
+# The space: method -> (configurations in the design, share of the search, middle of the learning rates, values of each setting)
+
+MODULES = {'attention': ['q_proj', 'k_proj', 'v_proj', 'o_proj'], 'mlp': ['gate_proj', 'up_proj', 'down_proj'], 'all-linear': 'all-linear'}
+COMMON = dict(batch_size=(4, 8, 16, 32), epochs=(1, 2, 3, 4), warmup=(0., .03, .1, .3), precision=('bfloat16', 'bfloat16', 'bfloat16', 'float32'))
+SPACE = {
+    'lora': (64, .6, 3e-4, dict(rank=(1, 2, 4, 8, 16, 32, 64), alpha_ratio=(.5, 1., 2., 4.), target_modules=tuple(MODULES), dropout=(0., .05, .1, .2), **COMMON)),
+    'full': (16, .15, 3e-5, COMMON),
+    'houlsby': (16, .15, 3e-4, dict(rank=(4, 8, 16, 32, 64, 128), dropout=(0., .05, .1, .2), **COMMON)),
+    'prompt': (8, .1, 3e-2, dict(rank=(4, 8, 16, 32), **COMMON))}       # rank: width of the bottleneck, or virtual tokens
+DECADES = 1.5                                   # that the learning rate may lie below or above the middle
+SETTINGS = 'method', 'lr', 'rank', 'alpha_ratio', 'target_modules', 'dropout', 'batch_size', 'epochs', 'warmup', 'precision'
+BEST = dict(lora=3, full=2, houlsby=1, prompt=1)   # configurations of each method that are run again
+
+def at(method, point):
+    "The configuration at a point of the unit cube."
+    _, _, middle, settings = SPACE[method]
+    lr = float(f'{middle*10**(DECADES*(2*point[0] - 1)):.2g}')
+    return dict.fromkeys(SETTINGS) | dict(method=method, lr=lr) | {name: values[min(int(u*len(values)), len(values) - 1)] for (name, values), u in zip(settings.items(), point[1:])}
+
+@cache
+def design():
+    "Sobol points of every method's space."
+    from scipy.stats import qmc
+    found = []
+    for method, (n, _, _, settings) in SPACE.items():
+        points = qmc.Sobol(1 + len(settings), seed=SEED).random_base2(n.bit_length() - 1)
+        found += [at(method, p) for p in points.tolist()]
+    return sorted(found, key=lambda c: (found.index(c) % 16, found.index(c)))   # all methods from the beginning
+
+@cache
+def searched(task):
+    "Points of a random search, the method drawn by its share."
+    rng = random.Random(f'search {task}')
+    def draw():
+        method = rng.choices(list(SPACE), [share for _, share, _, _ in SPACE.values()])[0]
+        return at(method, [rng.random() for _ in range(1 + len(SPACE[method][3]))])
+    return [draw() for _ in range(SEARCHED)]
+
+
+# Rows
+
+@cache
+def rows_of(task, seed):
+    "(train, validation, test) in the form of `merge_tasks_worker`, each a list of (row of ftbook.data, label); all labels in turn."
+    from curves_worker import in_turn
+    from fewshot_worker import split
+    from merge_tasks_worker import TASKS as FORMS, WORDS
+    end, words = FORMS[task]
+    def row(r): return dict(prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}", completion=f" {words[r['label']]}"), words[r['label']]
+    def some(rows): return [row(r) for r in in_turn([r for r in rows if r['label'] in words], list(words))]
+    train, test = map(some, split(task, 64, seed))
+    valid = (test[N_TEST:] + train[N_TRAIN:])[:N_VALID]
+    if (len(train[:N_TRAIN]), len(valid), len(test[:N_TEST])) != (N_TRAIN, N_VALID, N_TEST): raise ValueError(f'{task} has {len(train)} rows to train on and {len(test)} to test on')
+    return train[:N_TRAIN], valid, test[:N_TEST]
+
+def text_of(task):
+    "What a soft prompt begins as."
+    from merge_tasks_worker import TASKS as FORMS, labels_of
+    return f"Read the text and say which it is: {', '.join(labels_of(task))}. {FORMS[task][0]}"
+
+def judge(model, tokenizer, task, rows):
+    "(share of right answers, mean cross-entropy of the right label among the labels)."
+    import torch
+    from ftbook.data import prompt_ids
+    from ftbook.recipe import choice_ids, choice_scores
+    from merge_tasks_worker import labels_of
+    names, right = labels_of(task), [label for _, label in rows]
+    scores = choice_scores(model, [prompt_ids(r, tokenizer) for r, _ in rows], choice_ids(rows[0][0], [f' {name}' for name in names], tokenizer), max_tokens=1024)
+    y = torch.tensor([names.index(label) for label in right])
+    return (scores.argmax(1) == y).float().mean().item(), torch.nn.functional.cross_entropy(scores.float(), y).item()
+
+
+# Runs
+
+def put(config, model, tokenizer, task, seed):
+    "Put the method on the model."
+    from ftbook.bottleneck import Bottleneck
+    from ftbook.lora import LoRA
+    from ftbook.prompts import PromptTuning
+    method, rank = config['method'], config['rank']
+    if method == 'lora': LoRA(rank, config['alpha_ratio']*rank, config['dropout'], MODULES[config['target_modules']], seed=seed).apply(model)
+    elif method == 'houlsby': Bottleneck('houlsby', rank, dropout=config['dropout'], seed=seed).apply(model)
+    elif method == 'prompt': PromptTuning(rank, 'text', text=text_of(task), tokenizer=tokenizer, seed=seed).apply(model)
+
+def fresh(config):
+    "(model, tokenizer, precision of the autocast): full fine-tuning needs weights in float32."
+    from methods_worker import loaded
+    full, half = config['method'] == 'full', config['precision'] == 'bfloat16'
+    model, tokenizer = loaded('float32' if full or not half else 'bfloat16')
+    return copy.deepcopy(model), tokenizer, 'bf16' if full and half else None
+
+def halve_(model, full):
+    "All are judged at the precision in which the model is used; what a method added stays as it is."
+    import torch
+    for p in model.parameters():
+        if full or not p.requires_grad: p.data = p.data.to(torch.bfloat16)
+
+def judged(model, tokenizer, task, seed):
+    from ftbook.data import encode
+    from ftbook.train import evaluate
+    from methods_worker import before, unrelated
+    _, valid, test = rows_of(task, seed)
+    (valid_accuracy, valid_nats), (accuracy, nats) = (judge(model, tokenizer, task, rows) for rows in (valid, test))
+    return dict(valid_accuracy=valid_accuracy, valid_nats=valid_nats, valid_loss=evaluate(model, encode([r for r, _ in valid], tokenizer)).loss,
+                accuracy=accuracy, nats=nats, forgetting=evaluate(model, unrelated(tokenizer)).loss - before())
+
+def trained(config, task, seed):
+    "One fine-tune: what it gave and what it cost; a run whose loss is no number any more has `diverged` and no measures."
+    import torch
+    from ftbook.data import encode
+    from ftbook.recipe import release_memory
+    from ftbook.train import NonFiniteLoss, finetune
+    from training_worker import Memory
+    torch.manual_seed(seed)
+    model, tokenizer, precision = fresh(config)
+    examples = encode([r for r, _ in rows_of(task, seed)[0]], tokenizer)
+    put(config, model, tokenizer, task, seed)
+    release_memory()
+    memory, begun, curve = Memory(), time.process_time(), []
+    def note(state): curve.append(round(state.history[-1]['loss'], 4))
+    try: finetune(model, examples, lr=config['lr'], batch_size=config['batch_size'], epochs=config['epochs'], warmup=config['warmup'], precision=precision, seed=seed, callbacks=[note], progress=False)
+    except NonFiniteLoss: diverged = True
+    else: diverged = False
+    cost = dict(cpu_seconds=round(time.process_time() - begun, 2), peak_bytes=memory.stop(), trained=sum(p.numel() for p in model.parameters() if p.requires_grad), curve=curve, diverged=diverged)
+    halve_(model, config['method'] == 'full')
+    return cost | ({} if diverged else judged(model, tokenizer, task, seed))
+
+def one(part, task, seed, number, config):
+    import torch
+    from methods_worker import loaded
+    torch.set_num_threads(1)
+    start = time.process_time()
+    found = judged(*loaded('bfloat16'), task, seed) if part == 'base' else trained(config, task, seed)
+    found = {k: (round(v, 5) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in found.items()}
+    return dict(part=part, task=task, seed=seed, number=number) | {k: v for k, v in config.items() if v is not None} | found | dict(all_seconds=round(time.process_time() - start, 1))
+
+
+# The plan
+
+def read(): return read_from(RESULTS)
+
+def config_of(run): return {name: run.get(name) for name in SETTINGS}
+
+def best(runs, task):
+    "The configurations of each method with the lowest validation cross-entropy, with their number; none before the design is complete."
+    done = [r for r in runs if (r['part'], r['task']) == ('design', task)]
+    if len(done) < len(design()): return []
+    good = sorted((r for r in done if r.get('valid_nats') is not None), key=lambda r: r['valid_nats'])
+    return [(r['number'], config_of(r)) for method, n in BEST.items() for r in [r for r in good if r['method'] == method][:n]]
+
+def recommended(task, seed):
+    "What the library says about the rows, given what the model needs in memory and no other knowledge than that of `TASKS`."
+    from ftbook.choose import recommend
+    return recommend(rows=[dict(r, label=label) for r, label in rows_of(task, seed)[0]], model='smollm2-135m', memory=16*2**30).settings()
+
+def plan(part, tasks):
+    if part == 'base': yield from ((part, task, seed, 0, dict(method='none')) for seed in (SEED, *SEEDS) for task in tasks)
+    if part == 'design': yield from ((part, task, SEED, i, config) for i, config in enumerate(design()) for task in tasks)
+    if part == 'best': yield from ((part, task, seed, i, config) for seed in SEEDS for task in tasks for i, config in best(read()['runs'], task))
+    if part == 'search': yield from ((part, task, SEED, i, config) for i in range(SEARCHED) for task in tasks for config in [searched(task)[i]])
+    if part == 'recommended': yield from ((part, task, seed, 0, recommended(task, seed)) for seed in (SEED, *SEEDS) for task in tasks)
+
+PARTS = {'base': (*TASKS, *HELD_OUT), 'design': TASKS, 'best': TASKS, 'search': HELD_OUT, 'recommended': HELD_OUT}
+
+def missing(part, task=None):
+    done = {(r['part'], r['task'], r['seed'], r['number']) for r in read()['runs']}
+    return [job for job in plan(part, [t for t in PARTS[part] if task in (None, t)]) if job[:4] not in done]
+
+def measure(job): append_to([one(*job)], RESULTS, PACKAGES)
+
+
+# The table
+
+def write_table():
+    "All runs as Parquet, one a row, with the machines in the metadata of its schema; written beside, then renamed."
+    import pyarrow as pa, pyarrow.parquet as pq
+    data = read()
+    order = {part: i for i, part in enumerate(PARTS)}
+    runs = sorted(data['runs'], key=lambda r: (order[r['part']], r['task'], r['seed'], r['number']))
+    about = dict(machines=data['machines'], rows=dict(train=N_TRAIN, valid=N_VALID, test=N_TEST), model='smollm2-135m')
+    columns = list(dict.fromkeys(['part', 'task', 'seed', 'number', *SETTINGS, *(k for r in runs for k in r)]))
+    table = pa.table({c: [r.get(c) for r in runs] for c in columns}).replace_schema_metadata({'ftbook': json.dumps(about)})
+    beside = TABLE.with_suffix('.writing')
+    pq.write_table(table, beside, compression='zstd')
+    os.replace(beside, TABLE)
+
+
+if __name__ == '__main__':
+    what = sys.argv[1:]
+    if what == ['parquet']: write_table()
+    elif what[:1] == ['batch']:
+        for job in missing(*what[2:])[:int(what[1])]: measure(job)
+    elif what[:1] and what[0] in PARTS:
+        while missing(*what): subprocess.run([sys.executable, __file__, 'batch', '8', *what], check=True, cwd=HERE)   # a process ends before its memory grows
+    else: raise SystemExit(__doc__)

@@ -13,7 +13,8 @@ __all__ = ['RUN', 'PIECE', 'CHUNK', 'REQUIRED', 'RECIPES', 'KINDS', 'OTHER', 'IN
            'read_header', 'weight_files', 'Checkpoint', 'Adapted', 'adapter_products', 'read_config', 'value_at',
            'read_vocabulary', 'compare_vocabularies', 'Renumbered', 'lend_', 'union_tokens', 'find_folder',
            'open_model', 'check_fit_together', 'layers_of', 'output_tensors', 'Job', 'make_job', 'Plan', 'lengths',
-           'plan_merge', 'lay_out_', 'Merged', 'merge', 'merge_adapters', 'Found', 'search', 'between']
+           'plan_merge', 'lay_out_', 'Merged', 'merge', 'merge_adapters', 'Found', 'search', 'between',
+           'between_shares']
 
 # %% ../nbs/14_merging.ipynb #82d1269c
 import errno, hashlib, json, math, os, re, shutil, threading, time
@@ -1726,6 +1727,13 @@ def search(
     best = max(tried, key=lambda t: t[1])
     return Found(*best, tried[0][1], tried)
 
+# %% ../nbs/14_merging.ipynb #c1f4d6a8
+def _weigh(measured, corners):
+    "The value that corners with shares add up to, and the shares that count."
+    shares = {p: s for p, s in corners if s > 1e-9}
+    if gone := [p for p in shares if p not in measured]: raise ValueError(f'{gone[0]} was not measured')
+    return sum(s*measured[p] for p, s in shares.items()), shares
+
 # %% ../nbs/14_merging.ipynb #9aa711a4
 def between(
     measured:dict[tuple, float], # (a, b) on a grid -> value
@@ -1738,7 +1746,17 @@ def between(
         if low is None or high is None: raise ValueError(f'{tuple(at)} lies outside of what was measured')
         sides.append((low, high, (x - low)/((high - low) or 1)))
     (a, c, f), (b, d, g) = sides
-    corners = [((a, b), 1 - f - g), ((c, b), f), ((a, d), g)] if f + g <= 1 else [((c, d), f + g - 1), ((a, d), 1 - f), ((c, b), 1 - g)]
-    shares = {p: s for p, s in corners if s > 1e-9}
-    if gone := [p for p in shares if p not in measured]: raise ValueError(f'{gone[0]} was not measured')
-    return sum(s*measured[p] for p, s in shares.items()), shares
+    return _weigh(measured, [((a, b), 1 - f - g), ((c, b), f), ((a, d), g)] if f + g <= 1 else [((c, d), f + g - 1), ((a, d), 1 - f), ((c, b), 1 - g)])
+
+# %% ../nbs/14_merging.ipynb #b3907cf5
+def between_shares(
+    measured:dict[tuple, float], # Whole numbers that add up to the same, such as (1, 0, 2) -> value
+    at:tuple[float, float, float], # Weights; their shares count, not their sum
+)->tuple[float, dict[tuple, float]]: # The value, and the share of each neighbour in it; ValueError where one was not measured
+    "A value between measured neighbours, where three weights are shares of a whole."
+    if min(at) < 0 or not sum(at): raise ValueError(f'{tuple(at)} has no shares: weights must be at least 0, and one must be above')
+    places = [sum(next(iter(measured)))*x/sum(at) for x in at]
+    low = [math.floor(x + 1e-9) for x in places]
+    rest = [max(0., x - l) for x, l in zip(places, low)]
+    if not (level := round(sum(rest))): return _weigh(measured, [(tuple(low), 1.)])
+    return _weigh(measured, [(tuple(l + ((i == j) == (level == 1)) for j, l in enumerate(low)), f if level == 1 else 1 - f) for i, f in enumerate(rest)])

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 bench = Path(__file__).parents[1]/'nbs'/'bench'
 sys.path.insert(0, str(bench))
 import merge_tasks_worker as worker
-from ftbook.merge import between, conflicts, merge_states
+from ftbook.merge import RECIPES, between, between_shares, conflicts, merge_states
 
 
 @pytest.fixture
@@ -89,3 +89,46 @@ def test_a_neighbour_that_lacks_is_named():
     with pytest.raises(ValueError, match=r'\(1, 1\) was not measured'): between(grid, (.75, .5))
     with pytest.raises(ValueError, match='outside'): between(grid, (0, 1.1))
     with pytest.raises(ValueError, match='outside'): between({}, (0, 0))
+
+
+proportion = st.integers(0, 12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.tuples(proportion, proportion, proportion).filter(any), st.integers(1, 5), st.data())
+def test_a_value_between_shares(at, steps, data):
+    "It stands between the values of its neighbours, whose shares add up to one and whose mean place is the point."
+    places = [(a, b, steps - a - b) for a in range(steps + 1) for b in range(steps + 1 - a)]
+    grid = dict(zip(places, data.draw(st.lists(st.floats(0, 1), min_size=len(places), max_size=len(places)))))
+    value, shares = between_shares(grid, at)
+    near = [grid[p] for p in shares]
+    assert 1 <= len(shares) <= 3 and min(near) - 1e-9 <= value <= max(near) + 1e-9 and sum(shares.values()) == pytest.approx(1)
+    for i, x in enumerate(at): assert sum(s*p[i] for p, s in shares.items()) == pytest.approx(steps*x/sum(at), abs=1e-6)
+    assert max(abs(p[i] - q[i]) for p in shares for q in shares for i in range(3)) <= 1
+
+
+@pytest.mark.parametrize('at', [(0, 0, 0), (-1, 1, 1)])
+def test_no_shares(at):
+    with pytest.raises(ValueError, match='has no shares'): between_shares({(1, 0, 0): 1.}, at)
+
+
+def test_methods_of_no_grid(small):
+    "Every method that is planned merges what the worker gives it, and those without weights find their own."
+    for tasks, method, given, weights in worker.others():
+        found = worker.merged(method, tasks, weights, **given)
+        assert all(t.isfinite().all() and not torch.equal(t, small['base'][k]) for k, t in found.items())
+    halfway = worker.merged('slerp', worker.PAIR, (.5, .5))
+    torch.testing.assert_close(halfway['b'], merge_states('karcher', None, [small[t] for t in worker.PAIR])['b'], atol=.02, rtol=0)
+
+
+def test_every_method_is_planned():
+    "One of each family that the chapter has, but for the single model."
+    planned = {method for part, _, method, *_ in worker.plan() if part not in ('conflict', 'search')}
+    family = lambda name: name.replace('_paper', '').replace('_ties', '').replace('_linear', '')
+    assert {family(n) for n in RECIPES} - {'passthrough'} <= {family(m) for m in planned}
+
+
+def test_trainings_are_noted_once():
+    "So whoever presses the button, which trains again, writes nothing into the results."
+    noted = [t for r in worker.read()['runs'] if r['part'] == 'training' for t in r['tasks']]
+    assert sorted(noted) == sorted([*worker.NAMES, 'all tasks'])

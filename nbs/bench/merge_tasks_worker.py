@@ -82,7 +82,7 @@ def tune(name):
     beside = file.with_suffix('.writing')
     save_file({k: p.detach().contiguous() for k, p in model.named_parameters()}, beside)
     beside.replace(file)
-    append_to([dict(part='training', tasks=[name], rows=len(rows), steps=len(run.history), first_loss=round(run.history[0]['loss'], 4), last_loss=round(sum(h['loss'] for h in run.history[-8:])/8, 4),
+    if not any(r['part'] == 'training' and r['tasks'] == [name] for r in read()['runs']): append_to([dict(part='training', tasks=[name], rows=len(rows), steps=len(run.history), first_loss=round(run.history[0]['loss'], 4), last_loss=round(sum(h['loss'] for h in run.history[-8:])/8, 4),
                     seconds=round(time.perf_counter() - start, 1))], RESULTS, PACKAGES)
     return file
 
@@ -139,12 +139,14 @@ def trimmed(name, density):
 
 def merged(method, tasks, weights, seed=0, **settings):
     "Float32 tensors of a merge."
-    from ftbook.merge import merge_states
+    from ftbook.merge import RECIPES, merge_states
     models, settings = [state(t) for t in tasks], dict(settings)
     if method == 'ties':
         density = settings.pop('density')
         models = [trimmed(t, density) for t in tasks]
-    return merge_states(method, state('base'), models, seed=seed, weight=list(weights), **settings)
+    if method == 'slerp': return merge_states(method, models[0], models[1:], t=weights[1]/sum(weights))           # from the first to the second
+    given = settings | (dict(weight=list(weights)) if weights else {})                                             # some methods find their own
+    return merge_states(method, state('base') if RECIPES[method].base else None, models, seed=seed, **given)
 
 def entry_counts(models):
     "(entries, those that two or more task vectors move, those on which they disagree)."
@@ -231,7 +233,17 @@ def groups():
 def plane(): return [(method, dict(density=d) | ({} if method == 'dare_linear_paper' else dict(normalize=False)), (0, .5, 1)) for method in THINNED for d in DENSITIES] + [('task_arithmetic', {}, (0, .25, .5, .75, 1))]
 def triangle():
     "(method, settings, what the weights add up to)."
-    return [('task_arithmetic', {}, 1), ('task_arithmetic', {}, 2), *(('ties', dict(density=d), 1) for d in DENSITIES), ('dare_ties_paper', dict(density=.2, normalize=True), 1), ('dare_linear_paper', dict(density=.2), 2)]
+    return [('task_arithmetic', {}, 1), ('task_arithmetic', {}, 2), *(('ties', dict(density=d), 1) for d in DENSITIES), *(('dare_ties_paper', dict(density=d, normalize=True), 1) for d in DENSITIES),
+            *(('dare_linear_paper', dict(density=d), 2) for d in DENSITIES)]
+def others():
+    "(tasks, method, settings, weights): methods that are on no grid; some find their own weights."
+    for tasks in (PAIR, THREE):
+        k = len(tasks)
+        yield from ((tasks, m, {}, ()) for m in ('karcher', 'model_stock', 'sce'))
+        yield from ((tasks, m, s, [w]*k) for m, s in (('breadcrumbs', dict(density=.9)), ('della_linear_paper', dict(density=.5))) for w in (.5, 1))
+        yield from ((tasks, m, s, [w]*k) for m, s, w in (('linear', {}, 1/k), ('della_paper', dict(density=.5), 1)))
+    yield from ((PAIR, 'linear', {}, (a, 1 - a)) for a in (.25, .75))
+    yield from ((PAIR, 'slerp', {}, (a, 1 - a)) for a in (.25, .5, .75))
 THIRDS = [(a/3, b/3, (3 - a - b)/3) for a in range(4) for b in range(4 - a)]
 SEEDS, SEED_DENSITIES = 6, (.05, .2, .5)
 
@@ -257,6 +269,7 @@ def plan():
     yield from (j for m, s, steps in plane() for j in on_plane(m, s, steps))
     yield from (j for m, s, total in triangle() for j in on_triangle(m, s, total))
     yield from (job('conflict', pair, 'ties', dict(density=.2)) for pair in itertools.combinations(NAMES, 2))
+    yield from (job('others', *o) for o in others())
 
 def read(): return read_from(RESULTS)
 

@@ -6,7 +6,7 @@
 
 Parts: 'base' (the untouched model), 'design' (a quasi-random design of the space on `TASKS`), 'best' (the best of each method again, with other seeds and other rows), 'search' (a random search of
 the same space on `HELD_OUT`) and 'recommended' (what `ftbook.choose.recommend` says there, knowing only 'design' and 'best'). Two processes may take two tasks side by side.
-All train SmolLM2-135M on 96 rows with one thread; the answer is the most probable of the labels. `cpu_seconds` is the processor time of the training alone, `peak_bytes` the memory above the loaded weights.
+All train SmolLM2-135M on 64 rows with one thread; the answer is the most probable of the labels. `cpu_seconds` is the processor time of the training alone, `peak_bytes` the memory above the loaded weights.
 """
 import copy, json, math, os, random, subprocess, sys, time
 os.environ['OMP_NUM_THREADS'] = '1'
@@ -17,14 +17,14 @@ from domains_worker import HERE, append as append_to, read as read_from
 RESULTS, TABLE = HERE/'results'/'sweep.json', HERE/'results'/'sweep.parquet'
 PACKAGES = 'torch', 'transformers', 'scipy', 'ftbook'
 TASKS, HELD_OUT = ('movie', 'newsgroups'), ('r8', 'tweets')
-N_TRAIN, N_VALID, N_TEST = 96, 64, 160
+N_TRAIN, N_VALID, N_TEST, N_UNRELATED = 64, 48, 144, 12
 SEED, SEEDS, SEARCHED = 0, (1, 2, 3), 50        # of the design and the search; of the best again; runs of the search
 
 
 # The space: method -> (configurations in the design, share of the search, middle of the learning rates, values of each setting)
 
 MODULES = {'attention': ['q_proj', 'k_proj', 'v_proj', 'o_proj'], 'mlp': ['gate_proj', 'up_proj', 'down_proj'], 'all-linear': 'all-linear'}
-COMMON = dict(batch_size=(4, 8, 16, 32), epochs=(1, 2, 3, 4), warmup=(0., .03, .1, .3), precision=('bfloat16', 'bfloat16', 'bfloat16', 'float32'))
+COMMON = dict(batch_size=(4, 8, 16, 32), epochs=(1, 2, 4), warmup=(0., .03, .1, .3), precision=('bfloat16', 'bfloat16', 'bfloat16', 'float32'))
 SPACE = {
     'lora': (64, .6, 3e-4, dict(rank=(1, 2, 4, 8, 16, 32, 64), alpha_ratio=(.5, 1., 2., 4.), target_modules=tuple(MODULES), dropout=(0., .05, .1, .2), **COMMON)),
     'full': (16, .15, 3e-5, COMMON),
@@ -118,14 +118,25 @@ def halve_(model, full):
     for p in model.parameters():
         if full or not p.requires_grad: p.data = p.data.to(torch.bfloat16)
 
+@cache
+def unrelated_texts():
+    from methods_worker import loaded, unrelated
+    return unrelated(loaded('bfloat16')[1], N_UNRELATED)
+
+@cache
+def before():
+    "Loss of the untouched model on unrelated text."
+    from ftbook.train import evaluate
+    from methods_worker import loaded
+    return evaluate(loaded('bfloat16')[0], unrelated_texts()).loss
+
 def judged(model, tokenizer, task, seed):
     from ftbook.data import encode
     from ftbook.train import evaluate
-    from methods_worker import before, unrelated
     _, valid, test = rows_of(task, seed)
     (valid_accuracy, valid_nats), (accuracy, nats) = (judge(model, tokenizer, task, rows) for rows in (valid, test))
     return dict(valid_accuracy=valid_accuracy, valid_nats=valid_nats, valid_loss=evaluate(model, encode([r for r, _ in valid], tokenizer)).loss,
-                accuracy=accuracy, nats=nats, forgetting=evaluate(model, unrelated(tokenizer)).loss - before())
+                accuracy=accuracy, nats=nats, forgetting=evaluate(model, unrelated_texts()).loss - before())
 
 def trained(config, task, seed):
     "One fine-tune: what it gave and what it cost; a run whose loss is no number any more has `diverged` and no measures."
@@ -152,6 +163,7 @@ def one(part, task, seed, number, config):
     import torch
     from methods_worker import loaded
     torch.set_num_threads(1)
+    before()
     start = time.process_time()
     found = judged(*loaded('bfloat16'), task, seed) if part == 'base' else trained(config, task, seed)
     found = {k: (round(v, 5) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in found.items()}

@@ -8,12 +8,11 @@ Docs: https://ftbook.github.io/ftbook/recipe.html.md"""
 __all__ = ['METHODS', 'Rule', 'ModelKeys', 'DataKeys', 'MethodKeys', 'TrainKeys', 'EvaluateKeys', 'ForgettingKeys', 'Recipe',
            'list_keys', 'make_recipe', 'given_keys', 'foreign_keys', 'load_recipe', 'guess_shape', 'name_label',
            'find_labels', 'shape_rows', 'CheckFailed', 'Prepared', 'make_method', 'choose_precision', 'plan_memory',
-           'free_memory', 'holds_run', 'disk_needed', 'prepare', 'check', 'wilson', 'paired_bootstrap', 'choice_ids',
-           'choice_scores', 'forgetting_texts', 'plain_example', 'Forgetting', 'compare_losses', 'write_answers',
-           'named_first', 'measure', 'measure_together', 'judge', 'smoke_step', 'write_text', 'recipe_yaml', 'Job',
-           'train_settings', 'Result', 'run', 'release_memory', 'NotEnoughMemory', 'collect', 'summary_line',
-           'summary_sentence', 'draw_intervals', 'cards', 'draw_samples', 'draw_losses', 'forgetting_words', 'advice',
-           'loading_code', 'draw_findings', 'Report', 'sections', 'quickstart_recipe', 'free_folder', 'quickstart']
+           'free_memory', 'holds_run', 'disk_needed', 'prepare', 'check', 'wilson', 'named_first', 'measure',
+           'measure_together', 'judge', 'smoke_step', 'write_text', 'recipe_yaml', 'Job', 'train_settings', 'Result',
+           'run', 'release_memory', 'NotEnoughMemory', 'collect', 'summary_line', 'summary_sentence', 'cards',
+           'draw_samples', 'draw_losses', 'advice', 'loading_code', 'draw_findings', 'Report', 'sections',
+           'quickstart_recipe', 'free_folder', 'quickstart']
 
 # %% ../nbs/16_recipe.ipynb #8778fb98
 import copy, ctypes, difflib, errno, json, math, os, platform, random, re, shutil, sys, tempfile, textwrap, time
@@ -29,16 +28,16 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from .bottleneck import BitFit, Bottleneck, IA3
-from .data import (DICTIONARIES, READERS, SURVEYS, Encoded, Example, classification_row, deduplicate, encode, load_corpus,
-    normalise, pack, pad, prompt_ids, read_rows, row_parts, show_mask, split_rows, term_rows, to_example)
-from .explore import Picture, bars, escape, page, plot, table, tidy
+from .data import (DICTIONARIES, READERS, SURVEYS, Encoded, Example, classification_row, deduplicate, encode,
+    normalise, pack, pad, row_parts, show_mask, split_rows, term_rows)
+from .explore import Picture, bars, escape, page, plot, table
+from .forgetting import (Battery, battery_words, choice_ids, choice_scores, compare_batteries, compare_losses, draw_intervals, draw_moved, forgetting_words, make_battery,
+    measure_battery, moved, paired_bootstrap, read_source, signed, write_answers)
 from .lora import LoRA
 from .memory import OPTIMIZERS, as_optimizer, explaining_out_of_memory, is_out_of_memory, plan_run
 from .methods import is_quantized, save_adapter, trainable_summary
@@ -46,7 +45,7 @@ from .models import SHIPPED, as_dtype, count_parameters, load_model, load_tokeni
 from .prompts import Case, PrefixTuning, PromptTuning, PTuning, refuse, transformer_of
 from .quality import Finding, Findings, audit, view_rows
 from .quant import load_quantized, quantize_
-from .train import Evaluation, Objective, Run, checkpoints, evaluate, finetune, has_linear_head, isolated, join_processes, peak_memory
+from .train import Evaluation, Objective, Run, checkpoints, evaluate, finetune, isolated, join_processes, peak_memory
 
 # %% ../nbs/16_recipe.ipynb #51ccf2c8
 @dataclass(frozen=True)
@@ -156,9 +155,11 @@ class EvaluateKeys:
 @dataclass
 class ForgettingKeys:
     "What is asked about what was lost."
-    measure:Annotated[bool, "compare the loss on text that was not trained on"]=True
+    measure:Annotated[bool, "ask a battery of other things before and after"]=True
     texts:Annotated[list[str], "shipped corpora, or files with a field text"]=field(default_factory=lambda: ['newspaper', 'products'])
     rows:Annotated[int, "texts from each, at most", _at_least(2)]=200
+    tasks:Annotated[list[str], "questions with known answers: facts are ftbook's own; or files of prompt and completion"]=field(default_factory=lambda: ['facts'])
+    prompts:Annotated[int, "simple requests to answer", Rule('from 0 to 16', lambda n: 0 <= n <= 16)]=8
 
 # %% ../nbs/16_recipe.ipynb #b8a67857
 @dataclass
@@ -288,7 +289,7 @@ def _from_folder(recipe, folder):
         is_file = name and not Path(name).expanduser().is_absolute() and (Path(name).suffix in READERS or (folder/name).is_dir())
         return str((folder/name).resolve()) if is_file else name
     recipe.data.source, recipe.data.test_source, recipe.model.name = map(find, (recipe.data.source, recipe.data.test_source, recipe.model.name))
-    recipe.forgetting.texts = [find(t) for t in recipe.forgetting.texts]
+    recipe.forgetting.texts, recipe.forgetting.tasks = ([find(t) for t in some] for some in (recipe.forgetting.texts, recipe.forgetting.tasks))
     return recipe
 
 # %% ../nbs/16_recipe.ipynb #0d82b3e4
@@ -314,11 +315,6 @@ def load_recipe(
     except (ValueError, OSError) as e: raise ValueError(f"{path}: {e}") from e
     if problem := _contradiction(recipe): raise ValueError(f"{path}: {problem}")
     return _from_folder(recipe, path.parent)
-
-# %% ../nbs/16_recipe.ipynb #1bb05cd4
-def _read(source, split='train'):
-    "Rows of a shipped corpus, a file or a hub dataset."
-    return load_corpus(source) if source in (*SURVEYS, *DICTIONARIES) else read_rows(source, split=split)
 
 # %% ../nbs/16_recipe.ipynb #a6d355f4
 def guess_shape(
@@ -485,18 +481,18 @@ def _shape(p, rows, where):
 # %% ../nbs/16_recipe.ipynb #dd7a695e
 def _check_rows(p):
     "Read the rows and split them."
-    d, rows = p.recipe.data, _read(p.recipe.data.source, p.recipe.data.split)
+    d, rows = p.recipe.data, read_source(p.recipe.data.source, p.recipe.data.split)
     p.labels = find_labels(rows, d) or [str(c) for c in p.recipe.evaluate.choices or []]
     shaped = _shape(p, rows, 'data.source')
     if d.deduplicate: shaped = _only_once(p, shaped)
-    test = _shape(p, _read(d.test_source, d.test_split), 'data.test_source') if d.test_source else []
+    test = _shape(p, read_source(d.test_source, d.test_split), 'data.test_source') if d.test_source else []
     halves = (_without(p, shaped, test), test) if d.test_source else _split(p, shaped)
     if not halves: return
     p.train_rows, p.test_rows = halves[0][:d.max_rows], halves[1][:p.recipe.evaluate.rows]
     p.n_left = len(halves[0]) - len(p.train_rows)
     p.findings.add('note', 'data.source', f"{len(rows):,} rows read; {len(p.train_rows):,} to train on, {len(p.test_rows):,} to judge by")
     if p.labels: _check_labels(p)
-    if d.audit: _check_quality(p, rows, _read(d.test_source, d.test_split) if d.test_source else rows)
+    if d.audit: _check_quality(p, rows, read_source(d.test_source, d.test_split) if d.test_source else rows)
 
 # %% ../nbs/16_recipe.ipynb #0d150f9a
 _looked_for = 'form.encoding', 'form.residue', 'form.endings', 'form.personal', 'duplicates.conflict', 'duplicates.near', 'leakage.near', 'leakage.contained'
@@ -718,174 +714,6 @@ def wilson(
     middle, half = (p + z*z/(2*n))/spread, z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))/spread
     return middle - half, middle + half
 
-# %% ../nbs/16_recipe.ipynb #145c6441
-def paired_bootstrap(
-    before:Sequence[float], # A number per row
-    after:Sequence[float], # The same rows, in the same order
-    weights:Sequence[float]|None=None, # Of the rows, such as their tokens; the numbers are then sums over these
-    n_draws:int=2000, # Samples
-    seed:int=0, # Of the draws
-)->tuple[float, float, float]: # (change, low, high), 95 %
-    "The mean change from `before` to `after`, and its interval."
-    d, n = np.subtract(after, before, dtype=float), len(before)
-    w = np.ones(n) if weights is None else np.asarray(weights, float)
-    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_draws) # (draws, rows): how often each row was drawn
-    low, high = np.quantile(times@d/(times@w), [.025, .975])
-    return float(d.sum()/w.sum()), float(low), float(high)
-
-# %% ../nbs/16_recipe.ipynb #d1dd36b9
-def choice_ids(
-    row:dict, # Any row of the data
-    choices:Sequence[str], # Answers
-    tokenizer, # The model's
-)->list[list[int]]: # Token ids of each answer, as they stand behind a prompt
-    "The answers as tokens."
-    prompt, completion = row_parts(row)
-    def example(choice): return to_example(dict(prompt=prompt, completion=choice if isinstance(completion, str) else [dict(role='assistant', content=choice)]), tokenizer)
-    whole = [[t for t, on in zip(e.input_ids, e.trained) if on] for e in map(example, choices)]
-    bare = [ids[:-1] for ids in whole]
-    begins = any(a == b[:len(a)] for a in bare for b in bare if a is not b)
-    return whole if begins else bare
-
-# %% ../nbs/16_recipe.ipynb #1ac3f53c
-class _Reader:
-    "A model that has read how all prompts begin."
-    def __init__(self, model, prefix):
-        self.model, self.linear, self.past = model, has_linear_head(model), None
-        if len(prefix) < 8: return
-        out = model(torch.tensor([prefix], device=model.device), use_cache=True, logits_to_keep=1)
-        self.name = 'cache' if 'cache' in out else 'past_key_values'        # transformers renamed it in 5
-        past = getattr(out, self.name, None)
-        try: known = past.get_seq_length()
-        except (AttributeError, ValueError): return # no cache, or one without attention, such as Mamba's: it has no length
-        if known and hasattr(past, 'batch_repeat_interleave'): self.past = past
-
-    def states(self, rows):
-        "Final hidden states of `rows` (lists of ids), (B, T, d); logits where the head is more than a matrix."
-        longest, kwargs = max(map(len, rows)), dict(use_cache=False)
-        ids = torch.tensor([row + [0]*(longest - len(row)) for row in rows], device=self.model.device)
-        if self.past is not None:
-            kwargs = {'use_cache': True, self.name: copy.deepcopy(self.past)}
-            kwargs[self.name].batch_repeat_interleave(len(rows))
-        return self.model.base_model(ids, **kwargs)[0] if self.linear else self.model(ids, **kwargs).logits
-
-    def log_probabilities(self, states, tokens):
-        "Log-probability of a token (n,) behind each state (n, d)."
-        if not self.linear: return states.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        weight = self.model.get_output_embeddings().weight
-        total = torch.cat([F.linear(s, weight).float().logsumexp(-1) for s in states.split(64)])
-        return (states.float()*weight[tokens].float()).sum(-1) - total # in 16 bits, logits this large would tie
-
-# %% ../nbs/16_recipe.ipynb #93cc3e88
-def _like_length(sizes, most):
-    "Places of `sizes`, in groups of like length; padded to its longest, a group has `most` tokens at most."
-    groups = [[]]
-    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
-        if groups[-1] and sizes[i]*(len(groups[-1]) + 1) > most: groups.append([])
-        groups[-1].append(i)
-    return groups
-
-# %% ../nbs/16_recipe.ipynb #30506320
-@torch.no_grad()
-def choice_scores(
-    model:nn.Module, # A causal language model
-    prompts:Sequence[list[int]], # Token ids of each prompt
-    choices:Sequence[list[int]], # Token ids of each answer
-    *,
-    max_tokens:int=1024, # In one forward pass
-    progress:bool=False, # Show a bar
-)->Tensor: # (prompts, choices) log-probabilities, float32, on the CPU
-    "How probable each answer is behind each prompt."
-    reader = _Reader(model.eval(), os.path.commonprefix([p[:-1] for p in prompts]))
-    known = 0 if reader.past is None else reader.past.get_seq_length()
-    stems = {tuple(c[:-1]): [k for k, d in enumerate(choices) if d[:-1] == c[:-1]] for c in choices}
-    jobs = [(i, list(stem), ks) for i in range(len(prompts)) for stem, ks in stems.items()]
-    inputs, scores = [prompts[i][known:] + stem for i, stem, _ in jobs], torch.zeros(len(prompts), len(choices))
-    for group in tqdm(_like_length(list(map(len, inputs)), max_tokens), disable=not progress, desc='judge', leave=False):
-        at = [(b, len(inputs[j]) - len(jobs[j][1]) - 1 + n, choices[k][n], jobs[j][0], k)
-              for b, j in enumerate(group) for k in jobs[j][2] for n in range(len(choices[k]))]     # a line per token of an answer
-        row, place, token, i, k = torch.tensor(at).unbind(1)
-        found = reader.log_probabilities(reader.states([inputs[j] for j in group])[row, place], token.to(model.device))
-        scores.index_put_((i, k), found.cpu(), accumulate=True)
-    return scores
-
-# %% ../nbs/16_recipe.ipynb #140f6e65
-def forgetting_texts(
-    name:str, # A shipped corpus, or a file with a field 'text'
-    n:int, # So many at most
-    seen:Sequence[str]=(), # Normalised texts that were trained on
-    seed:int=0, # Of the choice
-)->list[str]: # ValueError where there are fewer than two
-    "Texts to measure forgetting on."
-    texts = [f"{r['term']}: {r['definition']}" if 'term' in r else r.get('text') for r in _read(name)]
-    texts = [t for t in dict.fromkeys(texts) if isinstance(t, str) and len(t.split()) > 3 and normalise(t) not in seen]
-    if len(texts) < 2: raise ValueError(f"{name} has {len(texts)} texts of four words or more in a field 'text' that were not trained on; it takes two")
-    random.Random(seed).shuffle(texts)
-    return texts[:n]
-
-# %% ../nbs/16_recipe.ipynb #42e158a4
-def plain_example(
-    text:str, # Any
-    tokenizer, # The model's
-    max_length:int=256, # Longer ones are cut
-)->Example: # Every token but the first is a target
-    "A text as the model reads it, without template and end."
-    ids = tokenizer(text, truncation=True, max_length=max_length)['input_ids']
-    return Example(ids, [False] + [True]*(len(ids) - 1))
-
-# %% ../nbs/16_recipe.ipynb #cc9717fe
-@dataclass
-class Forgetting:
-    "The change of the loss on one kind of text."
-    name:str # What kind
-    before:float # Nats per token
-    after:float # Nats per token
-    change:float # After minus before; above 0, something was lost
-    low:float # 95 % interval of the change
-    high:float # Its upper end
-    rows:int # Texts
-    tokens:int # Tokens in them
-
-# %% ../nbs/16_recipe.ipynb #092f9e1a
-def compare_losses(
-    name:str, # What kind of text
-    before:Evaluation, # Of the base
-    after:Evaluation, # Of the fine-tuned model, on the same examples
-    seed:int=0, # Of the bootstrap
-)->Forgetting:
-    "What was lost on one kind of text, with its interval."
-    change, low, high = paired_bootstrap(before.nats, after.nats, before.targets, seed=seed)
-    return Forgetting(name, before.loss, after.loss, change, low, high, len(before.nats), before.n_targets)
-
-# %% ../nbs/16_recipe.ipynb #dd9c5c9f
-@contextmanager
-def _lean_head(model):
-    "While it lasts, the head reads no view."
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try: yield
-    finally: hook.remove()
-
-# %% ../nbs/16_recipe.ipynb #6a902523
-@torch.no_grad()
-def write_answers(
-    model:nn.Module, # A causal language model
-    tokenizer, # Its tokenizer
-    rows:Sequence[dict], # Rows of the data; their completions are not looked at
-    max_new_tokens:int=32, # Longest answer
-    batch_size:int=12, # Rows at a time
-)->list[str]: # An answer per row
-    "Let the model answer, always with the likeliest token."
-    prompts, answers, end, device = [prompt_ids(row, tokenizer) for row in rows], [], tokenizer.eos_token_id, model.device
-    for at in range(0, len(rows), batch_size):
-        some = prompts[at:at + batch_size]
-        longest = max(map(len, some))
-        ids = torch.tensor([[end or 0]*(longest - len(p)) + p for p in some], device=device)
-        mask = torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in some], device=device) # by position: padding and end are one id here
-        with _lean_head(model): out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=end)
-        answers += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return [a.strip() for a in answers]
-
 # %% ../nbs/16_recipe.ipynb #94007140
 def named_first(
     answer:str, # What a model wrote
@@ -932,13 +760,16 @@ def measure_together(
     job, # Knows its processes
     p:Prepared, # Rows to judge by
     model:nn.Module, # Before or after
-    texts:dict, # Name -> examples to measure forgetting on
-)->dict: # As `measure`
+    battery:Battery|None, # What is asked about what was lost
+    before:dict|None=None, # What this gave before the training
+)->dict: # As `measure`, and battery
     "Judge with the rows shared among the processes of a run."
-    if job.world == 1 or job.world > min(len(p.test), *map(len, texts.values()), 10**9): return measure(p, model, texts, job.progress)
+    texts = battery.texts if battery else {}
+    asked = battery and measure_battery(model, replace(battery, texts={}), before and before['battery'])
+    if job.world == 1 or job.world > min(len(p.test), *map(len, texts.values()), 10**9): return measure(p, model, texts, job.progress) | dict(battery=asked)
     from accelerate.utils import gather_object
     part, mine = _share_of(p, texts, job.world, job.rank)
-    return _dealt(gather_object([measure(part, model, mine, job.progress)]))
+    return _dealt(gather_object([measure(part, model, mine, job.progress)])) | dict(battery=asked)
 
 def judge(
     before:dict, # From `measure`
@@ -1086,11 +917,11 @@ def _load(recipe):
     return model
 
 # %% ../nbs/16_recipe.ipynb #f2f98580
-def _texts(p):
-    "Examples to measure forgetting on, by name."
+def _battery(p):
+    "What is asked about what was lost; None where nothing is."
     keys, said = p.recipe.forgetting, {normalise(t) for row in p.train_rows for t in _strings(row)}
-    found = {name: forgetting_texts(name, keys.rows, said, p.recipe.seed) for name in keys.texts} if keys.measure else {}
-    return {Path(name).name: [plain_example(t, p.tokenizer, min(256, p.n_limit)) for t in texts] for name, texts in found.items()}
+    if not keys.measure: return None
+    return make_battery(p.tokenizer, keys.texts, keys.tasks, keys.prompts, rows=keys.rows, max_length=min(256, p.n_limit), seen=said, seed=p.recipe.seed)
 
 # %% ../nbs/16_recipe.ipynb #2a63f186
 def _strings(row):
@@ -1146,13 +977,13 @@ def run(
     job = Job(recipe, out, progress)
     with job.stage('check', 'rows, tokens, memory, folder'): p = _begin(job, resume)
     if (job.out/'report.json').exists(): return _ended(job)
-    with job.stage('load', recipe.model.name): model, texts = _load(recipe), _texts(p)
-    with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'): before = job.once('before.json', lambda: measure_together(job, p, model, texts))
+    with job.stage('load', recipe.model.name): model, battery = _load(recipe), _battery(p)
+    with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'): before = job.once('before.json', lambda: measure_together(job, p, model, battery))
     with job.stage('train', f'{len(p.train):,} rows'):
         _apply(p, model)
         trained = _train(job, p, model)
     if trained.stopped == 'interrupted': return _interrupted(job, trained, model, p)
-    with job.stage('after', 'judge it again'): after = measure_together(job, p, model, texts)
+    with job.stage('after', 'judge it again'): after = measure_together(job, p, model, battery, before)
     with job.stage('save', str(out)): job.first(lambda: _save(p, model))
     report = Report(collect(p, job, trained, before, after, model), show_mask(min(p.train, key=len), p.tokenizer))
     job.first(lambda: report.save(job.out))
@@ -1235,6 +1066,14 @@ def _samples(p, before, after):
             for row, b, a in zip(p.test_rows, before['answers'], after['answers'])]
 
 # %% ../nbs/16_recipe.ipynb #34c7079c
+def _kept(p, before, after, model):
+    "What the battery found beside its texts, and which weights moved."
+    if not after['battery']: return None
+    full = p.recipe.method.type == 'full'
+    base = dict(load_model(p.recipe.model.name, dtype=choose_precision(p.recipe)[1], device='cpu')[0].named_parameters()) if full else None
+    found = compare_batteries(before['battery'], after['battery'], p.tokenizer, moved(model, base), p.recipe.seed).facts()
+    return {k: v for k, v in found.items() if k != 'texts'}
+
 def collect(
     p:Prepared, # The rows
     job:Job, # The stages
@@ -1249,7 +1088,7 @@ def collect(
     commonest = max(Counter(map(_answer, p.test_rows)).values())/len(p.test_rows) if p.labels else None
     facts = judge(before, after, seed) | dict(
         commonest=commonest, tokens_per_second=trained.tokens_per_second, peak_memory_bytes=max(trained.peak_memory_bytes, peak_memory(model.device)), memory_plan=p.memory,
-        forgetting=lost, seconds=sum(job.seconds.values()), seconds_by_stage=job.seconds, n_train=len(p.train), n_left=p.n_left, train_tokens=trained.tokens,
+        forgetting=lost, kept=_kept(p, before, after, model), seconds=sum(job.seconds.values()), seconds_by_stage=job.seconds, n_train=len(p.train), n_left=p.n_left, train_tokens=trained.tokens,
         steps=len(trained.history), stopped=trained.stopped, resumed_from=trained.resumed_from, trained_parameters=summary.trained, total_parameters=summary.total,
         device=device, threads=torch.get_num_threads(), dtype=str(dtype)[6:], precision=precision, device_reasons=probe_device(p.recipe.model.device).reasons, findings=[asdict(f) for f in p.findings],
         ended=time.strftime('%Y-%m-%d %H:%M:%S'), history=trained.history, samples=_samples(p, before, after), recipe=asdict(p.recipe), seed=seed, versions=_versions())
@@ -1267,8 +1106,6 @@ def summary_line(
             f"gain {100*facts['accuracy_change']:.1f} points, 95% interval {100*low:.1f} to {100*high:.1f}")
 
 # %% ../nbs/16_recipe.ipynb #43ec357b
-def _signed(v, digits=3): return ('+' if v > 0 else '\u2212' if v < 0 else '') + f'{abs(v):.{digits}f}'
-
 def summary_sentence(
     facts:dict, # From `collect`
 )->str:
@@ -1276,37 +1113,9 @@ def summary_sentence(
     n, name, accuracy = facts['n_eval'], Path(facts['recipe']['model']['name']).name, facts['accuracy_after'] is not None
     low, high = facts['accuracy_change_interval' if accuracy else 'loss_change_interval']
     if not accuracy: return (f"On {n:,} held-out rows the loss of {name} went from {facts['loss_before']:.3f} to {facts['loss_after']:.3f} nats per learnt token, "
-                             f"a change of {_signed(facts['loss_change'])} with a 95% interval from {_signed(low)} to {_signed(high)}.")
+                             f"a change of {signed(facts['loss_change'])} with a 95% interval from {signed(low)} to {signed(high)}.")
     return (f"{name} got {round(facts['accuracy_before']*n):,} of {n:,} held-out rows right before the training, and {round(facts['accuracy_after']*n):,} after it. "
             f"The gain of {100*facts['accuracy_change']:.1f} points has a 95% interval from {100*low:.1f} to {100*high:.1f}.")
-
-# %% ../nbs/16_recipe.ipynb #e22d86c2
-def _interval_row(n, label, value, low, high, at, write, reference):
-    "One line of `draw_intervals`."
-    y, colour = 44*n + 32, ('#808080', '#0072B2', '#D55E00', '#009E73')[n % 4]
-    dashes = ''.join(f'<line x1="{at(v)}" x2="{at(v)}" y1="{y - 9}" y2="{y + 9}" stroke="currentColor" stroke-width="1.5" stroke-dasharray="3 2"/>' for v in reference)
-    return (f'<line x2="100%" y1="{y}" y2="{y}" stroke="currentColor" opacity=".16"/>{dashes}<g style="color:{colour};color:color-mix(in oklab,{colour} 80%,currentColor)">'
-            f'<line x1="{at(low)}" x2="{at(high)}" y1="{y}" y2="{y}" stroke="currentColor" stroke-width="10" stroke-linecap="round" opacity=".38"/><circle cx="{at(value)}" cy="{y}" r="7" fill="currentColor"/></g>'
-            f'<text y="{y - 15}" font-weight="600">{escape(label)}</text><text x="100%" y="{y - 15}" text-anchor="end"><tspan font-weight="600">{write(value)}</tspan> <tspan opacity=".75">{write(low)} to {write(high)}</tspan></text>')
-
-# %% ../nbs/16_recipe.ipynb #1673841d
-def draw_intervals(
-    rows:dict, # {label: (value, low, high)}
-    *,
-    x_range:tuple|None=None, # (low, high); None fits rows and marks
-    marks:dict|None=None, # {label: value}, a dashed line in every row
-    write=tidy, # Value -> text
-)->Picture: # It shrinks with its page
-    "Draw values with their intervals, on one scale."
-    marks, values = marks or {}, [v for row in rows.values() for v in row]
-    low, high = x_range or (min(*values, *marks.values()), max(*values, *marks.values()))
-    pad = .03*(high - low or 1)
-    def at(v): return f'{min(max((v - low + pad)/(high - low + 2*pad), 0), 1):.2%}'
-    body = ''.join(_interval_row(n, label, *row, at, write, marks.values()) for n, (label, row) in enumerate(rows.items()))
-    said = '; '.join(f'{k}: {write(v)}, {write(a)} to {write(b)}' for k, (v, a, b) in rows.items())
-    under = ''.join(f'<div style="opacity:.75">dashed: {escape(k)}, {write(v)}</div>' for k, v in marks.items())
-    return Picture(f'<div role="figure" style="max-width:46rem;margin:.5em 0 1em;font:13px/1.5 system-ui,sans-serif"><svg role="img" aria-label="{escape(said)}" width="100%" '
-                   f'height="{44*len(rows) + 4}" style="overflow:visible;display:block" fill="currentColor" font-size="13">{body}</svg>{under}</div>')
 
 # %% ../nbs/16_recipe.ipynb #f64c5ec9
 _css = """<style>.ft-hero{display:flex;flex-wrap:wrap;align-items:baseline;gap:.1em .4em;margin:.5em 0 .4em;font-size:clamp(2.2rem,9vw,3.6rem);font-weight:700;line-height:1.1;letter-spacing:-.03em;font-variant-numeric:tabular-nums}
@@ -1370,23 +1179,23 @@ def draw_losses(
     steep = min(losses) > 0 and max(losses) > 10*min(losses)
     return plot(lines, {'each step': (steps, losses)}, x_label='step', y_label='loss, nats per learnt token' + ', logarithmic scale'*steep, width=736, height=280, log_y=steep)
 
-# %% ../nbs/16_recipe.ipynb #d83a8fde
-def forgetting_words(
-    lost:dict, # {name: `Forgetting` as a dict}
-)->str:
-    "What was lost, in a sentence."
-    worst = max(lost.values(), key=lambda f: f['low'])
-    if worst['low'] <= 0: return 'No loss of general text can be told from chance.'
-    return f"The loss on {worst['name']} rose by {worst['change']:.3f} nats per token, which is {math.expm1(worst['change']):.1%} in perplexity."
-
 # %% ../nbs/16_recipe.ipynb #86cc90dc
+def _battery_section(kept):
+    "The part of the report that is not about text."
+    said = '<ul>' + ''.join(f'<li>{escape(t)}</li>' for t in battery_words(kept)) + '</ul>'
+    tasks = [bars({k: {'before': b/n, 'after': a/n} for k, (b, a, n) in kept['tasks'].items()}, x_label='share of the questions answered right')] if kept['tasks'] else []
+    answers = [table([dict(before=b, after=a) for b, a in kept['answers'][:4]], title='What it answers to simple requests')] if kept['answers'] else []
+    return [said, *tasks, *([draw_moved(kept['moved'])] if kept['moved'] else []), *answers]
+
 def _forgetting_section(facts):
-    lost = facts['forgetting']
-    if not lost: return [_p('Not measured: forgetting.measure is false.')]
+    lost, kept = facts['forgetting'], facts.get('kept')
+    if not lost and not kept: return [_p('Not measured: forgetting.measure is false.')]
+    rest = _battery_section(kept) if kept else []
+    if not lost: return rest
     tokens = sum(f['tokens'] for f in lost.values())
     return [_p(f"The loss on {tokens:,} tokens of plain text that was not trained on, after minus before, with its 95% interval. To the right of zero, something was lost. {forgetting_words(lost)}"),
-            draw_intervals({k: (f['change'], f['low'], f['high']) for k, f in lost.items()}, marks={'no change': 0.}, write=_signed),
-            table(list(lost.values()), columns=dict(name='text', tokens='tokens', before='loss before', after='loss after'), digits=4)]
+            draw_intervals({k: (f['change'], f['low'], f['high']) for k, f in lost.items()}, marks={'no change': 0.}, write=signed),
+            table(list(lost.values()), columns=dict(name='text', tokens='tokens', before='loss before', after='loss after'), digits=4), *rest]
 
 # %% ../nbs/16_recipe.ipynb #b7313ffb
 def _still_falling(losses):
@@ -1406,6 +1215,7 @@ def advice(
     if facts['n_left']: said.append(f"{facts['n_left']:,} usable rows were not trained on. Try data.max_rows: {2*facts['n_train']:,}.")
     lost = [f['name'] for f in facts['forgetting'].values() if f['low'] > .02]
     if lost: said.append(f"It lost something on {' and '.join(lost)}. Try train.lr: {max(h['lr'] for h in facts['history'])/3:.1g}, and compare gain and loss.")
+    if (facts.get('kept') or {}).get('accuracy') and facts['kept']['accuracy'][2] < 0: said.append('It gets questions wrong that it could answer before. Mix old rows into the data, or go part of the way back: ftbook.forgetting has replay and Interpolation.')
     if facts['accuracy_after'] is not None: said.append(f"With {n} rows the accuracy is known to about {50*np.diff(facts['accuracy_after_interval'])[0]:.1f} points either way. To tell two good recipes apart, raise evaluate.rows.")
     said.append(f"One seed is one draw. Run it with seed: {facts['seed'] + 1} before you believe a difference of a point or two.")
     return said
@@ -1464,7 +1274,7 @@ class Report:
         f = self.facts
         kind, write = ('accuracy', '{:.1%}'.format) if f['accuracy_after'] is not None else ('loss', '{:.3f}'.format)
         hero = f"<div class=ft-hero>{write(f[kind + '_before'])} <span>\u2192</span> {write(f[kind + '_after'])}<small>{escape(summary_sentence(f))}</small></div>"
-        if kind == 'loss': drawn = draw_intervals({'change of the loss': (f['loss_change'], *f['loss_change_interval'])}, marks={'no change': 0.}, write=_signed)
+        if kind == 'loss': drawn = draw_intervals({'change of the loss': (f['loss_change'], *f['loss_change_interval'])}, marks={'no change': 0.}, write=signed)
         else:
             rows = {w: (f[f'accuracy_{w}'], *f[f'accuracy_{w}_interval']) for w in ('before', 'after')}
             drawn = draw_intervals(rows, x_range=(min(.4, rows['before'][1], f['commonest']), 1), marks={'always the commonest answer': f['commonest']}, write=write)

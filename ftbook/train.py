@@ -7,9 +7,9 @@ Docs: https://ftbook.github.io/ftbook/training.html.md"""
 # %% auto #0
 __all__ = ['BLOCK', 'nats_and_gradient_', 'chunked_loss', 'has_linear_head', 'Objective', 'rotate', 'rotate_both', 'Group',
            'like_lengths', 'attention_weights', 'attention_output', 'attention_gradient', 'fast_', 'slow_',
-           'Evaluation', 'isolated', 'target_nats', 'evaluate', 'lr_at', 'write_checkpoint', 'checkpoints',
-           'read_checkpoint', 'Settings', 'Run', 'peak_memory', 'join_processes', 'Loop', 'NonFiniteLoss',
-           'fingerprint', 'until_interrupted', 'finetune']
+           'Evaluation', 'isolated', 'to_device', 'portions', 'target_nats', 'evaluate', 'lr_at', 'write_checkpoint',
+           'checkpoints', 'read_checkpoint', 'Settings', 'Run', 'peak_memory', 'join_processes', 'Loop',
+           'NonFiniteLoss', 'fingerprint', 'until_interrupted', 'finetune']
 
 # %% ../nbs/04_training.ipynb #001d3880
 import atexit, contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
@@ -501,10 +501,22 @@ def isolated(
 
 # %% ../nbs/04_training.ipynb #b2de75bc
 def _sharing(model): return str(model.config._attn_implementation).startswith('ftbook')
-def _to(batch, device): return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, dict) else batch.to(device)
 
-def _portions(examples, order, max_tokens, packs, share):
-    "(batch, places of its examples) for `examples` taken in `order`: packs, or padded batches where the model takes no packs."
+def to_device(
+    batch, # A `Batch`, or the dict that `pad` makes
+    device, # Where it goes
+): # Like `batch`
+    "A batch on another device."
+    return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, dict) else batch.to(device)
+
+def portions(
+    examples:Sequence[Example], # What is asked
+    order:Sequence[int], # Places in `examples`, as they are to be taken
+    max_tokens:int, # In one portion
+    packs:bool, # Does the model take packs?
+    share:bool=False, # Run what a portion's examples begin with once?
+): # Yields (batch, places of its examples): packs, or padded batches
+    "Cut examples into batches that are run one after the other."
     portions = [[]]
     for i in order:
         sizes = [len(examples[j]) for j in [*portions[-1], i]]
@@ -547,8 +559,8 @@ def evaluate(
     found = {}
     with isolated(model) as packs:
         objective = Objective(model.eval())
-        for batch, here in tqdm(list(_portions(examples, order, max_tokens, packs, _sharing(model))), disable=not progress, desc='evaluate', leave=False):
-            found |= _nats_of(objective, _to(batch, model.device), here, examples)
+        for batch, here in tqdm(list(portions(examples, order, max_tokens, packs, _sharing(model))), disable=not progress, desc='evaluate', leave=False):
+            found |= _nats_of(objective, to_device(batch, model.device), here, examples)
     model.train(training)
     return Evaluation([found[i] for i in range(len(examples))], [e.n_targets for e in examples])
 
@@ -763,8 +775,9 @@ class Loop:
         trackers=None, # Names of trackers that accelerate knows
         out=None, # Where they may write
         optimizer=None, # A function of the parameter groups; None: AdamW
+        regularizer=None, # A function of the model and the step; what it gives is added to the loss
     ):
-        self.model, self.examples, self.settings, self.packs, self.shares = model, examples, settings, packs, _sharing(model)
+        self.model, self.examples, self.settings, self.packs, self.shares, self.regularizer = model, examples, settings, packs, _sharing(model), regularizer
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         _check_trainable(self.named, settings.precision, model.device.type)
         self.accelerator = _accelerator(settings.precision, model.device, trackers, out)
@@ -884,10 +897,20 @@ def add_gradients(self:Loop,
     torch.manual_seed(hash((self.settings.seed, self.step, rank)) % 2**31)
     for i, piece in enumerate((mine + idle*most)[:most]):
         with self.synchronised(i == most - 1):
-            loss = self.objective(_to(piece, self.accelerator.device))*(i < len(mine))
+            loss = self.objective(to_device(piece, self.accelerator.device))*(i < len(mine))
             self.accelerator.backward(loss*(world/n_targets))
         nats = nats + loss.detach()
     return self.accelerator.reduce(nats, 'sum').item()/n_targets
+
+# %% ../nbs/04_training.ipynb #2a91a3f2
+@patch
+def add_penalty(self:Loop)->dict: # For the history: {'penalty': nats}, or nothing where there is no regulariser
+    "Add the gradient of what the regulariser gives."
+    if self.regularizer is None: return {}
+    if self.sharded or self.deepspeed: raise ValueError("a regulariser reads whole weights: run it on one device, or under ddp")
+    with self.synchronised(last=False), self.accelerator.autocast(): penalty = self.regularizer(self.model, self.step)
+    if penalty.requires_grad: self.accelerator.backward(penalty)
+    return dict(penalty=penalty.item())
 
 # %% ../nbs/04_training.ipynb #8f9efc86
 @patch
@@ -896,13 +919,13 @@ def take_step(self:Loop)->dict: # What goes into the history
     start, s, batch = time.perf_counter(), self.settings, self.batch_of(self.step)
     lr = lr_at(self.step, self.n_steps, s.lr, s.schedule, s.warmup)
     for group in self.optimizer.param_groups: group['lr'] = lr*group['lr_scale']
-    loss = self.add_gradients(batch)
+    loss, penalty = self.add_gradients(batch), self.add_penalty()
     norm = float(_whole(self.accelerator.clip_grad_norm_(self.params, s.max_grad_norm or math.inf)))
-    self.check_finite(loss, norm, batch)
+    self.check_finite(loss + sum(penalty.values()), norm, batch)
     self.optimizer.step(); self.optimizer.zero_grad()
     self.step += 1
     return dict(step=self.step, epoch=self.step*s.batch_size/len(self.examples), loss=loss, lr=lr, grad_norm=norm, tokens=sum(map(len, batch)),
-                targets=sum(e.n_targets for e in batch), seconds=time.perf_counter() - start, eval_loss=None)
+                targets=sum(e.n_targets for e in batch), seconds=time.perf_counter() - start, eval_loss=None, **penalty)
 
 # %% ../nbs/04_training.ipynb #6df96d44
 class NonFiniteLoss(RuntimeError):
@@ -928,6 +951,11 @@ def check_finite(self:Loop,
                         "Look at these rows, lower the learning rate, or train in float32 or bf16")
 
 # %% ../nbs/04_training.ipynb #2b71c6da
+def _title(thing):
+    "A name that is the same in every process; None for nothing."
+    if thing is None or hasattr(thing, '__qualname__'): return getattr(thing, '__qualname__', None)
+    return repr(thing) if type(thing).__repr__ is not object.__repr__ else type(thing).__qualname__
+
 def fingerprint(
     loop:Loop, # A run
 )->dict: # Short texts and numbers
@@ -935,7 +963,7 @@ def fingerprint(
     digest = hashlib.sha256()
     for e in loop.examples: digest.update(repr((e.input_ids, e.trained)).encode())
     shapes = json.dumps({n: list(p.shape) for n, p in loop.named.items()})
-    return dict(asdict(loop.settings), optimizer=type(getattr(loop.optimizer, 'optimizer', loop.optimizer)).__name__, data=digest.hexdigest()[:16], trained=hashlib.sha256(shapes.encode()).hexdigest()[:16])
+    return dict(asdict(loop.settings), regularizer=_title(loop.regularizer), optimizer=type(getattr(loop.optimizer, 'optimizer', loop.optimizer)).__name__, data=digest.hexdigest()[:16], trained=hashlib.sha256(shapes.encode()).hexdigest()[:16])
 
 # %% ../nbs/04_training.ipynb #6ce6107c
 @patch
@@ -1071,13 +1099,13 @@ def evaluate(self:Loop,
 )->float: # Mean loss per target token, the same in every process
     "Evaluate with the portions shared among the processes."
     (world, rank), order = self.world, sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    portions = list(_portions(examples, order, self.settings.max_tokens, self.packs, self.shares))
+    cut = list(portions(examples, order, self.settings.max_tokens, self.packs, self.shares))
     nats, training, objective = torch.zeros(len(examples), dtype=torch.float64), self.model.training, self.objective if self.sharded else Objective(self.model)
     self.model.eval()
-    for at in range(0, len(portions), world):
-        batch, here = portions[min(at + rank, len(portions) - 1)] # who has none left runs along
-        found = _nats_of(objective, _to(batch, self.accelerator.device), here, examples)
-        if at + rank < len(portions): nats[list(found)] = torch.tensor(list(found.values()), dtype=torch.float64)
+    for at in range(0, len(cut), world):
+        batch, here = cut[min(at + rank, len(cut) - 1)] # who has none left runs along
+        found = _nats_of(objective, to_device(batch, self.accelerator.device), here, examples)
+        if at + rank < len(cut): nats[list(found)] = torch.tensor(list(found.values()), dtype=torch.float64)
     self.model.train(training)
     nats = self.accelerator.reduce(nats.to(self.accelerator.device), 'sum')
     return Evaluation(nats.tolist(), [e.n_targets for e in examples]).loss
@@ -1184,6 +1212,7 @@ def finetune(
     resume:bool=False, # Go on with the run in `out`
     fast:bool=True, # With the operators of `fast_`
     trackers=None, # Names of trackers that accelerate knows, as 'tensorboard'
+    regularizer=None, # A function of the model and the step; the scalar that it gives, in nats, is added to the mean loss of every step
     callbacks:Sequence=(), # Each is called after every step with `.step`, `.steps`, `.history`, `.model`; set `.stop` to end
     progress:bool=True, # Show a bar
 )->Run: # Raises `NonFiniteLoss`; ValueError for settings and data that cannot be trained on
@@ -1194,7 +1223,7 @@ def finetune(
     if patience and not eval_examples: raise ValueError("patience counts evaluations, so it needs `eval_examples`")
     run = Run()
     with _prepared(model, settings, fast) as packs, until_interrupted() as caught:
-        loop = Loop(model, examples, settings, packs, trackers, out, optimizer)
+        loop = Loop(model, examples, settings, packs, trackers, out, optimizer, regularizer)
         _begin(loop, run, out, resume)
         if trackers: loop.accelerator.init_trackers('ftbook', config={k: v for k, v in asdict(settings).items() if v is not None})
         with loop.whole_again(), tqdm(total=loop.n_steps, initial=loop.step, disable=not progress or loop.world[1] > 0, desc='train', unit='step') as bar:

@@ -1,0 +1,204 @@
+"""The runs of `forgetting.ipynb`: one task after another, and what is left of the earlier ones and of other text.
+
+    python forgetting_worker.py                    every run that is missing, appended to results/forgetting.json one by one
+    python forgetting_worker.py SEQUENCE           those of one sequence
+    python forgetting_worker.py batch N [SEQUENCE] the next N of them, in this process
+
+A run is (sequence, variant, seed). All train SmolLM2-135M on 64 short rows a task, twice, 8 to a step, with the same weights (or the same adapter) going on from task to task. Before the first task and after each,
+it is asked about held-out rows of all tasks (the most probable of a task's labels; of explanations, the loss), and reads two kinds of other text. The last model of some runs is also judged on the line back to the base.
+Neutral text, for the remedies that need some, is of the same kinds but never the text that is judged.
+"""
+import copy, json, random, statistics, subprocess, sys, time
+from functools import cache
+
+from domains_worker import HERE, append as append_to, read as read_from
+from methods_worker import fresh, half, loaded
+
+RESULTS = HERE/'results'/'forgetting.json'
+PACKAGES = 'torch', 'transformers'
+SEQUENCES = dict(domains=('movie', 'products', 'tweets', 'news'), explaining=('movie', 'jargon'))
+N_TRAIN, N_TEST, WORDS, BATCH, EPOCHS, SEEDS = 64, 48, 16, 8, 2, 3
+OTHER, NEUTRAL = dict(newspaper=16, foldoc=16), 16       # texts of each kind to judge by, and to train with
+LINE = 0., .2, .4, .6, .8
+
+RATES = dict(full=(1e-5, 3e-5, 1e-4, 3e-4), lora=(1e-4, 3e-4, 1e-3, 3e-3))
+STEEP = dict(full=1e-4, lora=1e-3)                       # rates at which there is something to be lost
+def way(method, remedy='none', strength=0., lr=None, **more): return dict(method=method, remedy=remedy, strength=strength, lr=lr or STEEP[method], **more)
+VARIANTS = {f'{m} {lr:g}': way(m, lr=lr) for m, rates in RATES.items() for lr in rates}
+VARIANTS |= {f'{m}, {r} {s:g}': way(m, r, s) for m in RATES for r, s in (('replay', .2), ('distill', 1.), ('replay', .5), ('distill', 10.), ('average', .5), ('half the steps', .5))}
+VARIANTS |= {f'full, {r} {s:g}': way('full', r, s) for r, s in (('L2-SP', 1.), ('L2-SP', 10.), ('EWC', 1e3), ('EWC', 1e5), ('freeze', 15))}
+VARIANTS |= {f'lora, rank {r}': way('lora', rank=r) for r in (2, 64)}
+RANK = 16
+FEW = *(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates), *(f'{m}, {r}' for m in RATES for r in ('replay 0.2', 'distill 1'))     # variants of the short sequence
+LINED = 'full 0.0001', 'full 0.0003', 'lora 0.001', 'lora 0.003'
+
+
+# Rows
+
+@cache
+def rows_of(task, seed):
+    "(train, test): rows of ftbook.data, with their label where they have one."
+    if task == 'jargon':
+        from ftbook.data import load_corpus
+        rows = [r for r in load_corpus('jargon') if 60 < len(r['definition']) < 240]
+        rows = [dict(prompt=f"What does {r['term']} mean?\n", completion=' '.join(r['definition'].split()[:WORDS])) for r in random.Random(f'jargon {seed}').sample(rows, N_TRAIN + N_TEST)]
+        return rows[:N_TRAIN], rows[N_TRAIN:]
+    from curves_worker import in_turn
+    from fewshot_worker import split
+    from merge_tasks_worker import TASKS
+    end, words = TASKS[task]
+    def row(r): return dict(prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}", completion=f" {words[r['label']]}", label=words[r['label']])
+    train, test = ([r for r in rows if r['label'] in words] for rows in split(task, 64, seed))
+    train, test = (list(map(row, in_turn(rows, list(words)))) for rows in (train, test))
+    return train[:N_TRAIN], test[:N_TEST]
+
+def examples(rows): return encoded([dict(prompt=r['prompt'], completion=r['completion']) for r in rows])
+
+def encoded(rows):
+    from ftbook.data import encode
+    return encode(rows, loaded(half())[1])
+
+@cache
+def other_text():
+    "({kind: examples to judge by}, neutral examples)."
+    from ftbook.forgetting import forgetting_texts, plain_example
+    tokenizer, judged, neutral = loaded(half())[1], {}, []
+    for kind, n in OTHER.items():
+        found = [plain_example(t, tokenizer, 48) for t in forgetting_texts(kind, n + NEUTRAL//len(OTHER), seed=0)]
+        judged[kind], neutral = found[:n], neutral + found[n:]
+    return judged, neutral
+
+
+# Judging
+
+def score(model, task, seed):
+    "(share right or None, loss): among the labels, or per token of the explanations."
+    import torch
+    from ftbook.data import prompt_ids
+    from ftbook.forgetting import choice_ids, choice_scores
+    from ftbook.train import evaluate
+    test = rows_of(task, seed)[1]
+    if task == 'jargon': return None, round(evaluate(model, examples(test)).loss, 5)
+    from merge_tasks_worker import labels_of
+    tokenizer, names = loaded(half())[1], labels_of(task)
+    found = choice_scores(model, [prompt_ids(r, tokenizer) for r in test], choice_ids(dict(prompt=test[0]['prompt'], completion=test[0]['completion']), [f' {n}' for n in names], tokenizer))
+    right = torch.tensor([names.index(r['label']) for r in test])
+    return round((found.argmax(1) == right).float().mean().item(), 5), round(torch.nn.functional.cross_entropy(found, right).item(), 5)
+
+def judged(model, sequence, seed, precision):
+    "What a model knows now. All are judged at the precision in which the model is used."
+    import torch
+    from ftbook.train import evaluate
+    ready = copy.deepcopy(model).to(getattr(torch, half())) if precision else model
+    found = {t: score(ready, t, seed) for t in SEQUENCES[sequence]}
+    return dict(accuracy={t: a for t, (a, _) in found.items()}, loss={t: l for t, (_, l) in found.items()}, other={k: round(evaluate(ready, texts).loss, 5) for k, texts in other_text()[0].items()})
+
+
+# Runs
+
+def remedied(way, model, past, stiffness):
+    "(regularizer, callbacks, what else is trained on) of a task."
+    from ftbook.forgetting import AverageWeights, Distill, Spring
+    name, strength, old = way['remedy'], way['strength'], past or other_text()[1]
+    if name == 'L2-SP': return Spring(model, strength), [], []
+    if name == 'EWC': return Spring(model, strength, stiffness), [], []
+    if name == 'distill': return Distill(model, other_text()[1] + past, strength), [], []
+    if name == 'average': return None, [AverageWeights(strength)], []
+    return None, [], old if name == 'replay' else []
+
+def learn(way, model, task, seed, past, stiffness, precision):
+    "Train on a task, with the remedy."
+    from ftbook.forgetting import replay
+    from ftbook.train import finetune
+    regularizer, callbacks, old = remedied(way, model, past, stiffness)
+    new = list(examples(rows_of(task, seed)[0]))
+    data = replay(new, old, way['strength'], seed) if old else new
+    epochs = EPOCHS*(way['strength'] if way['remedy'] == 'half the steps' else 1)
+    run = finetune(model, data, lr=way['lr'], batch_size=BATCH, epochs=epochs, seed=seed, precision=precision, regularizer=regularizer, callbacks=callbacks, progress=False)
+    for average in callbacks: average.put_(model)
+    return len(run.history)
+
+def stiffer(stiffness, model, texts):
+    "The Fisher information of what was learnt last, added to that of before."
+    from ftbook.forgetting import fisher
+    found = fisher(model, texts)
+    return found if stiffness is None else {n: t + found[n] for n, t in stiffness.items()}
+
+def one(sequence, variant, seed):
+    import torch
+    from ftbook.forgetting import Interpolation, freeze_layers_, trained_weights
+    from ftbook.lora import LoRA
+    start, way = time.process_time(), VARIANTS[variant]
+    torch.manual_seed(seed)
+    model, _, precision = fresh('full' if way['method'] == 'full' else 'LoRA 16')
+    if way['method'] == 'lora': rank = way.get('rank', RANK); LoRA(rank=rank, alpha=2*rank, seed=seed).apply(model)
+    if way['remedy'] == 'freeze': freeze_layers_(model, way['strength'])
+    before, stages, past, trained, steps = trained_weights(model) if variant in LINED and way['method'] == 'full' else None, [judged(model, sequence, seed, precision)], [], 0., []
+    stiffness = stiffer(None, model, other_text()[1]) if way['remedy'] == 'EWC' else None
+    for task in SEQUENCES[sequence]:
+        begun = time.process_time()
+        steps.append(learn(way, model, task, seed, past, stiffness, precision))
+        trained += time.process_time() - begun
+        stages.append(judged(model, sequence, seed, precision))
+        past = past + list(examples(rows_of(task, seed)[0][:NEUTRAL]))
+        if way['remedy'] == 'EWC': stiffness = stiffer(stiffness, model, past[-NEUTRAL:])
+    found = dict(stages=stages, steps=steps, train_cpu_seconds=round(trained, 1))
+    if variant in LINED:
+        line = Interpolation(model, before)
+        found['line'] = [dict(x=x, **judged(line.put_(x), sequence, seed, precision)) for x in LINE]
+    return dict(sequence=sequence, variant=variant, seed=seed, **way, **found, cpu_seconds=round(time.process_time() - start, 1))
+
+
+# The plan
+
+def read(): return read_from(RESULTS)
+
+def missing(sequences=tuple(SEQUENCES)):
+    done = {(r['sequence'], r['variant'], r['seed']) for r in read()['runs']}
+    jobs = [(s, v, seed) for seed in range(SEEDS) for v in VARIANTS for s in SEQUENCES if s == 'domains' or v in FEW]
+    return [job for job in jobs if job not in done and job[0] in sequences]
+
+def measure(job): append_to([one(*job)], RESULTS, PACKAGES)
+
+
+# What a run says
+
+def task_loss(stage, sequence): return [stage['loss'][t] for t in SEQUENCES[sequence]]
+def other_loss(stage): return statistics.mean(stage['other'].values())
+
+def learnt(run):
+    "Nats by which each task got better by its own training, the mean over the tasks."
+    losses = [task_loss(stage, run['sequence']) for stage in run['stages']]
+    return statistics.mean(losses[i][i] - losses[i + 1][i] for i in range(len(losses[0])))
+
+def kept(run):
+    "The same at the end of the sequence."
+    losses = [task_loss(stage, run['sequence']) for stage in run['stages']]
+    return statistics.mean(a - b for a, b in zip(losses[0], losses[-1]))
+
+def lost(run):
+    "Nats per token by which other text got worse, the mean over its kinds."
+    return other_loss(run['stages'][-1]) - other_loss(run['stages'][0])
+
+def scores(run):
+    "The table that `ftbook.forgetting.transfer` reads: accuracy, or minus the loss where there is no accuracy."
+    return [[stage['loss'][t]*-1 if stage['accuracy'][t] is None else stage['accuracy'][t] for t in SEQUENCES[run['sequence']]] for stage in run['stages']]
+
+def line_of(run):
+    "Points of the line from the base to the last model: x, task (mean loss of the tasks) and other."
+    ends = [dict(x=1., **run['stages'][-1])] if 'line' in run else []
+    return [dict(x=p['x'], task=statistics.mean(task_loss(p, run['sequence'])), other=other_loss(p)) for p in [*run.get('line', []), *ends]]
+
+def measured(runs, sequence, n=SEEDS):
+    "Variants of a sequence with all their seeds."
+    return [v for v in VARIANTS if sum((r['sequence'], r['variant']) == (sequence, v) for r in runs) >= n]
+
+def of(runs, sequence, variant): return [r for r in runs if (r['sequence'], r['variant']) == (sequence, variant)]
+
+
+if __name__ == '__main__':
+    what = sys.argv[1:]
+    if what[:1] == ['batch']:
+        for job in missing(what[2:] or tuple(SEQUENCES))[:int(what[1])]: measure(job)
+    else:
+        while missing(what or tuple(SEQUENCES)): subprocess.run([sys.executable, __file__, 'batch', '4', *what], check=True, cwd=HERE)   # a process ends before its memory grows

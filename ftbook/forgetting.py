@@ -374,11 +374,13 @@ def draw_moved(
 )->Picture: # A line for every kind of matrix
     "How far the matrices moved, layer by layer."
     if not shifts: return Picture('<p>There is no matrix to show: the method leaves them as they are, or they are kept in few bits.</p>')
-    lines = {}
+    found = {}
     for m in shifts:
-        *_, kind = m['name'].split('.')
-        lines.setdefault(kind, []).append(100*m['share'])
-    return plot({k: (list(range(len(v))), v) for k, v in lines.items() if len(v) > 1}, x_label='layer', y_label='update, % of the norm of the weights', width=736)
+        layer = next((int(p) for p in m['name'].split('.') if p.isdigit()), 0)
+        xs, ys = found.setdefault(m['name'].rpartition('.')[2], ([], []))
+        xs.append(layer); ys.append(100*m['share'])
+    lines = {k: v for k, v in found.items() if len(v[0]) > 1}
+    return plot(lines, {k: v for k, v in found.items() if k not in lines}, x_label='layer', y_label='update, % of the norm of the weights', width=736)
 
 # %% ../nbs/12_forgetting.ipynb #b41ac4a7
 @dataclass

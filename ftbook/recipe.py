@@ -765,7 +765,7 @@ def measure_together(
 )->dict: # As `measure`, and battery
     "Judge with the rows shared among the processes of a run."
     texts = battery.texts if battery else {}
-    asked = battery and measure_battery(model, replace(battery, texts={}), before and before['battery'])
+    asked = battery and measure_battery(model, replace(battery, texts={}), before and before.get('battery'))
     if job.world == 1 or job.world > min(len(p.test), *map(len, texts.values()), 10**9): return measure(p, model, texts, job.progress) | dict(battery=asked)
     from accelerate.utils import gather_object
     part, mine = _share_of(p, texts, job.world, job.rank)
@@ -1068,7 +1068,7 @@ def _samples(p, before, after):
 # %% ../nbs/16_recipe.ipynb #34c7079c
 def _kept(p, before, after, model):
     "What the battery found beside its texts, and which weights moved."
-    if not after['battery']: return None
+    if not after['battery'] or not before.get('battery'): return None     # nothing is asked, or the run was begun by a version that did not ask
     full = p.recipe.method.type == 'full'
     base = dict(load_model(p.recipe.model.name, dtype=choose_precision(p.recipe)[1], device='cpu')[0].named_parameters()) if full else None
     found = compare_batteries(before['battery'], after['battery'], p.tokenizer, moved(model, base), p.recipe.seed).facts()

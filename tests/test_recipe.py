@@ -30,7 +30,7 @@ def make(tiny, tmp_path):
 def test_train_keys_are_the_arguments_of_finetune():
     names, known = {f.name for f in fields(r.TrainKeys)}, inspect.signature(finetune).parameters
     assert names <= set(known)
-    left_out = {"model", "examples", "seed", "eval_examples", "out", "resume", "fast", "callbacks", "progress"}
+    left_out = {"model", "examples", "seed", "eval_examples", "out", "resume", "fast", "regularizer", "callbacks", "progress"}
     assert set(known) - names == left_out, "a new argument of finetune is a key, or is left out on purpose"
     for f in fields(r.TrainKeys):
         if f.name not in ("lr",): assert getattr(r.TrainKeys(), f.name) == known[f.name].default, f.name
@@ -277,6 +277,24 @@ def test_a_run_from_file_to_report(make, tmp_path):
     assert facts["n_eval"] == 20 and facts["steps"] == 10 and len(facts["samples"]) == 4 and set(facts["forgetting"]) == {"newspaper"}
     assert sorted(f.name for f in (tmp_path/"run").iterdir()) == ["adapter", "before.json", "recipe.yaml", "report.html", "report.json"]
     assert r.load_recipe(tmp_path/"run") == make()
+    kept = facts["kept"]
+    assert len(kept["tasks"]) == 6 and kept["stopped"][2] == 2 and kept["divergence"][0] > 0 and len(kept["moved"]) == 14
+    html = (tmp_path/"run/report.html").read_text()
+    assert "questions that have nothing to do with the task" in html and "matrices moved" in html
+
+
+def test_a_full_run_tells_which_weights_moved(make, tmp_path):
+    facts = r.run(make(method=dict(type="full"), model=dict(dtype=None), forgetting=dict(tasks=[], prompts=0)), tmp_path/"run", progress=False).facts
+    kept = facts["kept"]
+    assert len(kept["moved"]) == 15 and not kept["tasks"] and kept["accuracy"] is None and kept["divergence"] is None    # 14 matrices and the tied embedding
+
+
+def test_a_run_begun_without_a_battery_goes_on(make, tmp_path):
+    r.run(make(), tmp_path/"run", progress=False)
+    before = json.loads((tmp_path/"run/before.json").read_text())
+    for name in ("report.json", "report.html"): (tmp_path/"run"/name).unlink()
+    (tmp_path/"run/before.json").write_text(json.dumps({k: v for k, v in before.items() if k != "battery"}))
+    assert r.run(make(), tmp_path/"run", resume=True, progress=False).facts["kept"] is None
 
 
 def test_the_report_is_one_safe_page(make, tmp_path):

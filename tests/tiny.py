@@ -44,7 +44,7 @@ def good_rows(n=60):
 def tiny_config(model, source, /, **sections):
     "A configuration for the tiny model, as nested dicts; sections given are merged into it."
     base = dict(model=dict(name=str(model), dtype="float32", device="cpu"), data=dict(source=str(source), test_size=20), method=dict(rank=4),
-                train=dict(lr=1e-2, batch_size=4, save_every=2), evaluate=dict(samples=4, max_new_tokens=4), forgetting=dict(texts=["newspaper"], rows=8))
+                train=dict(lr=1e-2, batch_size=4, save_every=2), evaluate=dict(samples=4, max_new_tokens=4), forgetting=dict(texts=["newspaper"], rows=8, prompts=2))
     if "type" in sections.get("method", {}): base["method"] = {}   # a rank belongs to LoRA
     for name, given in sections.items(): base[name] = base.get(name, {}) | given if isinstance(given, dict) else given
     return base

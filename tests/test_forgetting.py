@@ -1,0 +1,236 @@
+"Hold what a fine-tune is said to have lost, and the remedies, against definitions and against other libraries."
+import copy, json
+
+import numpy as np
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import save_tiny_model, seeded
+
+import ftbook.forgetting as f
+from ftbook.data import Example, encode
+from ftbook.lora import LoRA
+from ftbook.methods import merge_, remove_, save_adapter
+from ftbook.models import load_model, load_tokenizer
+from ftbook.prompts import PromptTuning
+from ftbook.train import Objective, evaluate, finetune
+
+
+def small_llama(vocab=37, **more):
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, initializer_range=.3, **more))
+
+
+def rows_of_ids(n=6, vocab=37, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    made = [torch.randint(3, vocab, (k,), generator=rng).tolist() for k in range(4, 4 + n)]
+    return [Example(ids, [False, False] + [True]*(len(ids) - 2)) for ids in made]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory): return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def loaded(tiny): return load_model(str(tiny), dtype="float32", device="cpu")
+
+
+# Divergence
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 999))
+def test_merging_outcomes_lowers_a_divergence(vocab, k, seed):
+    rng = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 5, vocab, generator=rng)*3
+    ids = a.topk(min(k, vocab)).indices
+    p, q = (f.merged_log_probabilities(x, ids) for x in (a, b))
+    assert torch.allclose(p.exp().sum(1), torch.ones(5), atol=1e-4)
+    part, whole = f.divergence(p, q), f.divergence(a.log_softmax(-1), b.log_softmax(-1))
+    assert (part >= -1e-4).all() and (part <= whole + 1e-3).all()
+
+
+def test_remembered_divergence_is_torchs():
+    base, other, rows = seeded(small_llama), seeded(small_llama, 1), rows_of_ids()
+    found = f.token_divergence(f.remember(base, rows, top=37), other, rows)
+    for e, nats in zip(rows, found):
+        ids = torch.tensor([e.input_ids])
+        with torch.no_grad(): p, q = (m.eval()(ids).logits[0, 1:-1].log_softmax(-1) for m in (base, other))
+        want = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        assert torch.allclose(torch.tensor(nats), want, atol=1e-3)
+
+
+# Fisher, spring, teacher
+
+def test_fisher_is_the_mean_square_over_the_models_own_answers():
+    "With one target and a small vocabulary, the expectation over answers can be summed exactly."
+    model, e = seeded(lambda: small_llama(vocab=5)).eval(), Example([1, 2, 3], [False, False, True])
+    p = model(torch.tensor([[1, 2]])).logits[0, -1].softmax(-1).detach()
+    want = 0
+    for token in range(5):
+        model.zero_grad()
+        Objective(model)(dict(input_ids=torch.tensor([[1, 2, token]]), attention_mask=torch.ones(1, 3), labels=torch.tensor([[-100, -100, token]]))).backward()
+        want = want + p[token]*model.lm_head.weight.grad.square()
+    model.zero_grad()
+    drawn = sum(f.fisher(model, [e]*50, seed=s)["lm_head.weight"] for s in range(20))/20
+    assert torch.allclose(drawn, want, rtol=.15, atol=1e-3)
+
+
+def test_fisher_streams_and_leaves_the_model_as_it_was():
+    model, rows = seeded(small_llama), rows_of_ids()
+    before = copy.deepcopy(model.state_dict())
+    whole, parts = f.fisher(model, rows, answers="data"), [f.fisher(model, [e], answers="data") for e in rows]
+    n = [e.n_targets for e in rows]
+    for name, t in whole.items(): assert torch.allclose(t, sum(k*p[name] for k, p in zip(n, parts))/sum(n), atol=1e-5)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    with pytest.raises(ValueError, match="'model' or 'data'"): f.fisher(model, rows, answers="both")
+
+
+def test_a_spring_pulls_with_its_stiffness():
+    model = seeded(small_llama)
+    stiff = {n: torch.rand_like(p) for n, p in model.named_parameters()}
+    spring = f.Spring(model, 3., stiff)
+    assert spring(model).item() == 0
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.1)
+    spring(model).backward()
+    for n, p in model.named_parameters(): assert torch.allclose(p.grad, .3*stiff[n], atol=1e-5)
+
+
+def test_a_stiffer_spring_holds_tighter_and_a_teacher_keeps_its_answers():
+    rows, base = rows_of_ids(), seeded(small_llama)
+    def run(regularizer):
+        model = copy.deepcopy(base)
+        history = finetune(model, rows, lr=1e-2, epochs=4, batch_size=3, regularizer=regularizer, progress=False).history
+        assert ("penalty" in history[0]) == (regularizer is not None)
+        return sum((p - q).square().sum().item() for p, q in zip(model.parameters(), base.parameters())), model
+    free, loose, tight = (run(r)[0] for r in (None, f.Spring(base, .1), f.Spring(base, 10.)))
+    assert tight < loose < free
+    other = rows_of_ids(seed=5)
+    apart = [np.mean(sum(f.token_divergence(f.remember(base, other), run(r)[1], other), [])) for r in (None, f.Distill(base, other, 10., batch_size=6))]
+    assert apart[1] < .5*apart[0]
+
+
+def test_a_run_does_not_go_on_with_another_regulariser(tmp_path):
+    rows, base = rows_of_ids(), seeded(small_llama)
+    def run(regularizer, **more): return finetune(copy.deepcopy(base), rows, batch_size=3, out=tmp_path, regularizer=regularizer, progress=False, **more)
+    def stop(state): state.stop = state.step == 1
+    run(f.Spring(base, 1.), callbacks=[stop])
+    with pytest.raises(ValueError, match="regularizer was 'Spring"): run(None, resume=True)
+    with pytest.raises(ValueError, match="regularizer was 'Spring"): run(f.Spring(base, 2.), resume=True)
+    assert run(f.Spring(base, 1.), resume=True).stopped == "finished"
+
+
+# The line
+
+def test_the_line_of_lora_is_the_line_of_its_products():
+    base, ids = seeded(small_llama).eval(), torch.arange(3, 12)[None]
+    tuned = LoRA(rank=2, seed=0).apply(copy.deepcopy(base))
+    finetune(tuned, rows_of_ids(), lr=1e-2, batch_size=3, progress=False)
+    whole = remove_(merge_(copy.deepcopy(tuned), keep=False))
+    line = f.Interpolation(tuned)
+    for x in (0., .3, 1., 1.5):
+        by_hand = copy.deepcopy(base)
+        with torch.no_grad():
+            for p, a, b in zip(by_hand.parameters(), base.parameters(), whole.parameters()): p.copy_(a + x*(b - a))
+            assert torch.allclose(line.put_(x).eval()(ids).logits, by_hand(ids).logits, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=1, max_size=8), st.floats(0, 2))
+def test_a_picked_place_keeps_its_limit(points, limit):
+    curve = [dict(x=0., task=5., other=0.)] + [dict(x=(k + 1)/len(points), task=t, other=o) for k, (t, o) in enumerate(points)]
+    best = next(p for p in curve if p["x"] == f.pick_interpolation(curve, limit))
+    assert best["other"] <= limit and all(p["task"] >= best["task"] for p in curve if p["other"] <= limit)
+
+
+# Sequences
+
+def test_transfer_refuses_a_table_with_holes():
+    with pytest.raises(ValueError, match="task 2 after task 1 is missing"): f.transfer([[0, 0], [1, float("nan")], [1, 1]])
+    with pytest.raises(ValueError, match="T \\+ 1"): f.transfer([[1], [2]])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 999))
+def test_forgetting_is_never_less_than_what_backward_transfer_lost(T, seed):
+    R = np.random.default_rng(seed).random((T + 1, T))
+    said = f.transfer(R)
+    assert said["forgetting"] >= -said["backward"] - 1e-12
+    assert abs(f.transfer(np.tile(R[0], (T + 1, 1)))["backward"]) < 1e-12
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 30), st.integers(1, 9), st.floats(0, .95))
+def test_replay_keeps_its_share(n_new, n_old, share):
+    mixed = f.replay(list(range(n_new)), [-k - 1 for k in range(n_old)], share)
+    old = [e for e in mixed if e < 0]
+    assert len(old) == round(share/(1 - share)*n_new) and mixed[:n_new] == list(range(n_new))
+    assert max([old.count(e) for e in old], default=0) - min([old.count(-k - 1) for k in range(n_old)]) <= 1
+
+
+# The battery
+
+def small_battery(tokenizer, **more): return f.make_battery(tokenizer, ["newspaper"], n_prompts=2, rows=3, **more)
+
+
+def test_a_report_of_any_two_models(loaded, tiny, tmp_path):
+    model, tokenizer = loaded
+    battery, other = small_battery(tokenizer), copy.deepcopy(model)
+    with torch.no_grad(): other.model.layers[0].mlp.up_proj.weight.mul_(3)
+    other.save_pretrained(tmp_path/"other"); tokenizer.save_pretrained(tmp_path/"other")
+    by_model, by_folder = (f.forgetting_report(model, o, battery) for o in (other, tmp_path/"other"))
+    assert by_model.facts() == by_folder.facts()
+    assert [m["name"] for m in by_model.moved] == ["model.layers.0.mlp.up_proj"] and abs(by_model.moved[0]["share"] - 2) < 1e-3
+    html = by_model._repr_html_()
+    assert "newspaper" in html and "capitals" in html and "<script" not in html
+
+
+def test_bad_input_is_named(loaded, tiny, tmp_path):
+    model, tokenizer = loaded
+    with pytest.raises(ValueError, match="battery is empty"): f.make_battery(tokenizer, [], [], 0)
+    bigger, battery = copy.deepcopy(model), small_battery(tokenizer)
+    bigger.resize_token_embeddings(49160)
+    with pytest.raises(ValueError, match="49,152 tokens and after 49,160"): f.forgetting_report(model, bigger, battery)
+    smaller = seeded(small_llama)
+    with pytest.raises(ValueError, match="battery's tokenizer"): f.measure_battery(smaller, battery)
+    other = load_tokenizer(str(tiny))
+    other.add_tokens(["<new>"])
+    bigger.save_pretrained(tmp_path/"bigger"); other.save_pretrained(tmp_path/"bigger")
+    with pytest.raises(ValueError, match="before has 49,152"): f.forgetting_report(model, tmp_path/"bigger", battery)
+    shuffled = json.loads((tmp_path/"bigger/tokenizer.json").read_text())
+    vocab = shuffled["model"]["vocab"]; a, b = list(vocab)[500:502]; vocab[a], vocab[b] = vocab[b], vocab[a]
+    (tmp_path/"bigger/tokenizer.json").write_text(json.dumps(shuffled))
+    with pytest.raises(ValueError, match="with one tokenizer"): f.forgetting_report(model, tmp_path/"bigger", battery)
+
+
+def test_an_adapter_for_another_base_is_refused_and_leaves_the_base(loaded, tmp_path):
+    model, tokenizer = loaded
+    wide = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+    save_adapter(LoRA(rank=2).apply(wide), tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError): f.forgetting_report(model, tmp_path, small_battery(tokenizer))
+    assert getattr(model, "ftbook_method", None) is None and all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
+def test_a_soft_prompt_moves_no_weight(loaded):
+    model, tokenizer = loaded
+    report = f.forgetting_report(model, PromptTuning(num_virtual_tokens=4, seed=0).apply(copy.deepcopy(model)), small_battery(tokenizer))
+    assert report.moved == [] and report.divergence[0] > 0
+
+
+def test_tasks_from_a_file(loaded, tmp_path):
+    _, tokenizer = loaded
+    rows = [dict(prompt=f"{i} is", completion=" even" if i % 2 == 0 else " odd") for i in range(10)]
+    (tmp_path/"parity.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    battery = f.make_battery(tokenizer, [], [str(tmp_path/"parity.jsonl")], 0)
+    assert [t.name for t in battery.tasks] == ["parity"] and battery.tasks[0].gold == [0, 1]*5
+
+
+def test_measurements_survive_json_and_order(loaded):
+    model, tokenizer = loaded
+    battery = small_battery(tokenizer)
+    then = f.measure_battery(model, battery)
+    assert json.loads(json.dumps(then)) == json.loads(json.dumps(json.loads(json.dumps(then))))
+    same = f.measure_battery(model, battery, json.loads(json.dumps(then)))
+    assert max(map(max, same["divergence"])) < 1e-3 and same["tasks"] == then["tasks"]
+    with pytest.raises(ValueError, match="one battery"): f.compare_batteries(then, dict(same, tasks={}), tokenizer)

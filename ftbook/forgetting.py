@@ -9,9 +9,9 @@ __all__ = ['read_source', 'forgetting_texts', 'plain_example', 'paired_bootstrap
            'choice_scores', 'Task', 'make_task', 'ask', 'shipped_battery', 'write_ids', 'write_answers',
            'merged_log_probabilities', 'divergence', 'remember', 'token_divergence', 'draw_divergence', 'stable_rank',
            'moved', 'draw_moved', 'Battery', 'make_battery', 'measure_battery', 'ForgettingReport', 'compare_batteries',
-           'forgetting_report', 'signed', 'draw_intervals', 'forgetting_words', 'battery_words', 'draw_report',
-           'Spring', 'fisher', 'Distill', 'replay', 'freeze_layers_', 'StopForgetting', 'trained_weights',
-           'Interpolation', 'pick_interpolation', 'AverageWeights', 'transfer']
+           'forgetting_report', 'signed', 'draw_intervals', 'forgetting_words', 'battery_words', 'draw_answers',
+           'draw_report', 'Spring', 'fisher', 'Distill', 'replay', 'freeze_layers_', 'StopForgetting',
+           'trained_weights', 'Interpolation', 'pick_interpolation', 'AverageWeights', 'transfer']
 
 # %% ../nbs/12_forgetting.ipynb #c4049960
 import copy, json, math, os, random
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import DICTIONARIES, SURVEYS, Example, load_corpus, normalise, pack, pad, prompt_ids, read_rows, row_parts, to_example
-from .explore import Picture, bars, escape, plot, tidy
+from .explore import Picture, bars, escape, plot, table, tidy
 from .lora import LoRALinear
 from .methods import load_adapter, parts_of, remove_
 from .models import load_model, load_tokenizer
@@ -388,7 +388,8 @@ class Battery:
     "What a model is asked before and after."
     texts:dict[str, list[Example]] # Kind of text -> examples
     tasks:list[Task] # Questions with known answers
-    prompts:list[list[int]] # Token ids of things to say something about
+    requests:list[str] # Things to say something about
+    prompts:list[list[int]] # Their token ids, in the template
     tokenizer:object # Whose ids these are
     max_new_tokens:int=32 # Longest answer
 
@@ -420,9 +421,9 @@ def make_battery(
     "Texts, tasks and prompts for one tokenizer."
     found = {Path(name).name: [plain_example(t, tokenizer, max_length) for t in forgetting_texts(name, rows, seen, seed)] for name in texts}
     asked = [task for source in tasks for task in _tasks(source, tokenizer)]
-    prompts = [_prompt(p, tokenizer) for p in shipped_battery()['prompts'][:n_prompts]]
-    if not (found or asked or prompts): raise ValueError("the battery is empty: give it texts, tasks or prompts")
-    return Battery(found, asked, prompts, tokenizer)
+    requests = shipped_battery()['prompts'][:n_prompts]
+    if not (found or asked or requests): raise ValueError("the battery is empty: give it texts, tasks or prompts")
+    return Battery(found, asked, requests, [_prompt(r, tokenizer) for r in requests], tokenizer)
 
 # %% ../nbs/12_forgetting.ipynb #a3e44d58
 def measure_battery(
@@ -435,7 +436,7 @@ def measure_battery(
     n, size = model.get_input_embeddings().num_embeddings, len(battery.tokenizer)
     if n < size: raise ValueError(f"the model has {n:,} tokens and the battery's tokenizer {size:,}: make the battery with the model's own tokenizer")
     texts = {k: evaluate(model, examples, progress=progress) for k, examples in battery.texts.items()}
-    found = dict(texts={k: dict(nats=e.nats, targets=e.targets) for k, e in texts.items()}, tasks={t.name: ask(model, t) for t in battery.tasks},
+    found = dict(texts={k: dict(nats=e.nats, targets=e.targets) for k, e in texts.items()}, tasks={t.name: ask(model, t) for t in battery.tasks}, requests=battery.requests,
                  answers=write_ids(model, battery.tokenizer, battery.prompts, battery.max_new_tokens) if battery.prompts else [])
     neutral = [Example(p + a, [False]*len(p) + [True]*len(a)) for p, a in zip(battery.prompts, (before or found)['answers'])]
     if before: known = [(torch.tensor(ids), torch.tensor(p)) for ids, p in before['known']]
@@ -451,7 +452,7 @@ class ForgettingReport:
     tasks:dict # Task -> (right before, right after, questions)
     accuracy:tuple|None # (change, low, high) over all questions
     stopped:tuple|None # (before, after, prompts): answers that ended by themselves
-    answers:list # (before, after) of each prompt, as text
+    answers:list # (request, before, after), as text
     divergence:tuple|None # (mean, low, high), nats per token of the base's answers
     moved:list # From `moved`
     def facts(self)->dict: # As JSON can hold it
@@ -476,7 +477,7 @@ def compare_batteries(
     ended = tuple(sum(a[-1:] == [end] for a in some) for some in said)
     apart = after.get('divergence')
     return ForgettingReport(texts, tasks, paired_bootstrap(*right, seed=seed) if tasks else None, (*ended, len(after['answers'])) if after['answers'] else None,
-        list(zip(*(tokenizer.batch_decode(some, skip_special_tokens=True) for some in said))) if after['answers'] else [],
+        list(zip(after['requests'], *([a.strip() for a in tokenizer.batch_decode(some, skip_special_tokens=True)] for some in said))) if after['answers'] else [],
         paired_bootstrap([0.]*len(apart), list(map(sum, apart)), list(map(len, apart)), seed=seed) if apart else None, list(shifts))
 
 # %% ../nbs/12_forgetting.ipynb #ba84c68e
@@ -570,12 +571,22 @@ def battery_words(
         before, after, n = (sum(t[k] for t in facts['tasks'].values()) for k in range(3))
         change, low, high = (100*v for v in facts['accuracy'])
         said.append(f"Of {n} questions that have nothing to do with the task it got {before} right before and {after} after: {signed(change, 1)} points, 95% interval {signed(low, 1)} to {signed(high, 1)}.")
-    if facts['stopped']: said.append("Of {2} answers to simple requests, {0} ended by themselves before and {1} after.".format(*facts['stopped']))
+    if facts['stopped']:
+        words = [int(np.median([len(a[k].split()) for a in facts['answers']])) for k in (1, 2)]
+        said.append("Of {2} answers to simple requests, {0} ended by themselves before and {1} after; ".format(*facts['stopped']) + f"half of them have at most {words[0]} words before and {words[1]} after.")
     if facts['divergence']: said.append("On what the base answered, the tuned model is {:.3f} nats per token away from it (KL, 95% interval {:.3f} to {:.3f}).".format(*facts['divergence']))
     if facts['moved']:
         far = max(facts['moved'], key=lambda m: m['share'])
         said.append(f"{len(facts['moved'])} matrices moved, {far['name']} furthest: by {far['share']:.1%} of its norm, in about {far['rank']:.1f} directions.")
     return said
+
+# %% ../nbs/12_forgetting.ipynb #286482c6
+def draw_answers(
+    answers:Sequence[tuple], # (request, before, after)
+    n:int=4, # Show so many
+)->Picture: # A table
+    "What a model answers to simple requests, before and after."
+    return table([dict(request=r, before=b, after=a) for r, b, a in answers[:n]], title='What it answers to simple requests')
 
 # %% ../nbs/12_forgetting.ipynb #61f6d1b5
 def draw_report(
@@ -587,6 +598,7 @@ def draw_report(
     parts += [f'<p>{escape(s)}</p>' for s in battery_words(facts)]
     if facts['tasks']: parts.append(bars({k: {'before': t[0]/t[2], 'after': t[1]/t[2]} for k, t in facts['tasks'].items()}, x_label='share of the questions answered right'))
     if facts['moved']: parts.append(draw_moved(facts['moved']))
+    if facts['answers']: parts.append(draw_answers(facts['answers']))
     return Picture(''.join(p if isinstance(p, str) else p.html for p in parts))
 
 ForgettingReport._repr_html_ = lambda self: draw_report(self.facts()).html

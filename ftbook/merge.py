@@ -109,11 +109,15 @@ def merge_agreeing(
     weigh_first:bool=True, # Do the weights count in the election, as in mergekit?
 )->ndarray: # (n,)
     "Elect a sign for every weight, and add what agrees with it."
-    if weigh_first and set(weights) != {1}: deltas = deltas*np.array(weights, np.float32)[:, None]
+    equal = set(weights) == {weights[0]} and weights[0] > 0 and len(weights) < 256          # equal votes: the weight can wait
+    if weigh_first and not equal: deltas = deltas*np.array(weights, np.float32)[:, None]
     sign = elect(deltas)
     kept = agreeing(deltas, sign)
-    total = (kept.sum(0) if weigh_first else mix(weights, kept))*sign
-    if normalize:
+    total = kept.sum(0) if weigh_first or equal else mix(weights, kept)
+    total *= sign
+    if equal and normalize: total /= np.clip((kept > 0).view(np.uint8).sum(0, dtype=np.uint8), 1, 255)               # the mean of those that agree
+    elif equal: scale = scale*weights[0]
+    elif normalize:
         share = mix(weights, (kept > 0).astype(np.float32))
         total /= np.clip(share, 1e-30, np.inf, out=share) if min(weights) > 0 else np.where(share == 0, np.float32(1), share)    # 0/0 is 0
     if scale != 1: total *= scale
@@ -400,8 +404,9 @@ def stretch(
 # %% ../nbs/14_merging.ipynb #7cd26f78
 def _finish(base, deltas, factors, p, elected):
     "Scale thinned task vectors and add them up, with an election or without."
-    if set(factors) != {1.}: deltas *= np.float32(factors)[:, None]
-    return merge_agreeing(base, deltas, p.weight, p.scale, p.normalize) if elected else task_arithmetic(base, deltas, p.weight, p.scale, p.normalize)
+    weights = p.weight if p.normalize else [w*f for w, f in zip(p.weight, factors)]            # a sum takes both in one pass
+    if p.normalize and set(factors) != {1.}: deltas *= np.float32(factors)[:, None]
+    return (merge_agreeing if elected else task_arithmetic)(base, deltas, weights, p.scale, p.normalize)
 
 # %% ../nbs/14_merging.ipynb #4a665a7d
 def _family(name, paper, thin_, limits, elected, normalize, rescale, **each):
@@ -1456,6 +1461,11 @@ def _make(plan, job, file, spread, moved):
         _write_at(file, narrow(row, job.kind), job.offset + size*start)
     parts.each(piece)
 
+# %% ../nbs/14_merging.ipynb #91f7a0b3
+def _keep_memory():
+    "Free one large block; from then on glibc keeps smaller ones for the process. Nothing happens elsewhere."
+    np.empty((1 << 25) - (1 << 13), np.uint8)
+
 # %% ../nbs/14_merging.ipynb #f94dbe5d
 @contextmanager
 def _workers(threads):
@@ -1482,6 +1492,7 @@ def _fill_files(plan, folder, names, threads, hashes, progress):
     log, files, inputs = folder/_DONE, {n: open(folder/n, 'r+b', buffering=0) for n in names}, list(dict.fromkeys(f for m in plan.models for f in m.files)) if hashes else []
     done, moved = set(log.read_text(encoding='utf-8').split('\n')) if log.is_file() else set(), [False]*len(plan.jobs[0].models)
     todo, total = sorted((j for j in plan.jobs if j.name not in done), key=lambda j: -j.n), sum(j.n for j in plan.jobs)
+    _keep_memory()
     with _workers(threads) as (pool, spread), open(log, 'a', encoding='utf-8') as written, _bar(len(todo), progress) as bar:
         if plan.recipe.name == 'ties_paper': _set_whole_(plan, spread)
         hashed = {f: pool.submit(_sha256, f) for f in inputs[1:]}

@@ -36,7 +36,7 @@ from .bottleneck import BitFit, Bottleneck, IA3
 from .data import (DICTIONARIES, READERS, SURVEYS, Encoded, Example, classification_row, deduplicate, encode,
     normalise, pack, pad, row_parts, show_mask, split_rows, term_rows)
 from .explore import Picture, bars, escape, page, plot, table
-from .forgetting import (Battery, battery_words, choice_ids, choice_scores, compare_batteries, compare_losses, draw_intervals, draw_moved, forgetting_words, make_battery,
+from .forgetting import (Battery, battery_words, choice_ids, choice_scores, compare_batteries, compare_losses, draw_answers, draw_intervals, draw_moved, forgetting_words, make_battery,
     measure_battery, moved, paired_bootstrap, read_source, signed, write_answers)
 from .lora import LoRA
 from .memory import OPTIMIZERS, as_optimizer, explaining_out_of_memory, is_out_of_memory, plan_run
@@ -1184,7 +1184,7 @@ def _battery_section(kept):
     "The part of the report that is not about text."
     said = '<ul>' + ''.join(f'<li>{escape(t)}</li>' for t in battery_words(kept)) + '</ul>'
     tasks = [bars({k: {'before': b/n, 'after': a/n} for k, (b, a, n) in kept['tasks'].items()}, x_label='share of the questions answered right')] if kept['tasks'] else []
-    answers = [table([dict(before=b, after=a) for b, a in kept['answers'][:4]], title='What it answers to simple requests')] if kept['answers'] else []
+    answers = [draw_answers(kept['answers'])] if kept['answers'] else []
     return [said, *tasks, *([draw_moved(kept['moved'])] if kept['moved'] else []), *answers]
 
 def _forgetting_section(facts):

@@ -94,16 +94,39 @@ def test_slerp_keeps_length_and_angle():
     torch.testing.assert_close(run("slerp", a, [a*1.5], t=.5), a*1.25)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_ties_by_hand(normalize):
+@pytest.mark.parametrize("normalize, w", [(n, w) for n in (True, False) for w in ([1., .5, .7], [.5]*3, [2]*3, [-.5]*3, [1., -1., .5])])
+def test_ties_by_hand(normalize, w):
     base, m = stack()
-    w, d = [1., .5, .7], torch.stack([keep_top(t - base, .3) for t in m])
+    d = torch.stack([keep_top(t - base, .3) for t in m])
     wd = d*torch.tensor(w)[:, None]
     sign = torch.where(wd.sum(0) >= 0, 1., -1.)
     mask = wd.sign() == sign
     want = (wd*mask).sum(0)
-    if normalize: want = want/(torch.tensor(w)[:, None]*mask).sum(0).where(mask.any(0), torch.ones(()))
+    share = (torch.tensor(w)[:, None]*mask).sum(0)
+    if normalize: want = want/share.where(share != 0, torch.ones(()))
     torch.testing.assert_close(run("ties", base, m, weight=w, density=.3, normalize=normalize), base + want)
+
+
+def test_ties_of_many_models():
+    "More models than a byte can count agree as few do."
+    d = torch.randn(300, 50, generator=torch.Generator().manual_seed(3))
+    got = run("ties", torch.zeros(50), list(d), weight=.5, density=1.)
+    agree = d.sign() == d.sum(0).sign()
+    torch.testing.assert_close(got, (d*agree).sum(0)/agree.sum(0))
+
+
+@pytest.mark.parametrize("method", [n for n, r in RECIPES.items() if n.startswith(("dare", "della", "breadcrumbs"))])
+def test_stretched_sums(method):
+    "What a sum is stretched by may be taken into its weights: the same as one model at a time."
+    base, m = stack()
+    normalize = {"normalize": False, "rescale": True} if "paper" not in method else {"normalize": False}
+    got = run(method, base, m, weight=[1., .5, .7], density=.6, **normalize)
+    alone = [run(method, base, [base if i != j else t for j, t in enumerate(m)], weight=1., density=.6, **normalize) - base for i in range(len(m))]
+    if RECIPES[method].name in ("dare_linear", "dare_linear_paper", "della_linear", "della_linear_paper", "breadcrumbs"): want = base + sum(w*d for w, d in zip([1., .5, .7], alone))
+    else:
+        d = torch.stack([w*a for w, a in zip([1., .5, .7], alone)])
+        want = base + (d*(d.sign() == torch.where(d.sum(0) >= 0, 1., -1.))).sum(0)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 
 def test_ties_of_the_paper():

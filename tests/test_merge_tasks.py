@@ -1,5 +1,5 @@
 "The runs on real tasks: what the worker does to tensors, and that its results are what they say."
-import itertools, json, sys
+import itertools, json, os, sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +132,67 @@ def test_trainings_are_noted_once():
     "So whoever presses the button, which trains again, writes nothing into the results."
     noted = [t for r in worker.read()['runs'] if r['part'] == 'training' for t in r['tasks']]
     assert sorted(noted) == sorted([*worker.NAMES, 'all tasks'])
+
+
+# The page
+
+@pytest.fixture(scope='module')
+def section():
+    "The names of the chapter's section on real tasks, as a reader who has run it has them."
+    import ftbook.merge
+    from ftbook.explore import table
+    names, on = {**vars(ftbook.merge), 'table': table}, False
+    here = Path.cwd()
+    os.chdir(bench.parent)
+    try:
+        for c in json.loads((bench.parent/'14_merging.ipynb').read_text(encoding='utf-8'))['cells']:
+            source = ''.join(c['source'])
+            if c['cell_type'] == 'markdown': on = source.startswith('## On real tasks') or on and not source.startswith('## ')
+            elif on or source.startswith('import inspect'): exec(source, names)
+    finally: os.chdir(here)
+    return names
+
+
+EXPLORERS = 'by_task', 'merge_weights', 'merge_three'
+
+@pytest.mark.parametrize('name', EXPLORERS)
+def test_every_control_moves_something(section, name):
+    "From the state in which the page opens."
+    shown = section[name]
+    start = shown._key()
+    for i, control in enumerate(shown.controls):
+        others = [start[:i] + (k,) + start[i + 1:] for k in range(len(control.options)) if k != start[i]]
+        assert others and all(shown.frame(k) != shown.picture for k in others), control.name
+
+
+@pytest.mark.parametrize('name, part', [('merge_weights', 'plane'), ('merge_three', 'triangle')])
+def test_points_say_what_they_are(section, name, part):
+    "A point that was measured has the run's score, and any other one says between whom it stands."
+    shown, right, job_of = section[name], section['right'], section['job_of']
+    runs = {(r['method'], str(r['settings']), tuple(r['weights'])): right(r) for r in section['of_part'](part)}
+    for key in itertools.product(*(range(len(c.options)) for c in shown.controls)):
+        f = shown.result(key)
+        if not f['scores']: assert 'was not measured at density' in section['origin'](f)
+        elif len(f['shares']) == 1 and any(f['at']):
+            method, given, weights = job_of(f)
+            assert f['scores'] == runs[method, str(given), tuple(round(w, 4) for w in weights)] and section['origin'](f).startswith('measured')
+        elif len(f['shares']) > 1: assert section['origin'](f).startswith('not measured: between') and sum(f['shares'].values()) == pytest.approx(1)
+
+
+def test_the_button(section):
+    "It merges at the point where the sliders stand, says what it does, and says what went wrong."
+    pytest.importorskip('ipywidgets')
+    calls = []
+    def made(tasks, job, say):
+        calls.append((tasks, job))
+        say('merging, and asking')
+        return dict.fromkeys(tasks, .5)
+    button = section['MergeButton'](section['merge_three'], made)
+    assert 'model_id' in button._repr_mimebundle_()['application/vnd.jupyter.widget-view+json']
+    button.button.click()
+    assert calls == [(worker.THREE, section['job_of'](section['merge_three'].value))]
+    assert button.said.value.startswith('made just now: products 0.500') and not button.button.disabled
+    def failed(*given): raise ValueError('<no such model>')
+    button.made = failed
+    button.button.click()
+    assert button.said.value == '&lt;no such model&gt;' and not button.button.disabled

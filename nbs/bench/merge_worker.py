@@ -6,6 +6,7 @@
     python merge_worker.py ours CONFIG OUT    one merge of ours, whole process
     python merge_worker.py theirs CONFIG OUT  one merge of mergekit's, whole process; run by its interpreter
     python merge_worker.py copy CONFIG OUT    read the inputs and write the output's bytes, whole process
+    python merge_worker.py copies             what was tried against the distance to a copy, in turns, appended to results/merge.json; the machine need not be quiet
     python merge_worker.py big                synthetic models of up to 3 GB, merged under a memory limit, appended to results/merge.json
     python merge_worker.py limited CONFIG OUT one merge of ours that may hold no more than LIMIT bytes of data
 
@@ -193,6 +194,7 @@ def measure_parity():
 
 METHODS = {'ties': dict(density=.5), 'dare_ties': dict(density=.5), 'task_arithmetic': {}}
 ROUNDS = 3
+UNEQUAL = 'ties, unequal weights'
 
 def big_models(folder):
     "The base and three models that differ from it a little, in bfloat16, once."
@@ -230,8 +232,8 @@ def process(side, config, out):
     done = subprocess.run([python, Path(__file__).resolve(), side, config, out], capture_output=True, text=True, env=free)
     seconds = time.perf_counter() - start
     if done.returncode: raise RuntimeError(f'{side} {config}: {done.stderr[-2000:]}')
-    inside, peak_kb = done.stdout.split()[-2:]
-    return dict(seconds=round(seconds, 3), inside=float(inside), peak_mb=round(int(peak_kb)/1024, 1))
+    cpu, inside, peak_kb = done.stdout.split()[-3:]
+    return dict(seconds=round(seconds, 3), inside=float(inside), cpu=float(cpu), peak_mb=round(int(peak_kb)/1024, 1))
 
 def peak():
     "The most memory that this process has held, in KiB; it counts from its own start, which `getrusage` does not."
@@ -239,26 +241,99 @@ def peak():
 
 SIDES = 'theirs', 'ours', 'unhashed', 'copy'
 
-def turn(folder, method):
+def turn(folder, method, sides=SIDES):
     "Every side once, one after the other."
-    return {side: process(side, folder/f'{method}.yml', folder/f'{method} {side}') for side in SIDES}
+    return {side: process(side, folder/f'{method}.yml', folder/f'{method} {side}') for side in sides}
+
+def write_questions(folder):
+    "The models, and one configuration for each method."
+    import yaml
+    big_models(folder)
+    for name, (method, weights) in ({m: (m, (.5, .5, .5)) for m in METHODS} | {UNEQUAL: ('ties', (.5, .4, .3))}).items():
+        c = question(method, [dict(model=str(folder/n), parameters=dict(weight=w, **METHODS[method])) for n, w in zip(NAMES, weights)], str(folder/'base')) | {'dtype': 'bfloat16'}
+        (folder/f'{name}.yml').write_text(yaml.safe_dump(c))
 
 def speed(folder=None):
     "Every round that is missing, on a quiet machine, appended one by one."
-    import yaml
     from domains_worker import append, read
     from ftbook.models import cache_dir
     from quiet import undisturbed
     folder = folder or cache_dir()/'merge_bench'
-    big_models(folder)
-    for method, given in METHODS.items():
-        c = question(method, [dict(model=str(folder/n), parameters=dict(weight=.5, **given)) for n in NAMES], str(folder/'base')) | {'dtype': 'bfloat16'}
-        (folder/f'{method}.yml').write_text(yaml.safe_dump(c))
+    write_questions(folder)
     for again in range(ROUNDS):
         for method in METHODS:
             if any(r.get('method') == method and r.get('round') == again for r in read(SPEED)['runs']): continue
             if found := undisturbed(lambda: turn(folder, method)): append([dict(method=method, round=again, others=found[1], **found[0])], SPEED, ('torch', 'numpy'))
             else: print(f'{method}: the machine was never quiet')
+
+
+# What was tried against the distance to a copy: each attempt alone, in turns
+
+def fill_forked(plan, folder, names, threads, hashes, progress):
+    "In place of `_fill_files`: a forked process for each core, all of them taking tensors from one pipe, the largest first."
+    import numpy as np
+    from ftbook import merge as engine
+    files, todo = {n: open(folder/n, 'r+b', buffering=0) for n in names}, sorted(plan.jobs, key=lambda j: -j.n)
+    np.seterr(all='ignore')
+    engine._keep_memory()
+    take, give = os.pipe()
+    os.write(give, b''.join(i.to_bytes(2, 'little') for i in range(len(todo))))
+    os.close(give)
+    def work():
+        while got := os.read(take, 2): engine._make(plan, job := todo[int.from_bytes(got, 'little')], files[job.file], map, [True]*len(job.models))
+    def child():
+        if pid := os.fork(): return pid
+        try: work()
+        except BaseException: os._exit(1)
+        os._exit(0)
+    if any(os.waitpid(pid, 0)[1] for pid in [child() for _ in range(threads)]): raise RuntimeError('a process failed')
+    for f in files.values(): os.fsync(f.fileno())
+    (folder/engine._DONE).write_text('')
+    return {}, [True]*len(plan.jobs[0].models)
+
+def forked(engine): engine._fill_files = fill_forked
+def small(engine): engine.CHUNK //= 4
+def unkept(engine): engine._keep_memory = lambda: None
+TRIED = dict(forked=forked, small=small, unkept=unkept)
+
+def by_histogram(x, rank):
+    "The k-th largest magnitude by counting upper halves: one pass counts, one collects the bin that holds it."
+    import numpy as np
+    upper = x.view(np.uint16)[1::2]                                   # little-endian: sign, exponent and seven bits
+    above = np.cumsum(np.bincount(upper, minlength=1 << 15)[::-1])[::-1]
+    bin_ = int(np.flatnonzero(above >= rank)[-1])
+    inside = x[upper == bin_]
+    nth = rank - (int(above[bin_]) - len(inside))
+    return float(np.partition(inside, len(inside) - nth)[len(inside) - nth])
+
+def selection(n=1 << 22, rank=1 << 21, tries=9):
+    "What an exact threshold costs per entry: the engine's bracket, a histogram, a partition, a sort; best of some tries."
+    import numpy as np
+    from ftbook.merge import CHUNK, kth_largest
+    x = np.abs(np.random.default_rng(0).standard_normal(n, np.float32))
+    pieces = lambda f: [f(a, min(n, a + CHUNK)) for a in range(0, n, CHUNK)]
+    ways = {'a bracket from a sample': lambda: kth_largest(lambda a, b: x[None, a:b], n, [rank], pieces)[0], 'a histogram of upper halves': lambda: by_histogram(x, rank),
+            'partition': lambda: float(np.partition(x, n - rank)[n - rank]), 'sort': lambda: float(np.sort(x)[n - rank])}
+    def seconds(f):
+        start = time.perf_counter()
+        return f(), time.perf_counter() - start
+    found = {name: [seconds(f) for _ in range(tries)] for name, f in ways.items()}
+    if len({v for runs in found.values() for v, _ in runs}) > 1: raise ValueError('the ways do not agree')
+    return dict(selection={name: round(min(s for _, s in runs)/n*1e9, 3) for name, runs in found.items()}, entries=n)
+
+def copies(folder=None):
+    "Rounds that are missing, whatever else the machine does; how much that was is noted."
+    from domains_worker import append, read
+    from ftbook.models import cache_dir
+    from quiet import disturbed
+    folder = folder or cache_dir()/'merge_bench'
+    write_questions(folder)
+    if not any('selection' in r for r in read(SPEED)['runs']): append([selection()], SPEED, ('torch', 'numpy'))
+    for again in range(ROUNDS):
+        for method in (*METHODS, UNEQUAL):
+            if any(r.get('copies') == method and r.get('round') == again for r in read(SPEED)['runs']): continue
+            found, others = disturbed(lambda: turn(folder, method, ('ours', 'unhashed', *TRIED, 'copy')))
+            append([dict(copies=method, round=again, others=round(others, 3), **found)], SPEED, ('torch', 'numpy'))
 
 
 # Size: synthetic models of up to 3 GB under a memory limit
@@ -316,9 +391,12 @@ if __name__ == '__main__':
     if what == 'limited':
         import resource
         resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
-    if what in ('ours', 'unhashed', 'limited'):
-        from ftbook.merge import merge
+    if what in ('ours', 'unhashed', 'limited', *TRIED):
+        from ftbook import merge as engine
+        if what in TRIED: TRIED[what](engine)
         start = time.perf_counter()
-        merge(given[0], given[1], hashes=what == 'ours')
-    else: dict(parity=measure_parity, answer=answer, speed=speed, theirs=theirs, copy=copy, big=big)[what](*given)
-    if what in (*SIDES, 'limited'): print(round(time.perf_counter() - start, 3), peak())
+        engine.merge(given[0], given[1], hashes=what == 'ours')
+    else: dict(parity=measure_parity, answer=answer, speed=speed, theirs=theirs, copy=copy, big=big, copies=copies)[what](*given)
+    if what in (*SIDES, *TRIED, 'limited'):
+        import resource
+        print(round(sum(sum(resource.getrusage(o)[:2]) for o in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)), 3), round(time.perf_counter() - start, 3), peak())

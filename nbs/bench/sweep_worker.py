@@ -2,7 +2,8 @@
 
     python sweep_worker.py PART [TASK]          every run of a part that is missing, appended to results/sweep.json one by one
     python sweep_worker.py batch N PART [TASK]  the next N of them, in this process
-    python sweep_worker.py parquet              results/sweep.parquet, which the chapter reads, from results/sweep.json
+    python sweep_worker.py parquet              results/sweep.parquet, which the chapter reads, from results/sweep.json; and what ships in ftbook/assets:
+                                                sweep.parquet without the losses, and evidence.json, a summary of other results of this folder
 
 Parts: 'base' (the untouched model), 'design' (a quasi-random design of the space on `TASKS`), 'best' (the best of each method again, with other seeds and other rows), 'search' (a random search of
 the same space on `HELD_OUT`) and 'recommended' (what `ftbook.choose.recommend` says there, knowing only 'design' and 'best'). Two processes may take two tasks side by side.
@@ -14,7 +15,7 @@ from functools import cache
 
 from domains_worker import HERE, append as append_to, read as read_from
 
-RESULTS, TABLE = HERE/'results'/'sweep.json', HERE/'results'/'sweep.parquet'
+RESULTS, TABLE, ASSETS = HERE/'results'/'sweep.json', HERE/'results'/'sweep.parquet', HERE.parent.parent/'ftbook'/'assets'
 PACKAGES = 'torch', 'transformers', 'scipy', 'ftbook'
 TASKS, HELD_OUT = ('movie', 'newsgroups'), ('r8', 'tweets')
 N_TRAIN, N_VALID, N_TEST, N_UNRELATED = 64, 48, 144, 12
@@ -186,7 +187,7 @@ def best(runs, task):
 def recommended(task, seed):
     "What the library says about the rows, given what the model needs in memory and no other knowledge than that of `TASKS`."
     from ftbook.choose import recommend
-    return recommend(rows=[dict(r, label=label) for r, label in rows_of(task, seed)[0]], model='smollm2-135m', memory=16*2**30).settings()
+    return recommend([r for r, _ in rows_of(task, seed)[0]], memory=16, device='cpu', encoder=None).settings()
 
 def plan(part, tasks):
     if part == 'base': yield from ((part, task, seed, 0, dict(method='none')) for seed in (SEED, *SEEDS) for task in tasks)
@@ -206,23 +207,55 @@ def measure(job): append_to([one(*job)], RESULTS, PACKAGES)
 
 # The table
 
+def planned():
+    "How many runs of each part there are to be on each task, of the parts that are numbered."
+    return dict(design={t: len(design()) for t in TASKS}, search={t: SEARCHED for t in HELD_OUT})
+
+def written(path, write):
+    "Write a file beside, then rename it."
+    beside = path.with_suffix('.writing')
+    write(beside)
+    os.replace(beside, path)
+
 def write_table():
-    "All runs as Parquet, one a row, with the machines in the metadata of its schema; written beside, then renamed."
+    "All runs as Parquet, one a row, with the machines in the metadata of its schema."
     import pyarrow as pa, pyarrow.parquet as pq
-    data = read()
-    order = {part: i for i, part in enumerate(PARTS)}
+    data, order = read(), {part: i for i, part in enumerate(PARTS)}
     runs = sorted(data['runs'], key=lambda r: (order[r['part']], r['task'], r['seed'], r['number']))
-    about = dict(machines=data['machines'], rows=dict(train=N_TRAIN, valid=N_VALID, test=N_TEST), model='smollm2-135m')
+    about = dict(machines=data['machines'], rows=dict(train=N_TRAIN, valid=N_VALID, test=N_TEST), planned=planned(), model='smollm2-135m')
     columns = list(dict.fromkeys(['part', 'task', 'seed', 'number', *SETTINGS, *(k for r in runs for k in r)]))
     table = pa.table({c: [r.get(c) for r in runs] for c in columns}).replace_schema_metadata({'ftbook': json.dumps(about)})
-    beside = TABLE.with_suffix('.writing')
-    pq.write_table(table, beside, compression='zstd')
-    os.replace(beside, TABLE)
+    written(TABLE, lambda f: pq.write_table(table, f, compression='zstd'))
+    written(ASSETS/'sweep.parquet', lambda f: pq.write_table(table.drop_columns('curve'), f, compression='zstd'))
+
+def evidence():
+    "What `ftbook.choose` needs of other results: learning curves, the untouched model, methods side by side, merging."
+    import statistics
+    def load(name): return json.loads((HERE/'results'/f'{name}.json').read_text()) if (HERE/'results'/f'{name}.json').exists() else dict(runs=[], rows=[])
+    curves, mean = {}, lambda values: round(statistics.mean(values), 4)
+    for r in load('curves')['runs']:
+        if r['part'] == 'curve':
+            for n, accuracy in r['scores'].items(): curves.setdefault(r['task'], {}).setdefault(r['how'], {}).setdefault(int(n), []).append(accuracy)
+    for r in load('fewshot')['runs']:
+        if r.get('way') == 'checked' and r['task'] in curves and 'accuracy' in r: curves[r['task']].setdefault('setfit', {}).setdefault(r['shots']*(20 if r['task'] == 'newsgroups' else 2), []).append(r['accuracy'])
+    zero = {t: mean([r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', t)]) for t in ('movie', 'tweets') if any((r['part'], r['task']) == ('base', t) for r in read()['runs'])}
+    wanted = 'full', 'LoRA 16', 'Houlsby 70', 'prompt 32, text'
+    methods = {t: {r['variant']: {m: r[m][0] for m in ('accuracy', 'forgetting')} for r in load('methods_summary')['rows'] if r['task'] == t and r['variant'] in wanted} for t in TASKS}
+    return dict(curves={t: {w: {str(n): mean(v) for n, v in sorted(c.items())} for w, c in ways.items()} for t, ways in curves.items()}, zero_shot=zero, methods=methods, merging=merging(load('merge_tasks')['runs'], mean))
+
+def merging(runs, mean):
+    "TIES on pairs of fine-tunes, beside each alone and the base: shares of right answers."
+    def share(text): return text.count('1')/len(text)
+    bounds = {r['tasks'][0]: r['right'] for r in runs if r['part'] == 'bound'}
+    pairs = [r for r in runs if (r['part'], r.get('method'), len(r['tasks'])) == ('tasks', 'ties', 2)]
+    return dict(tasks=2, merged=mean([share(v) for r in pairs for v in r['right'].values()]), own=mean([share(bounds[t][t]) for r in pairs for t in r['tasks']]), base=mean([share(bounds['base'][t]) for r in pairs for t in r['tasks']]))
+
+def write_evidence(): written(ASSETS/'evidence.json', lambda f: f.write_text(json.dumps(evidence(), indent=1) + '\n', encoding='utf-8'))
 
 
 if __name__ == '__main__':
     what = sys.argv[1:]
-    if what == ['parquet']: write_table()
+    if what == ['parquet']: write_table(); write_evidence()
     elif what[:1] == ['batch']:
         for job in missing(*what[2:])[:int(what[1])]: measure(job)
     elif what[:1] and what[0] in PARTS:

@@ -132,14 +132,21 @@ def _sample(values, n):
     starts = [round(i*(n - min(RUN, n))/max(1, count - 1)) for i in range(count)]
     return np.concatenate([values(a, min(n, a + RUN)) for a in starts], 1)
 
+# %% ../nbs/14_merging.ipynb #51e6a8f0
+def _nth_largest(x, k, among=math.inf):
+    "The k-th largest of values in memory, which were chosen from `among` others."
+    if len(x) < 4*RUN or 2*len(x) > among: return float(np.partition(x, len(x) - k)[len(x) - k])
+    return kth_largest(lambda a, b: x[None, a:b], len(x), [k])[0]
+
 # %% ../nbs/14_merging.ipynb #2b9bdc75
 def _bracket(sample, share, widen):
     "Values between which a share of all values, counted from the largest, should lie."
-    s = len(sample)
-    margin = widen*(3*math.sqrt(share*(1 - share)*s) + 3)
+    s, runs = len(sample), max(1, len(sample)//RUN)
+    middle = _nth_largest(sample, min(s, max(1, round(share*s))))
+    apart = (sample[:runs*RUN] > middle).reshape(runs, -1).mean(1).std()*s/math.sqrt(max(1, runs - 1))            # of a rank in the sample, by runs
+    margin = widen*(3*max(math.sqrt(share*(1 - share)*s), apart) + 3)
     low, high = math.floor(s*(1 - share) - margin), math.ceil(s*(1 - share) + margin)
-    cut = np.partition(sample, [o for o in (low, high) if 0 <= o < s]) if low >= 0 or high < s else sample
-    return float(cut[low]) if low >= 0 else -1., float(cut[high]) if high < s else math.inf
+    return _nth_largest(sample, s - low) if low >= 0 else -1., _nth_largest(sample, s - high) if high < s else math.inf
 
 # %% ../nbs/14_merging.ipynb #711e8fc4
 def _within(found, low, high):
@@ -148,7 +155,7 @@ def _within(found, low, high):
     above = np.greater(x, high)
     inside = np.greater_equal(x, low)
     np.logical_xor(inside, above, out=inside)
-    return int(np.count_nonzero(above)), x[inside]
+    return int(np.count_nonzero(above)), np.compress(inside, x)
 
 # %% ../nbs/14_merging.ipynb #e517abdc
 def kth_largest(
@@ -169,7 +176,8 @@ def kth_largest(
         for i in left:
             above, inside = sum(c[i][0] for c in counted), np.concatenate([c[i][1] for c in counted])
             nth = ranks[i] - above                         # among those inside, from the largest
-            if 1 <= nth <= len(inside): answers[i] = float(np.partition(inside, len(inside) - nth)[len(inside) - nth])
+            if 1 <= nth <= len(inside): answers[i] = _nth_largest(inside, nth, n)
+            elif brackets[i] == (-1., math.inf): answers[i] = 0.                                # the rest is no number, and the blend will say so
         widen *= 8                                         # at last the bracket holds everything
     return [answers[i] for i in range(len(ranks))]
 

@@ -42,6 +42,8 @@ QUESTIONS = {
     'task_arithmetic': question('task_arithmetic', three()),
     'task_arithmetic, negation': question('task_arithmetic', three((1., -.8, .3)), parameters={'lambda': .6, 'normalize': True}),
     'ties': question('ties', three(density=.4)),
+    'ties, equal weights': question('ties', three((.5, .5, .5), density=.4)),
+    'ties, equal weights, sum': question('ties', three((.5, .5, .5), density=.4), parameters=dict(normalize=False)),
     'ties, sum': question('ties', three(density=.2), parameters={'normalize': False, 'lambda': .7, 'int8_mask': True}),
     'ties, rescaled': question('ties', three(density=.4), parameters=dict(rescale=True)),
     'ties, gradients': question('ties', [model(n, weight=GRADIENT, density=[1, .3, .1]) for n in NAMES]),
@@ -292,9 +294,9 @@ def fill_forked(plan, folder, names, threads, hashes, progress):
     return {}, [True]*len(plan.jobs[0].models)
 
 def forked(engine): engine._fill_files = fill_forked
-def small(engine): engine.CHUNK //= 4
+def small_pieces(engine): engine.CHUNK //= 4
 def unkept(engine): engine._keep_memory = lambda: None
-TRIED = dict(forked=forked, small=small, unkept=unkept)
+TRIED = dict(forked=forked, small=small_pieces, unkept=unkept)
 
 def by_histogram(x, rank):
     "The k-th largest magnitude by counting upper halves: one pass counts, one collects the bin that holds it."

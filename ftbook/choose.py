@@ -230,7 +230,7 @@ def module_names(
     "The modules that a word for them means, in models of the Llama kind."
     return dict(attention=['q_proj', 'k_proj', 'v_proj', 'o_proj'], mlp=['gate_proj', 'up_proj', 'down_proj']).get(layers, layers)
 
-# %% ../nbs/17_choose.ipynb #642df1ef
+# %% ../nbs/17_choose.ipynb #e5480417
 class TrainButton:
     "In Jupyter, a button that acts on what an explorer shows; on a page, a sentence."
     def __init__(self,
@@ -253,8 +253,8 @@ class TrainButton:
             try: out.value = self.press()._repr_html_()
             except (ValueError, OSError, RuntimeError) as e: out.value = f'<pre>{escape(str(e))}</pre>'
         button.on_click(pressed)
-        box = W.VBox([button, out], model_id=f'ftbook-train-{zlib.crc32(self.label.encode()):08x}')
-        return bundle | {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=box.model_id)}
+        self.widget = W.VBox([button, out], model_id=f'ftbook-train-{zlib.crc32(self.label.encode()):08x}')
+        return bundle | {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.widget.model_id)}
 
 # %% ../nbs/17_choose.ipynb #78177bdf
 @lru_cache(None)
@@ -281,7 +281,7 @@ WAYS = {'full': dict(precision='bf16'), 'LoRA': dict(method=LoRA()), 'QLoRA': di
 STEPS = 100_000 # Rows from which full fine-tuning learnt more than LoRA of low rank: Biderman et al. 2024
 FEWEST = 16 # Rows of the smallest training set that was measured
 
-# %% ../nbs/17_choose.ipynb #75c7f963
+# %% ../nbs/17_choose.ipynb #66a6f527
 @lru_cache(None)
 def plan_way(
     way:str, # A key of `WAYS`
@@ -302,7 +302,7 @@ def fits(
 )->tuple[bool, bool, float]: # (does it fit, does it need checkpointing, GiB)
     "Would a way to train fit, if need be with checkpointing?"
     first = plan_way(way, model, seq_len, device)
-    if first.fits(memory) or way == 'prompt tuning': return first.fits(memory), False, first.peak/GIB
+    if first.fits(memory): return first.fits(memory), False, first.peak/GIB
     second = plan_way(way, model, seq_len, device, True)
     return second.fits(memory), True, second.peak/GIB
 
@@ -322,7 +322,7 @@ class Decision:
     checkpointing:bool=False # Is it needed to fit?
     def __repr__(self): return '\n'.join([self.choice, *(f'  {b}' for b in self.borders)])
 
-# %% ../nbs/17_choose.ipynb #9959dfd2
+# %% ../nbs/17_choose.ipynb #78774020
 def _before_training(n, known, classify, finetunes):
     "What to do with too few rows to train a language model on; (None, border) where there are enough."
     facts = evidence()
@@ -333,8 +333,15 @@ def _before_training(n, known, classify, finetunes):
     if not classify: return None, Border('the rows ask for text, which a classifier cannot write', 'asked')
     curves = facts['curves']['movie' if known else 'newsgroups']
     at, how = crossing(curves['frozen'], curves['smollm2'])
+    if known and n < at and (few := _no_better(curves['frozen'], facts['zero_shot'].get('movie', 0.), n)): return 'zero-shot', Border(few, 'measured')
     if n < at: return 'SetFit', Border(f"below about {at:,.0f} rows a frozen encoder is ahead of a small language model {'that knows' if known else 'new to'} the task", how)
     return None, Border(f"from about {at:,.0f} rows on the fine-tuned language model is ahead of a frozen encoder", how)
+
+def _no_better(curve, zero_shot, n):
+    "A sentence, where a frozen encoder with so few rows is no better than the model as it is."
+    sizes = [int(k) for k in curve]
+    at = max([k for k in sizes if k <= n], default=min(sizes))
+    if curve[str(at)] <= zero_shot: return f"with {at} rows a frozen encoder is right on {curve[str(at)]:.0%}, and the untouched model on {zero_shot:.0%} without any"
 
 # %% ../nbs/17_choose.ipynb #a889493a
 def _by_memory(n, keep, holds):
@@ -452,7 +459,7 @@ def held_out(
     low, high = wilson(round(.8*k), k)
     return share, f"{min(k, 500)} rows tell a share of 80 % to within {50*(high - low):.0f} points either way"
 
-# %% ../nbs/17_choose.ipynb #7939da34
+# %% ../nbs/17_choose.ipynb #e64bc89c
 @dataclass
 class Recommendation:
     "What to do, and why."
@@ -465,6 +472,14 @@ class Recommendation:
     @property
     def broken(self)->list: return self.findings.errors # What the audit calls an error
 
+    def next(self,
+        path:str|Path='this file', # Where the configuration is
+    )->str:
+        "What to do now."
+        source = self.recipe.data.source
+        other = {'SetFit': f'ftbook fewshot {source}', 'merge': 'ftbook merge, with a file that names the fine-tunes', 'zero-shot': 'no training: ask the model as it is', 'a smaller model': 'the same question for a smaller model'}
+        return f"{other[self.decision.choice]}; to train all the same: ftbook train {path}" if self.decision.choice in other else f'ftbook train {path}'
+
     def settings(self)->dict: # As a run of the sweep names them
         "The settings alone."
         return dict(self.config)
@@ -473,7 +488,7 @@ class Recommendation:
         folder:str|Path='.', # Where it will lie: files are named from there
     )->str: # `ftbook train` reads it
         "The configuration, a reason behind every value."
-        lines = [f'# {f}' for e in self.broken for f in ('The audit calls these rows broken. ' + str(e)).split('\n')] + [f'# {line}' for line in repr(self.decision).split('\n')]
+        lines = [f'# {f}' for e in self.broken for f in ('The audit calls these rows broken. ' + str(e)).split('\n')] + [f'# {line}' for line in repr(self.decision).split('\n') + [f'next: {self.next()}']]
         section = ''
         for key, (value, why, source) in self.reasons.items():
             head, _, name = key.rpartition('.')
@@ -493,7 +508,7 @@ class Recommendation:
 
     def facts(self)->dict: # As JSON can hold it
         "What a program wants to know."
-        return dict(choice=self.decision.choice, borders=[asdict(b) for b in self.decision.borders], broken=[str(f) for f in self.broken], reasons={k: dict(value=v, reason=w, source=s) for k, (v, w, s) in self.reasons.items()})
+        return dict(choice=self.decision.choice, next=self.next(), borders=[asdict(b) for b in self.decision.borders], broken=[str(f) for f in self.broken], reasons={k: dict(value=v, reason=w, source=s) for k, (v, w, s) in self.reasons.items()})
 
     def __repr__(self): return self.yaml()
     def _repr_html_(self):
@@ -513,7 +528,7 @@ def row_lengths(
     except (OSError, ValueError): return round(1.6*max(len(t.split()) for t in longest)) + 32, 'guessed from words, since there is no tokenizer here'
     return max(len(tokenizer(t)['input_ids']) for t in longest) + 32, 'counted'
 
-# %% ../nbs/17_choose.ipynb #8fb31309
+# %% ../nbs/17_choose.ipynb #5187643e
 TYPES = {'full': 'full', 'prompt tuning': 'prompt'} # Decision -> method of the sweep; lora for all others
 
 def _data_keys(view, source, text_column, label_column):
@@ -523,25 +538,25 @@ def _data_keys(view, source, text_column, label_column):
     for name, value in dict(text_column=text_column, label_column=label_column).items(): found[name] = (value, 'as given', 'asked')
     return {k: v for k, v in found.items() if k == 'source' or v[0] != k.partition('_')[0]} | {'shape': ('classification', f'{len(set(view.labels))} labels were found', 'audit')}
 
-def _model_keys(model, decision, device):
+def _model_keys(model, decision, device, config, why):
     "Keys of the model."
-    found = {'name': (model, 'as given', 'asked')}
+    found = {'name': (model, 'as given', 'asked'), 'dtype': (as_recipe(config).model.dtype, f"precision: {why['precision']}", 'measured')}
     if decision.choice == 'QLoRA': found['quantize'] = ('nf4', 'the weights do not fit in 16 bits', 'planned')
     return found | {'device': (device, 'as given' if device else 'the fastest there is', 'asked')}
 
-# %% ../nbs/17_choose.ipynb #4cee4815
+# %% ../nbs/17_choose.ipynb #057cb971
 def _method_keys(config, why):
     "Keys of the method."
     given = asdict(as_recipe(config).method)
     named = dict(rank='rank', alpha='alpha_ratio', dropout='dropout', target_modules='target_modules', bottleneck_size='rank', num_virtual_tokens='rank')
     mine = dict(lora=('rank', 'alpha', 'dropout', 'target_modules'), houlsby=('bottleneck_size', 'dropout'), prompt=('num_virtual_tokens',)).get(config['method'], ())
-    return {k: (given[k], why[named[k]], 'measured') for k in mine}
+    return {k: (given[k], 'alpha / rank: '*(k == 'alpha') + why[named[k]], 'measured') for k in mine}
 
 def _train_keys(config, why, n, decision):
     "Keys of the training."
     epochs, told = passes(n, config['epochs'])
     found = {'lr': (config['lr'], why['lr'] + '; on larger models it was not measured here', 'measured'), 'epochs': (epochs, told, 'measured'),
-             'batch_size': (min(config['batch_size'], n), why['batch_size'], 'measured'), 'warmup': (config['warmup'], why['warmup'], 'measured')}
+             'batch_size': (max(1, min(config['batch_size'], n)), why['batch_size'], 'measured'), 'warmup': (config['warmup'], why['warmup'], 'measured')}
     return found | {'gradient_checkpointing': (decision.checkpointing, 'without it, it does not fit' if decision.checkpointing else 'it fits without', 'planned')}
 
 # %% ../nbs/17_choose.ipynb #41f2a2ea
@@ -553,7 +568,7 @@ def _memory(memory, device):
     if free <= 0: raise ValueError(f'memory is given in GiB, such as 24, not as {memory!r}')
     return free/GIB, kind
 
-# %% ../nbs/17_choose.ipynb #a35f3a12
+# %% ../nbs/17_choose.ipynb #66536860
 def recommend(
     data, # A file, a hub id, a shipped corpus, or rows
     model:str='smollm2-135m', # A shipped name, a hub id, a folder, or a key of `SHAPES`
@@ -578,8 +593,8 @@ def recommend(
     decision = decide(n, lambda way: fits(way, model, gib, longest, kind), known=known, classify=view.kind == 'classification', keep=keep, finetunes=finetunes)
     config, why = choose_settings(sweep or load_sweep(), TYPES.get(decision.choice, 'lora'), seed)
     share, told = held_out(n)
-    found = dict(model=_model_keys(model, decision, device), data=_data_keys(view, str(source), text_column, label_column) | {'test_size': (share, told, 'planned')},
-                 method={'type': (config['method'], decision.choice, 'measured')} | _method_keys(config, why), train=_train_keys(config, why, n, decision))
+    found = dict(model=_model_keys(model, decision, device, config, why), data=_data_keys(view, str(source), text_column, label_column) | {'test_size': (share, told, 'planned')},
+                 method={'type': (config['method'], f'{decision.choice}, for the reasons above', decision.borders[-1].source)} | _method_keys(config, why), train=_train_keys(config, why, round(n*(1 - share)), decision))
     reasons = {f'{part}.{k}': v for part, keys in found.items() for k, v in keys.items()} | {'seed': (seed, 'as given', 'asked')}
     recipe = make_recipe({part: {k: v for k, (v, *_) in keys.items()} for part, keys in found.items()} | dict(seed=seed))
     return Recommendation(decision, recipe, reasons, findings, config)

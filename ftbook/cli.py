@@ -244,7 +244,7 @@ def _write_figure(file, svg):
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, svg)
 
-# %% ../nbs/18_cli.ipynb #3a2bbb0b
+# %% ../nbs/18_cli.ipynb #8cbae7a1
 @app.command()
 def recommend(
     file:Annotated[str, typer.Argument(help='A file (.jsonl .json .csv .tsv .parquet), a hub id or a shipped corpus.', show_default=False)], # Rows to learn
@@ -267,7 +267,7 @@ def recommend(
         found = recommend(_source(file), model, memory=memory, device=device, known=known, keep=keep, finetunes=finetunes, text_column=text_column, label_column=label_column,
                           encoder=None if encoder == 'none' else encoder)
         path = found.save(out or Path(f'{Path(file).stem}.yaml'))
-    print(json.dumps(found.facts() | dict(written=str(path))) if as_json else f"{found}\n{_short(path.absolute())}; go on with: ftbook train {_short(path.absolute())}")
+    print(json.dumps(found.facts() | dict(written=str(path))) if as_json else f"{found}\nnext: {found.next(_short(path.absolute()))}")
 
 # %% ../nbs/18_cli.ipynb #0f607d9d
 @app.command()

@@ -7,7 +7,6 @@ import numpy as np, pytest
 from typer.testing import CliRunner
 
 from ftbook import choose as c
-from ftbook.quality import Findings
 from ftbook.recipe import load_recipe
 
 root = Path(__file__).parents[1]
@@ -43,7 +42,7 @@ def known(): return sweep()
 def rows(): return [dict(text=f"row {i} says that the {'film' if i % 3 else 'play'} number {i*i} was {'good' if i % 2 else 'bad'}", label=["bad", "good"][i % 2]) for i in range(120)]
 
 
-def advised(rows, known, **given): return c.recommend(rows, memory=8, device="cpu", encoder=None, sweep=known, **given)
+def advised(rows, runs, **given): return c.recommend(rows, **(dict(memory=8, device="cpu", encoder=None, sweep=runs) | given))
 
 
 # The file
@@ -190,11 +189,15 @@ def test_every_value_has_a_reason_and_the_file_is_a_recipe(rows, known, tmp_path
 
 
 def test_broken_rows_are_told_first(rows, known):
-    found = advised(rows, known)
-    found.findings = Findings([])
-    found.findings.add("error", "labels.all", "every row has one label", "bring others")
+    found = advised([r for r in rows if r["label"] == "good"], known)
     assert found.yaml().startswith("# The audit calls these rows broken.") and found._repr_html_().startswith("<p><b>The audit calls")
-    assert "labels.all" in found.facts()["broken"][0]
+    assert "labels.classes" in found.facts()["broken"][0]
+
+
+@pytest.mark.parametrize("n, given, says", [(6, dict(known=False), "ftbook fewshot"), (6, dict(finetunes=2), "ftbook merge"), (6, {}, "no training"), (120, dict(memory=.01), "smaller model"), (120, {}, "ftbook train it.yaml")])
+def test_what_to_do_next(rows, known, n, given, says):
+    found = advised(rows[:n], known, **given)
+    assert says in found.next("it.yaml") and "ftbook train it.yaml" in found.next("it.yaml") and "# next: " in found.yaml()
 
 
 @pytest.mark.parametrize("given, said", [(dict(memory=-1), "GiB"), (dict(memory=0), "GiB"), (dict(text_column="nothing"), "nothing")])

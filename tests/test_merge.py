@@ -236,6 +236,28 @@ def test_selection_reads_little_more_than_once():
     assert read[0] <= 1.04*1_000_000
 
 
+def test_selection_of_rows_that_differ():
+    "Rows of a matrix have scales of their own: the bracket knows from its sample, and is missed as seldom as otherwise."
+    g, passes = torch.Generator().manual_seed(6), []
+    for _ in range(30):
+        data = (torch.randn(600, 900, generator=g)*torch.randn(600, 1, generator=g).exp()).abs().reshape(1, -1)
+        passes.append(0)
+        def pieces(f):
+            passes[-1] += 1
+            return [f(0, data.shape[1])]
+        assert kth_largest(lambda a, b: data[:, a:b], data.shape[1], [200_000], pieces) == [float(data[0].sort(descending=True).values[199_999])]
+    assert sum(passes) <= 33
+
+
+@pytest.mark.parametrize("share", [.01, .6, 1.])
+def test_selection_among_what_is_no_number(share):
+    "It ends; that a NaN is there is for the blend to say."
+    data = np.abs(np.random.default_rng(0).standard_normal(60_000, np.float32))
+    data[:int(share*len(data))] = np.nan
+    found, = kth_largest(lambda a, b: data[None, a:b], len(data), [30_000])
+    assert math.isfinite(found)
+
+
 def test_streams_are_parts_of_one_stream():
     whole = coins("k", 0, 5*M.PIECE)
     for a, b in ((0, 1), (1, 2), (M.PIECE - 1, M.PIECE + 1), (3, 4*M.PIECE + 7), (2*M.PIECE, 3*M.PIECE)): assert (coins("k", a, b) == whole[a:b]).all()
@@ -650,6 +672,13 @@ def test_numbers_that_are_none(models, tmp_path, bad, method):
     c = recipe_for(models, method, NAMES[1:2] if method == "slerp" else NAMES[1:], "base" if RECIPES[method].base else None, **p)
     with pytest.raises(ValueError, match=r"red: model.layers.1.mlp.up_proj.weight has 1 values"): merge(c, tmp_path/"out")
     assert not (tmp_path/"out").exists()
+
+
+def test_a_tensor_of_nothing_but_nan(models, tmp_path):
+    "A threshold cannot be found in it, and the merge says so all the same."
+    name = "model.layers.1.mlp.up_proj.weight"
+    spoil(models, "red", lambda t: t | {name: torch.full_like(t[name], math.nan)})
+    with pytest.raises(ValueError, match=f"red: {name} has .* values"): merge(recipe_for(models, "ties", density=.4), tmp_path/"out")
 
 
 def test_an_overflow_is_named(models, tmp_path):

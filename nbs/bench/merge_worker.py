@@ -323,6 +323,32 @@ def selection(n=1 << 22, rank=1 << 21, tries=9):
     if len({v for runs in found.values() for v, _ in runs}) > 1: raise ValueError('the ways do not agree')
     return dict(selection={name: round(min(s for _, s in runs)/n*1e9, 3) for name, runs in found.items()}, entries=n)
 
+def mixed(sample, share, widen):
+    "The engine's bracket without a look at how runs differ, as if values were well mixed."
+    import math
+    import numpy as np
+    s = len(sample)
+    margin = widen*(3*math.sqrt(share*(1 - share)*s) + 3)
+    low, high = math.floor(s*(1 - share) - margin), math.ceil(s*(1 - share) + margin)
+    ordered = np.sort(sample)
+    return float(ordered[low]) if low >= 0 else -1., float(ordered[high]) if high < s else math.inf
+
+def repeats(densities=(.2, .5)):
+    "How many passes over the tensors of SmolLM2 had to be made again because the bracket was missed: with the engine's width, and with that for mixed values."
+    from ftbook import merge as engine
+    from ftbook.models import model_folder
+    model, found = engine.Checkpoint('base', model_folder('smollm2-135m')), {}
+    for name, bracket in dict(engine=engine._bracket, mixed=mixed).items():
+        engine._bracket, passes, tensors = bracket, [], [k for k, t in model.tensors.items() if t.kind in engine.KINDS]
+        for k in tensors:
+            parts = engine.Parts(k, model.tensors[k].shape, lambda start, stop, out: out.fill(0), [model.fill(k)])
+            each = parts.each
+            def counted(f): return passes.append(k) or each(f)
+            parts.each = counted
+            for d in densities: engine.tensor_thresholds(parts, [d])
+        found[name] = len(passes) - len(tensors)*len(densities)
+    return dict(repeats=found, thresholds=len(tensors)*len(densities))
+
 def copies(folder=None):
     "Rounds that are missing, whatever else the machine does; how much that was is noted."
     from domains_worker import append, read
@@ -331,6 +357,7 @@ def copies(folder=None):
     folder = folder or cache_dir()/'merge_bench'
     write_questions(folder)
     if not any('selection' in r for r in read(SPEED)['runs']): append([selection()], SPEED, ('torch', 'numpy'))
+    if not any('repeats' in r for r in read(SPEED)['runs']): append([repeats()], SPEED, ('torch', 'numpy'))
     for again in range(ROUNDS):
         for method in (*METHODS, UNEQUAL):
             if any(r.get('copies') == method and r.get('round') == again for r in read(SPEED)['runs']): continue

@@ -244,8 +244,10 @@ def peak():
 SIDES = 'theirs', 'ours', 'unhashed', 'copy'
 
 def turn(folder, method, sides=SIDES):
-    "Every side once, one after the other."
-    return {side: process(side, folder/f'{method}.yml', folder/f'{method} {side}') for side in sides}
+    "Every side once, one after the other; what they write is gone afterwards."
+    found = {side: process(side, folder/f'{method}.yml', folder/f'{method} {side}') for side in sides}
+    for side in sides: shutil.rmtree(folder/f'{method} {side}')
+    return found
 
 def write_questions(folder):
     "The models, and one configuration for each method."

@@ -232,7 +232,7 @@ def cost(variant):
                 start = time.perf_counter(); model(ids); times.append(time.perf_counter() - start)
         return statistics.median(times[2:])
     model.eval()
-    found = dict(variant=variant, step_seconds=statistics.median(h['seconds'] for h in run.history[2:]), peak_bytes=peak, forward_seconds=forward(), trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    found = dict(variant=variant, threads=torch.get_num_threads(), step_seconds=statistics.median(h['seconds'] for h in run.history[2:]), peak_bytes=peak, forward_seconds=forward(), trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
     if VARIANTS[variant] is not None:
         try: found['merged_seconds'] = forward() if merge_(model, keep=False) else None
         except ValueError: found['merged_seconds'] = None

@@ -262,9 +262,9 @@ def merged_log_probabilities(
     ids:Tensor, # (n, k): the tokens that keep their name
 )->Tensor: # (n, k + 1); the last column is all other tokens together
     "The distribution over a few named tokens and the rest."
-    named = logits.log_softmax(-1).gather(1, ids)
-    rest = torch.log1p(-named.exp().sum(1, keepdim=True).clamp(max=1 - 1e-6))
-    return torch.cat([named, rest], 1)
+    p = logits.log_softmax(-1)
+    rest = p.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True).clamp(min=-80) # where every token has its name, next to nothing
+    return torch.cat([p.gather(1, ids), rest], 1)
 
 # %% ../nbs/12_forgetting.ipynb #155acb53
 def divergence(

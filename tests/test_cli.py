@@ -239,7 +239,7 @@ def long(tiny, tmp_path_factory):
     "A longer run that nothing disturbed: its folder, and what it wrote on stdout and stderr."
     desk = tmp_path_factory.mktemp("long")
     write_rows(desk/"rows.jsonl", good_rows())
-    write_config(desk/"it.yaml", tiny_config(tiny, "rows.jsonl", train=dict(epochs=30, save_every=20), method=dict(dropout=.1)))
+    write_config(desk/"it.yaml", tiny_config(tiny, "rows.jsonl", train=dict(epochs=30, save_every=20), method=dict(dropout=.1), forgetting=dict(prompts=0)))
     code, out, err = finish(start("train", "it.yaml", "--json", cwd=desk))
     assert code == 0, err
     return desk, out, err

@@ -419,6 +419,7 @@ def make_battery(
     seed:int=0, # Of the choice of texts
 )->Battery: # ValueError where it would ask nothing
     "Texts, tasks and prompts for one tokenizer."
+    if not 0 <= n_prompts <= 16: raise ValueError(f"n_prompts must be from 0 to 16, not {n_prompts}")
     found = {Path(name).name: [plain_example(t, tokenizer, max_length) for t in forgetting_texts(name, rows, seen, seed)] for name in texts}
     asked = [task for source in tasks for task in _tasks(source, tokenizer)]
     requests = shipped_battery()['prompts'][:n_prompts]

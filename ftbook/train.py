@@ -908,8 +908,9 @@ def add_penalty(self:Loop)->dict: # For the history: {'penalty': nats}, or nothi
     "Add the gradient of what the regulariser gives."
     if self.regularizer is None: return {}
     if self.sharded or self.deepspeed: raise ValueError("a regulariser reads whole weights: run it on one device, or under ddp")
-    with self.synchronised(last=False), self.accelerator.autocast(): penalty = self.regularizer(self.model, self.step)
-    if penalty.requires_grad: self.accelerator.backward(penalty)
+    with self.synchronised(last=False):
+        with self.accelerator.autocast(): penalty = self.regularizer(self.model, self.step)
+        if penalty.requires_grad: self.accelerator.backward(penalty)
     return dict(penalty=penalty.item())
 
 # %% ../nbs/04_training.ipynb #8f9efc86

@@ -1,12 +1,12 @@
 """The runs of `forgetting.ipynb`: one task after another, and what is left of the earlier ones and of other text.
 
     python forgetting_worker.py                    every run that is missing, appended to results/forgetting.json one by one
-    python forgetting_worker.py SEQUENCE           those of one sequence
-    python forgetting_worker.py batch N [SEQUENCE] the next N of them, in this process
+    python forgetting_worker.py I/N                every Nth of them from the Ith on: so N processes share the work
+    python forgetting_worker.py batch K [I/N]      the next K of them, in this process
 
 A run is (sequence, variant, seed). All train SmolLM2-135M on 64 short rows a task, twice, 8 to a step, with the same weights (or the same adapter) going on from task to task. Before the first task and after each,
 it is asked about held-out rows of all tasks (the most probable of a task's labels; of explanations, the loss), and reads two kinds of other text. The last model of some runs is also judged on the line back to the base.
-Neutral text, for the remedies that need some, is of the same kinds but never the text that is judged.
+Neutral text, for the remedies that need some, is of the same kinds but never the text that is judged. The first seed tries every strength of a remedy; the other seeds run the better one (by learnt minus lost).
 """
 import copy, json, random, statistics, subprocess, sys, time
 from functools import cache
@@ -29,7 +29,7 @@ VARIANTS |= {f'{m}, {r} {s:g}': way(m, r, s) for m in RATES for r, s in (('repla
 VARIANTS |= {f'full, {r} {s:g}': way('full', r, s) for r, s in (('L2-SP', 1.), ('L2-SP', 10.), ('EWC', 1e3), ('EWC', 1e5), ('freeze', 15))}
 VARIANTS |= {f'lora, rank {r}': way('lora', rank=r) for r in (2, 64)}
 RANK = 16
-FEW = *(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates), *(f'{m}, {r}' for m in RATES for r in ('replay 0.2', 'distill 1'))     # variants of the short sequence
+FEW = *(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates[1:]), *(f'{m}, replay 0.2' for m in RATES)     # variants of the short sequence
 LINED = 'full 0.0001', 'full 0.0003', 'lora 0.001', 'lora 0.003'
 
 
@@ -153,10 +153,23 @@ def one(sequence, variant, seed):
 
 def read(): return read_from(RESULTS)
 
-def missing(sequences=tuple(SEQUENCES)):
-    done = {(r['sequence'], r['variant'], r['seed']) for r in read()['runs']}
-    jobs = [(s, v, seed) for seed in range(SEEDS) for v in VARIANTS for s in SEQUENCES if s == 'domains' or v in FEW]
-    return [job for job in jobs if job not in done and job[0] in sequences]
+def chosen(runs):
+    "Variants of the long sequence that are run with all seeds: of a remedy with several strengths, the better one; empty until the first seed is complete."
+    first = {r['variant']: learnt(r) - lost(r) for r in runs if (r['sequence'], r['seed']) == ('domains', 0)}
+    if len(first) < len(VARIANTS): return []
+    rivals = {}
+    for v, w in VARIANTS.items():
+        if w['remedy'] != 'none': rivals.setdefault((w['method'], w['remedy']), []).append(v)
+    beaten = {v for some in rivals.values() for v in some if v != max(some, key=first.get)}
+    return [v for v in VARIANTS if v not in beaten]
+
+def jobs(runs):
+    return [(s, v, seed) for seed in range(SEEDS) for s, some in (('domains', chosen(runs) if seed else VARIANTS), ('explaining', FEW)) for v in some]
+
+def missing(share='0/1'):
+    runs, (i, n) = read()['runs'], map(int, share.split('/'))
+    done = {(r['sequence'], r['variant'], r['seed']) for r in runs}
+    return [job for job in jobs(runs)[i::n] if job not in done]
 
 def measure(job): append_to([one(*job)], RESULTS, PACKAGES)
 
@@ -199,6 +212,6 @@ def of(runs, sequence, variant): return [r for r in runs if (r['sequence'], r['v
 if __name__ == '__main__':
     what = sys.argv[1:]
     if what[:1] == ['batch']:
-        for job in missing(what[2:] or tuple(SEQUENCES))[:int(what[1])]: measure(job)
+        for job in missing(*what[2:])[:int(what[1])]: measure(job)
     else:
-        while missing(what or tuple(SEQUENCES)): subprocess.run([sys.executable, __file__, 'batch', '4', *what], check=True, cwd=HERE)   # a process ends before its memory grows
+        while missing(*what): subprocess.run([sys.executable, __file__, 'batch', '4', *what], check=True, cwd=HERE)   # a process ends before its memory grows

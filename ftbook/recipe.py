@@ -158,7 +158,7 @@ class ForgettingKeys:
     measure:Annotated[bool, "ask a battery of other things before and after"]=True
     texts:Annotated[list[str], "shipped corpora, or files with a field text"]=field(default_factory=lambda: ['newspaper', 'products'])
     rows:Annotated[int, "texts from each, at most", _at_least(2)]=200
-    tasks:Annotated[list[str], "questions with known answers: facts are ftbook's own; or files of prompt and completion"]=field(default_factory=lambda: ['facts'])
+    tasks:Annotated[list[str], "questions with known answers: facts are ftbook's own; files of prompt and completion; lm_eval:NAME of the evaluation harness"]=field(default_factory=lambda: ['facts'])
     prompts:Annotated[int, "simple requests to answer", Rule('from 0 to 16', lambda n: 0 <= n <= 16)]=8
 
 # %% ../nbs/16_recipe.ipynb #b8a67857
@@ -420,6 +420,7 @@ class Prepared:
     test:list=field(default_factory=Encoded) # Examples of `test_rows`
     validation:list=field(default_factory=list) # Examples kept from training for early stopping
     memory:dict=field(default_factory=dict) # Planned bytes by item
+    battery:Battery|None=None # What is asked about what was lost; None where nothing is
 
 # %% ../nbs/16_recipe.ipynb #811d532c
 def _refuse(p, refused, n, where):
@@ -639,6 +640,19 @@ def _check_memory(p):
     p.findings.add(level, 'model', f"{need/1e9:.2f} GB for weights, gradients and optimiser on {device} in {str(dtype)[6:]}; activations come on top" + (f"; {free/1e9:.1f} GB are free" if free else ''),
         '' if level == 'note' else 'train an adapter (method.type: lora), hold the weights in 16 bits, or take a smaller model')
 
+# %% ../nbs/16_recipe.ipynb #f2f98580
+def _check_battery(p):
+    "Can everything be asked that is to be asked about what was lost?"
+    keys, said = p.recipe.forgetting, {normalise(t) for row in p.train_rows for t in _strings(row)}
+    if not keys.measure or not p.train: return
+    p.battery = make_battery(p.tokenizer, keys.texts, keys.tasks, keys.prompts, rows=keys.rows, max_length=min(256, p.n_limit), seen=said, seed=p.recipe.seed)
+
+# %% ../nbs/16_recipe.ipynb #2a63f186
+def _strings(row):
+    "Every text in a row: whole messages, and for a classification the text behind the instruction."
+    parts = [t for part in row_parts(row) for t in ([part] if isinstance(part, str) else [m.get('content') or '' for m in part])]
+    return parts + [t.partition('\n\n')[2] for t in parts if '\n\n' in t]
+
 # %% ../nbs/16_recipe.ipynb #3a639391
 def holds_run(
     folder:Path, # Any
@@ -679,7 +693,7 @@ def _check_folder(p):
     if need > free: add('error', 'out', f"{there} has {free/1e6:,.0f} MB free; checkpoints and result need {need/1e6:,.0f} MB", 'make room, or choose another disk')
 
 # %% ../nbs/16_recipe.ipynb #18619cb6
-_checks = {'data.source': _check_rows, 'model.name': _check_model, 'method': _check_method, 'data': _check_tokens, 'model': _check_memory, 'out': _check_folder}
+_checks = {'data.source': _check_rows, 'model.name': _check_model, 'method': _check_method, 'data': _check_tokens, 'model': _check_memory, 'forgetting': _check_battery, 'out': _check_folder}
 
 def prepare(
     recipe:Recipe, # What is to be done
@@ -691,7 +705,7 @@ def prepare(
     if problem: p.findings.add('error', *problem.split(' ', 1))
     for where, step in _checks.items() if not problem else ():
         try: step(p)
-        except (ValueError, OSError) as e: p.findings.add('error', where, str(e))
+        except (ValueError, OSError, ImportError) as e: p.findings.add('error', where, str(e))
     return p
 
 # %% ../nbs/16_recipe.ipynb #8a95df89
@@ -760,11 +774,10 @@ def measure_together(
     job, # Knows its processes
     p:Prepared, # Rows to judge by
     model:nn.Module, # Before or after
-    battery:Battery|None, # What is asked about what was lost
     before:dict|None=None, # What this gave before the training
 )->dict: # As `measure`, and battery
     "Judge with the rows shared among the processes of a run."
-    texts = battery.texts if battery else {}
+    battery, texts = p.battery, p.battery.texts if p.battery else {}
     asked = battery and measure_battery(model, replace(battery, texts={}), before and before.get('battery'))
     if job.world == 1 or job.world > min(len(p.test), *map(len, texts.values()), 10**9): return measure(p, model, texts, job.progress) | dict(battery=asked)
     from accelerate.utils import gather_object
@@ -916,19 +929,6 @@ def _load(recipe):
     if keys.attention: model.set_attn_implementation(keys.attention)
     return model
 
-# %% ../nbs/16_recipe.ipynb #f2f98580
-def _battery(p):
-    "What is asked about what was lost; None where nothing is."
-    keys, said = p.recipe.forgetting, {normalise(t) for row in p.train_rows for t in _strings(row)}
-    if not keys.measure: return None
-    return make_battery(p.tokenizer, keys.texts, keys.tasks, keys.prompts, rows=keys.rows, max_length=min(256, p.n_limit), seen=said, seed=p.recipe.seed)
-
-# %% ../nbs/16_recipe.ipynb #2a63f186
-def _strings(row):
-    "Every text in a row: whole messages, and for a classification the text behind the instruction."
-    parts = [t for part in row_parts(row) for t in ([part] if isinstance(part, str) else [m.get('content') or '' for m in part])]
-    return parts + [t.partition('\n\n')[2] for t in parts if '\n\n' in t]
-
 # %% ../nbs/16_recipe.ipynb #d507fc0f
 def _apply(p, model):
     "Put the method on the model; see that it changes nothing yet, and will learn something."
@@ -977,13 +977,13 @@ def run(
     job = Job(recipe, out, progress)
     with job.stage('check', 'rows, tokens, memory, folder'): p = _begin(job, resume)
     if (job.out/'report.json').exists(): return _ended(job)
-    with job.stage('load', recipe.model.name): model, battery = _load(recipe), _battery(p)
-    with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'): before = job.once('before.json', lambda: measure_together(job, p, model, battery))
+    with job.stage('load', recipe.model.name): model = _load(recipe)
+    with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'): before = job.once('before.json', lambda: measure_together(job, p, model))
     with job.stage('train', f'{len(p.train):,} rows'):
         _apply(p, model)
         trained = _train(job, p, model)
     if trained.stopped == 'interrupted': return _interrupted(job, trained, model, p)
-    with job.stage('after', 'judge it again'): after = measure_together(job, p, model, battery, before)
+    with job.stage('after', 'judge it again'): after = measure_together(job, p, model, before)
     with job.stage('save', str(out)): job.first(lambda: _save(p, model))
     report = Report(collect(p, job, trained, before, after, model), show_mask(min(p.train, key=len), p.tokenizer))
     job.first(lambda: report.save(job.out))

@@ -1,5 +1,5 @@
 "Hold what a fine-tune is said to have lost, and the remedies, against definitions and against other libraries."
-import copy, json
+import copy, json, sys
 
 import numpy as np
 import pytest, torch
@@ -234,3 +234,61 @@ def test_measurements_survive_json_and_order(loaded):
     same = f.measure_battery(model, battery, json.loads(json.dumps(then)))
     assert max(map(max, same["divergence"])) < 1e-3 and same["tasks"] == then["tasks"]
     with pytest.raises(ValueError, match="one battery"): f.compare_batteries(then, dict(same, tasks={}), tokenizer)
+
+
+# The evaluation harness
+
+HARNESS_YAML = """task: facts
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{prompt}}"
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{metric: METRIC, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def harness(tmp_path, monkeypatch):
+    "A manager of the harness that knows one task, our facts about capitals and opposites."
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path/"cache"))
+    def make(metric="acc"):
+        rows = [r for r in f.shipped_battery()["facts"] if r["task"] == "capitals"]
+        answers = sorted({r["completion"] for r in rows})
+        (tmp_path/"facts.jsonl").write_text("\n".join(json.dumps(dict(prompt=r["prompt"], choices=answers, gold=answers.index(r["completion"]))) for r in rows))
+        (tmp_path/"facts.yaml").write_text(HARNESS_YAML.replace("FILE", str(tmp_path/"facts.jsonl")).replace("METRIC", metric))
+        return tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    return make
+
+
+def test_the_harness_finds_the_same_answers_right(harness):
+    model, tokenizer = load_model("smollm2-135m", dtype="float32", device="cpu")
+    ours = f.make_task("facts", [r for r in f.shipped_battery()["facts"] if r["task"] == "capitals"], tokenizer)
+    theirs = f.ask_harness(model, tokenizer, f.harness_tasks(["facts"], harness()))
+    assert theirs == {"facts": f.ask(model, ours)} and 0 < sum(theirs["facts"]) < len(ours.gold) + 1
+
+
+def test_a_battery_asks_what_the_harness_asks(harness, loaded):
+    model, tokenizer = loaded
+    battery = f.make_battery(tokenizer, [], f.harness_tasks(["facts"], harness()), 0, rows=5)
+    then = f.measure_battery(model, battery)
+    assert battery.tasks == [] and len(then["tasks"]["facts"]) == 5
+    report = f.compare_batteries(then, f.measure_battery(model, battery, then), tokenizer)
+    assert report.tasks["facts"][0] == report.tasks["facts"][1] and report.accuracy == (0, 0, 0)
+
+
+def test_harness_tasks_that_cannot_be_asked(harness, tmp_path):
+    with pytest.raises(ValueError, match="no task 'fatcs'"): f.harness_tasks(["fatcs"], harness())
+    with pytest.raises(ValueError, match="facts has no answers that are right or wrong, but brier_score"): f.harness_tasks(["facts"], harness("brier_score"))
+    manager = harness()
+    (tmp_path/"facts.jsonl").unlink()
+    with pytest.raises(ValueError, match="rows of the harness's task facts cannot be had"): f.harness_tasks(["facts"], manager)
+
+
+def test_without_the_harness_its_tasks_are_refused(monkeypatch, loaded):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(ImportError, match="pip install lm_eval"): f.make_battery(loaded[1], [], ["lm_eval:arc_easy"])

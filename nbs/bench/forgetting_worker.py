@@ -3,18 +3,19 @@
     python forgetting_worker.py                    every run that is missing, appended to results/forgetting.json one by one
     python forgetting_worker.py I/N                every Nth of them from the Ith on: so N processes share the work
     python forgetting_worker.py batch K [I/N]      the next K of them, in this process
+    python forgetting_worker.py summary            results/forgetting_summary.json, which the chapter reads
 
 A run is (sequence, variant, seed). All train SmolLM2-135M on 64 short rows a task, twice, 8 to a step, with the same weights (or the same adapter) going on from task to task. Before the first task and after each,
 it is asked about held-out rows of all tasks (the most probable of a task's labels; of explanations, the loss), and reads two kinds of other text. The last model of some runs is also judged on the line back to the base.
 Neutral text, for the remedies that need some, is of the same kinds but never the text that is judged. The first seed tries every strength of a remedy; the other seeds run the better one (by learnt minus lost).
 """
-import copy, json, random, statistics, subprocess, sys, time
+import copy, json, os, random, statistics, subprocess, sys, time
 from functools import cache
 
 from domains_worker import HERE, append as append_to, read as read_from
-from methods_worker import fresh, half, loaded
+from methods_worker import fresh, half, interval, loaded
 
-RESULTS = HERE/'results'/'forgetting.json'
+RESULTS, SUMMARY = (HERE/'results'/f'forgetting{part}.json' for part in ('', '_summary'))
 PACKAGES = 'torch', 'transformers'
 SEQUENCES = dict(domains=('movie', 'products', 'tweets', 'news'), explaining=('movie', 'jargon'))
 N_TRAIN, N_TEST, WORDS, BATCH, EPOCHS, SEEDS = 64, 48, 16, 8, 2, 3
@@ -202,16 +203,76 @@ def line_of(run):
     ends = [dict(x=1., **run['stages'][-1])] if 'line' in run else []
     return [dict(x=p['x'], task=statistics.mean(task_loss(p, run['sequence'])), other=other_loss(p)) for p in [*run.get('line', []), *ends]]
 
-def measured(runs, sequence, n=SEEDS):
-    "Variants of a sequence with all their seeds."
-    return [v for v in VARIANTS if sum((r['sequence'], r['variant']) == (sequence, v) for r in runs) >= n]
+def of(runs, sequence, variant): return sorted((r for r in runs if (r['sequence'], r['variant']) == (sequence, variant)), key=lambda r: r['seed'])
 
-def of(runs, sequence, variant): return [r for r in runs if (r['sequence'], r['variant']) == (sequence, variant)]
+def measured(runs, sequence, n=SEEDS):
+    "Variants of a sequence with so many seeds."
+    return [v for v in VARIANTS if len(of(runs, sequence, v)) >= n]
+
+
+# Methods at equal learning
+
+def by_rate(runs, sequence, method, seed):
+    "The curve that the rates draw: (learnt, lost) of one seed, in the order of the rates."
+    return [(learnt(r), lost(r)) for lr in RATES[method] for r in of(runs, sequence, f'{method} {lr:g}') if r['seed'] == seed]
+
+def price(curve, level):
+    "The least that is lost where so much is learnt, on the straight lines between neighbouring rates; None where no rate learns as much."
+    paid = [c + (d - c)*(level - a)/(b - a) for (a, c), (b, d) in zip(curve, curve[1:]) if min(a, b) <= level <= max(a, b) and a != b]
+    return min(paid, default=None)
+
+def reach(curve): return min(a for a, _ in curve), max(a for a, _ in curve)
+
+def at_equal_learning(runs, sequence, share):
+    "Per seed, what full fine-tuning and LoRA lose where both have learnt the same: a share of the way from the most that either learns at its lowest rate to the least of their largest."
+    found = []
+    for seed in sorted({r['seed'] for r in runs if r['sequence'] == sequence}):
+        curves = {m: by_rate(runs, sequence, m, seed) for m in RATES}
+        low, high = max(reach(c)[0] for c in curves.values()), min(reach(c)[1] for c in curves.values())
+        level = low + share*(high - low)
+        found.append(dict(seed=seed, learnt=level) | {m: price(c, level) for m, c in curves.items()})
+    return found
+
+def spared(runs, run):
+    "What a remedy lost less than its method alone would have, at a rate that learns as much; None where no rate does."
+    alone = price(by_rate(runs, run['sequence'], run['method'], run['seed']), learnt(run))
+    return None if alone is None else alone - lost(run)
+
+
+# The summary
+
+def row_of(runs, sequence, v):
+    "One row: an interval is (mean, half its width)."
+    from ftbook.forgetting import transfer
+    here = of(runs, sequence, v)
+    moved, gain = [transfer(scores(r)) for r in here], [spared(runs, r) for r in here]
+    values = dict(learnt=map(learnt, here), kept=map(kept, here), lost=map(lost, here)) | {k: [m[k] for m in moved] for k in ('average', 'backward', 'forward')}
+    if VARIANTS[v]['remedy'] != 'none' and None not in gain: values['spared'] = gain
+    return dict(sequence=sequence, variant=v, **VARIANTS[v], seeds=len(here), **{k: [round(x, 5) for x in interval(list(o))] for k, o in values.items()}, cpu_seconds=statistics.median(r['train_cpu_seconds'] for r in here))
+
+def mean_line(runs, sequence, v):
+    "The line from the base to the last model, the mean over the seeds: x, task and other."
+    lines = [line_of(r) for r in of(runs, sequence, v)]
+    return [dict(x=points[0]['x'], **{k: round(statistics.mean(p[k] for p in points), 5) for k in ('task', 'other')}) for points in zip(*lines)]
+
+SHARES = .25, .5, .75, .95
+
+def summary():
+    data = read()
+    runs = data['runs']
+    equal = [dict(sequence=s, share=share, seeds=at_equal_learning(runs, s, share)) for s in SEQUENCES for share in SHARES]
+    return dict(machines=data['machines'], rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)], equal=equal, lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES})
+
+def write_summary():
+    beside = SUMMARY.with_suffix('.writing')
+    beside.write_text(json.dumps(summary(), indent=1) + '\n', encoding='utf-8')
+    os.replace(beside, SUMMARY)
 
 
 if __name__ == '__main__':
     what = sys.argv[1:]
     if what[:1] == ['batch']:
         for job in missing(*what[2:])[:int(what[1])]: measure(job)
+    elif what == ['summary']: write_summary()
     else:
         while missing(*what): subprocess.run([sys.executable, __file__, 'batch', '4', *what], check=True, cwd=HERE)   # a process ends before its memory grows

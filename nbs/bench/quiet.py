@@ -11,8 +11,8 @@ def busy():
 
 
 def own():
-    "Seconds of work of the processes that this one has started and waited for."
-    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    "Seconds of work of this process and of those that it has started and waited for."
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def disturbed(action):

@@ -323,12 +323,12 @@ def _axes(data, log_x, log_y, x_range, y_range, marks):
     return _Axis(xs, log_x, x_range or (min(seen), max(seen)), 6), _Axis(ys, log_y, y_range, 5)
 
 def _lost(data):
-    n = sum(not _finite(r) for series in data.values() for s in series.values() for r in s)
+    n = sum(not _finite(r) and any(v == v for v in r) for series in data.values() for s in series.values() for r in s)
     return [f'{n} value{"s" * (n > 1)} not finite and left out'] if n else []
 
 # %% ../nbs/00_explore.ipynb #7fddfd72
 def plot(
-    lines:dict=None, # {name: (xs, ys)}, drawn as lines that break at values which are not finite
+    lines:dict=None, # {name: (xs, ys)}, drawn as lines that break at values which are not finite; NaN in both is a break that is meant
     points:dict=None, # {name: (xs, ys)}, drawn as dots
     bands:dict=None, # {name: (xs, lows, highs)}, drawn as areas; a band takes the colour of the line of its name
     *,

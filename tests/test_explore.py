@@ -317,6 +317,8 @@ def test_values_that_are_not_finite_are_left_out_and_counted():
     p = plot({'loss': (range(5), [5, math.inf, 3, math.nan, None])})
     assert '3 values not finite and left out' in p.html
     assert len(re.findall('M', re.search(r'<path[^>]* d="([^"]+)"', p.html)[1])) == 2
+    meant = plot({'crosses': ([1, 2, math.nan, 1, 1], [1, 1, math.nan, 0, 2])})
+    assert 'not finite' not in meant.html and len(re.findall('M', re.search(r'<path[^>]* d="([^"]+)"', meant.html)[1])) == 2
 
 def test_names_may_be_numbers():
     assert '>16</text>' in plot({16: ([1, 2], [1, 2]), 32: ([1, 2], [1, 3])}).html

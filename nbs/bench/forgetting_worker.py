@@ -260,7 +260,7 @@ SHARES = .25, .5, .75, .95
 def summary():
     data = read()
     runs = data['runs']
-    equal = [dict(sequence=s, share=share, seeds=at_equal_learning(runs, s, share)) for s in SEQUENCES for share in SHARES]
+    equal = [dict(sequence=s, share=share, seeds=seeds, apart=interval([o['lora'] - o['full'] for o in seeds])) for s in SEQUENCES for share in SHARES for seeds in [at_equal_learning(runs, s, share)]]
     return dict(machines=data['machines'], rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)], equal=equal, lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES})
 
 def write_summary():

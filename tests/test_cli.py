@@ -37,7 +37,7 @@ def files(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for 
 
 # The shape of a command
 
-@pytest.mark.parametrize("name", ["", "quickstart", "train", "check", "audit", "plan", "fewshot", "merge", "models"])
+@pytest.mark.parametrize("name", ["", "quickstart", "train", "check", "audit", "plan", "recommend", "fewshot", "merge", "models"])
 def test_help(name):
     done = ftbook(*[name] * bool(name), "--help")
     assert done.exit_code == 0 and done.stdout.startswith(f"Usage: ftbook {name}".strip())

@@ -8,8 +8,8 @@ Docs: https://ftbook.github.io/ftbook/choose.html.md"""
 __all__ = ['SETTINGS', 'MEASURES', 'COLUMNS', 'SCALES', 'LAYERS', 'WAYS', 'STEPS', 'FEWEST', 'DEFAULTS', 'WITHIN', 'TYPES',
            'Sweep', 'shipped', 'load_sweep', 'coordinates', 'Surface', 'left_out', 'explained', 'options',
            'slice_along', 'importance', 'nearest', 'as_recipe', 'module_names', 'TrainButton', 'evidence', 'crossing',
-           'plan_way', 'fits', 'Border', 'Decision', 'decide', 'candidates', 'score', 'choose_settings', 'simplify',
-           'passes', 'held_out', 'Recommendation', 'row_lengths', 'recommend']
+           'plan_way', 'fits', 'Border', 'Decision', 'decide', 'candidates', 'score', 'alike', 'choose_settings',
+           'expected_loss', 'simplify', 'passes', 'held_out', 'Recommendation', 'row_lengths', 'recommend']
 
 # %% ../nbs/17_choose.ipynb #5a035465
 import json, math, os, zlib
@@ -377,7 +377,7 @@ def decide(
 # %% ../nbs/17_choose.ipynb #8f5beaf4
 def candidates(
     runs:list, # Of one method
-    n:int=1024, # How many
+    n:int=4096, # How many
     seed:int=0, # Of the draw
 )->list[dict]: # Configurations from the values that were tried
     "Points to choose among, spread evenly."
@@ -398,34 +398,53 @@ def score(
 
 # %% ../nbs/17_choose.ipynb #91e86e7d
 DEFAULTS = dict(precision='bfloat16', dropout=0., warmup=.03, target_modules='all-linear', batch_size=8, rank=16, alpha_ratio=2.) # Of the recipe
-WITHIN = .01 # Of the score: what a few runs cannot tell apart
+WITHIN = .03 # Of the score: the standard error of a share of right answers, about
+
+def alike(
+    sweep:Sweep, # The evidence
+    known:bool=True, # Is the model much better than chance on the task as it is?
+)->list[str]: # Tasks of the design; all, where none is like it
+    "Tasks of the same kind: those that the untouched model gets right more often than not, or the others."
+    knows = {t: np.mean([r['accuracy'] for r in sweep.of('base', task=t)] or [0.]) > .5 for t in sweep.tasks}
+    return [t for t in sweep.tasks if knows[t] == known] or sweep.tasks
 
 def choose_settings(
     sweep:Sweep, # The evidence
     method:str='lora', # As in `SETTINGS`
+    known:bool=True, # Is the model much better than chance on the task as it is?
     seed:int=0, # Of the candidates
 )->tuple[dict, dict]: # The settings; reason for each
     "The settings that the evidence speaks for."
-    runs = {t: sweep.of(('design', 'best'), task=t, method=method) for t in sweep.tasks}
+    runs = {t: sweep.of(('design', 'best'), task=t, method=method) for t in alike(sweep, known)}
     good, lost = ([Surface(r, m) for r in runs.values()] for m in ('accuracy', 'forgetting'))
     pool = candidates(sum(runs.values(), []), seed=seed)
     scores = score(good, pool)
     near = [c for c, s in zip(pool, scores) if s >= scores.max() - WITHIN]
-    best = near[int(np.argmin(sum(s.predict(near)[0] for s in lost)))]
-    best, plain = simplify(best, good)
+    best = near[int(np.argmin(expected_loss(lost, near)))]
+    best, plain = simplify(best, good, lost, scores.max() - WITHIN)
     return best, {s: _why(s, best, good, s in plain) for s in SETTINGS[1:] if best[s] is not None}
+
+def expected_loss(
+    surfaces:Sequence[Surface], # Of forgetting, one a task
+    configs:Sequence[dict], # Of the same method
+)->np.ndarray: # Nats; a guess below zero counts as zero
+    "What is expected to be forgotten, the mean over the tasks."
+    return np.mean([np.maximum(s.predict(configs)[0], 0) for s in surfaces], 0)
 
 # %% ../nbs/17_choose.ipynb #82d77d84
 def simplify(
     config:dict, # Settings
     surfaces:Sequence[Surface], # Of accuracy, one a task
+    lost:Sequence[Surface], # Of forgetting, one a task
+    least:float, # The score that it must keep
+    nats:float=.05, # That all steps together may forget more
 )->tuple[dict, set]: # With defaults where they cost nothing that could be told; which these are
     "Prefer what everybody uses."
-    plain, least = set(), float(score(surfaces, [config])[0]) - WITHIN # all steps together may cost so much
+    plain, most = set(), float(expected_loss(lost, [config])[0]) + nats
     for name, value in DEFAULTS.items():
         if config.get(name) is None: continue
         tried = dict(config, **{name: value})
-        if config[name] == value or score(surfaces, [tried])[0] >= least: config, plain = tried, plain | {name}
+        if config[name] == value or (score(surfaces, [tried])[0] >= least and expected_loss(lost, [tried])[0] <= most): config, plain = tried, plain | {name}
     return config, plain
 
 # %% ../nbs/17_choose.ipynb #6ccc4541
@@ -591,7 +610,7 @@ def recommend(
     findings, n = audit(view, encoder=encoder, progress=False).findings, len(view.usable)
     longest, counted = row_lengths([view.texts[i] for i in view.usable], model)
     decision = decide(n, lambda way: fits(way, model, gib, longest, kind), known=known, classify=view.kind == 'classification', keep=keep, finetunes=finetunes)
-    config, why = choose_settings(sweep or load_sweep(), TYPES.get(decision.choice, 'lora'), seed)
+    config, why = choose_settings(sweep or load_sweep(), TYPES.get(decision.choice, 'lora'), known, seed)
     share, told = held_out(n)
     found = dict(model=_model_keys(model, decision, device, config, why), data=_data_keys(view, str(source), text_column, label_column) | {'test_size': (share, told, 'planned')},
                  method={'type': (config['method'], f'{decision.choice}, for the reasons above', decision.borders[-1].source)} | _method_keys(config, why), train=_train_keys(config, why, round(n*(1 - share)), decision))

@@ -297,15 +297,22 @@ def test_pieces_hold_every_row_once(sizes, max_tokens):
 
 # --- several processes -------------------------------------------------------------------------------------------
 
-def test_two_processes_make_the_same_step(tmp_path):
+def pull(model, pulled):
+    "Nothing, or a pull that is large beside the loss, towards the weights of the beginning."
+    from ftbook.forgetting import Spring
+    return Spring(model, 100.) if pulled else None
+
+
+@pytest.mark.parametrize("pulled", [False, True], ids=["loss alone", "with a regulariser"])
+def test_two_processes_make_the_same_step(tmp_path, pulled):
     "Five rows to a step on two processes, in pieces of unlike size, against one process; the last step leaves one process without a row."
     script = tmp_path/"two.py"
     script.write_text(textwrap.dedent(f"""
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch; torch.set_num_threads(1)
-        from test_train import finetune, rows, tiny, trained
+        from test_train import finetune, pull, rows, tiny, trained
         model = tiny()
-        run = finetune(model, rows(11), lr=1e-3, batch_size=5, max_tokens=50, out={str(tmp_path/"run")!r}, progress=False)
+        run = finetune(model, rows(11), lr=1e-3, batch_size=5, max_tokens=50, out={str(tmp_path/"run")!r}, regularizer=pull(model, {pulled}), progress=False)
         from accelerate import PartialState
         if PartialState().is_main_process: torch.save([trained(model), [h["loss"] for h in run.history]], {str(tmp_path/"two.pt")!r})
     """))
@@ -315,7 +322,10 @@ def test_two_processes_make_the_same_step(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     weights, losses = torch.load(tmp_path/"two.pt", weights_only=True)
     model = tiny()
-    run = finetune(model, rows(11), lr=1e-3, batch_size=5, progress=False)
+    run = finetune(model, rows(11), lr=1e-3, batch_size=5, regularizer=pull(model, pulled), progress=False)
+    free = tiny()
+    if pulled: finetune(free, rows(11), lr=1e-3, batch_size=5, progress=False)
+    assert not pulled or (trained(free) - trained(model)).abs().max() > 1e-4, "the pull must be felt"
     assert losses == pytest.approx([h["loss"] for h in run.history], abs=1e-5)
     assert (weights - trained(model)).abs().max() < 1e-5
     assert len(checkpoints(tmp_path/"run"/"checkpoints")) == 1

@@ -6,7 +6,7 @@
                                                 sweep.parquet without the losses, and evidence.json, a summary of other results of this folder
 
 Parts: 'base' (the untouched model), 'design' (a quasi-random design of the space on `TASKS`), 'best' (the best of each method again, with other seeds and other rows), 'search' (a random search of
-the same space on `HELD_OUT`) and 'recommended' (what `ftbook.choose.recommend` says there, knowing only 'design' and 'best'). Two processes may take two tasks side by side.
+the same space on `HELD_OUT`) and 'recommended' (what `ftbook.choose.recommend` says there, knowing only 'design' and 'best', and how the untouched model does). Two processes may take two tasks side by side.
 All train SmolLM2-135M on 64 rows with one thread; the answer is the most probable of the labels. `cpu_seconds` is the processor time of the training alone, `peak_bytes` the memory above the loaded weights.
 """
 import copy, json, math, os, random, subprocess, sys, time
@@ -167,7 +167,7 @@ def one(part, task, seed, number, config):
     torch.set_num_threads(1)
     before()
     start = time.process_time()
-    found = judged(*loaded('bfloat16'), task, seed) if part == 'base' else trained(config, task, seed)
+    found = judged(*loaded('bfloat16'), task, seed) if part == 'base' else few_shots(task, seed) if config['method'] == 'setfit' else trained(config, task, seed)
     found = {k: (round(v, 5) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in found.items()}
     return dict(part=part, task=task, seed=seed, number=number) | {k: v for k, v in config.items() if v is not None} | found | dict(all_seconds=round(time.process_time() - start, 1))
 
@@ -185,17 +185,36 @@ def best(runs, task):
     good = sorted((r for r in done if r.get('valid_nats') is not None), key=lambda r: r['valid_nats'])
     return [(r['number'], config_of(r)) for method, n in BEST.items() for r in [r for r in good if r['method'] == method][:n]]
 
+def knows(task):
+    "Does the untouched model get the task right more often than not? A reader finds out by asking it."
+    from statistics import mean
+    return mean(r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', task)) > .5
+
 def recommended(task, seed):
-    "What the library says about the rows, given what the model needs in memory and no other knowledge than that of `TASKS`."
+    "What the library says about the rows, given what the model needs in memory and no other knowledge than that of `TASKS`: settings of LoRA, and before them SetFit where it says so."
     from ftbook.choose import recommend
-    return recommend([r for r, _ in rows_of(task, seed)[0]], memory=16, device='cpu', encoder=None).settings()
+    rows = [dict(text=r['prompt'].rpartition('\n')[0], label=label) for r, label in rows_of(task, seed)[0]]
+    found = recommend(rows, memory=16, device='cpu', encoder=None, known=knows(task))
+    return [found.settings()] + [dict(method='setfit')]*(found.decision.choice == 'SetFit')
+
+def few_shots(task, seed):
+    "A classifier of the same rows, with the defaults of chapter 13; the language model is left alone."
+    from ftbook.fewshot import FewShotClassifier
+    from training_worker import Memory
+    train, valid, test = ([(r['prompt'].rpartition('\n')[0], label) for r, label in rows] for rows in rows_of(task, seed))
+    model = FewShotClassifier(device='cpu')
+    memory, begun = Memory(), time.process_time()
+    model.fit(*map(list, zip(*train)))
+    cost = dict(cpu_seconds=round(time.process_time() - begun, 2), peak_bytes=memory.stop(), trained=0, curve=[], diverged=False)
+    def right(rows): return sum(said == label for said, (_, label) in zip(model.predict([text for text, _ in rows]), rows))/len(rows)
+    return cost | dict(valid_accuracy=right(valid), accuracy=right(test), forgetting=0.)
 
 def plan(part, tasks):
     if part == 'base': yield from ((part, task, seed, 0, dict(method='none')) for seed in (SEED, *SEEDS) for task in tasks)
     if part == 'design': yield from ((part, task, SEED, i, config) for i, config in enumerate(design()) for task in tasks)
     if part == 'best': yield from ((part, task, seed, i, config) for seed in SEEDS for task in tasks for i, config in best(read()['runs'], task))
     if part == 'search': yield from ((part, task, SEED, i, config) for i in range(SEARCHED) for task in tasks for config in [searched(task)[i]])
-    if part == 'recommended': yield from ((part, task, seed, 0, recommended(task, seed)) for seed in (SEED, *SEEDS) for task in tasks)
+    if part == 'recommended': yield from ((part, task, seed, i, config) for seed in (SEED, *SEEDS) for task in tasks for i, config in enumerate(recommended(task, seed)))
 
 PARTS = {'base': (*TASKS, *HELD_OUT), 'design': TASKS, 'best': TASKS, 'search': HELD_OUT, 'recommended': HELD_OUT}
 

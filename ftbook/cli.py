@@ -254,6 +254,7 @@ def recommend(
     known:Annotated[bool, typer.Option('--known/--new', help='Is the model much better than chance on the task as it is?')]=True, # Does it know the task?
     keep:Annotated[bool, typer.Option('--keep', help='It must keep all that it knew.')]=False, # Must it keep everything?
     finetunes:Annotated[int, typer.Option(help='Fine-tunes of the same base that are at hand.', min=0)]=0, # To merge
+    price:Annotated[float, typer.Option(help='Accuracy, relative to the best, that a nat not forgotten is worth.', min=0)]=.02, # Of a nat
     text_column:Annotated[str, typer.Option(help='Field with the text.')]='text', # Field with the text
     label_column:Annotated[str, typer.Option(help='Field with the label.')]='label', # Field with the label
     encoder:Annotated[str, typer.Option(help='Of the audit; none leaves meaning and labels out.')]='minilm-l6', # Or none
@@ -264,7 +265,7 @@ def recommend(
     "Say which method and which settings, and why; write the configuration."
     with _guarded(as_json, debug, 'Nothing was written; the same command begins again'):
         from ftbook.choose import recommend
-        found = recommend(_source(file), model, memory=memory, device=device, known=known, keep=keep, finetunes=finetunes, text_column=text_column, label_column=label_column,
+        found = recommend(_source(file), model, memory=memory, device=device, known=known, keep=keep, finetunes=finetunes, price=price, text_column=text_column, label_column=label_column,
                           encoder=None if encoder == 'none' else encoder)
         path = found.save(out or Path(f'{Path(file).stem}.yaml'))
     print(json.dumps(found.facts() | dict(written=str(path))) if as_json else f"{found}\nnext: {found.next(_short(path.absolute()))}")

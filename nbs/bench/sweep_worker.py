@@ -17,7 +17,7 @@ from domains_worker import HERE, append as append_to, read as read_from
 
 RESULTS, TABLE, ASSETS = HERE/'results'/'sweep.json', HERE/'results'/'sweep.parquet', HERE.parent.parent/'ftbook'/'assets'
 PACKAGES = 'torch', 'transformers', 'scipy', 'ftbook'
-TASKS, HELD_OUT = ('movie', 'newsgroups'), ('r8', 'tweets')
+TASKS, HELD_OUT = ('movie', 'newsgroups'), ('r8', 'tweets', 'products')
 N_TRAIN, N_VALID, N_TEST, N_UNRELATED = 64, 48, 144, 12
 SEED, SEEDS, SEARCHED = 0, (1, 2, 3), 50        # of the design and the search; of the best again; runs of the search
 DESIGNED = 64                                   # points of the design that are run on each task, of 104; all methods have their share of them

@@ -97,7 +97,7 @@ def test_left_out_is_what_a_fit_without_the_run_says(known):
 
 
 def test_a_logarithm_stays_positive(known):
-    surface = c.Surface(known.of(task="movie"), "cpu_seconds", log=True)
+    surface = c.Surface(known.of(task="movie"), "cpu_seconds")
     mean, sd = surface.predict([config(epochs=e) for e in (1, 2, 4)])
     assert (mean > 0).all() and mean[0] < mean[1] < mean[2] and (sd >= 0).all()
     with pytest.raises(ValueError, match="8 runs or more, and there are 2"): c.Surface(known.of(task="movie")[:2])

@@ -186,9 +186,11 @@ def best(runs, task):
     return [(r['number'], config_of(r)) for method, n in BEST.items() for r in [r for r in good if r['method'] == method][:n]]
 
 def knows(task):
-    "Does the untouched model get the task right more often than not? A reader finds out by asking it."
+    "Is the untouched model at least a third of the way from chance to perfect? A reader finds out by asking it."
     from statistics import mean
-    return mean(r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', task)) > .5
+    from merge_tasks_worker import labels_of
+    right, chance = mean(r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', task)), 1/len(labels_of(task))
+    return (right - chance)/(1 - chance) > 1/3
 
 def recommended(task, seed):
     "What the library says about the rows, given what the model needs in memory and no other knowledge than that of `TASKS`: settings of LoRA, and before them SetFit where it says so."

@@ -17,7 +17,7 @@ every_chapter = pytest.mark.parametrize("path", modules.values(), ids=order)
 every_notebook = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.relative_to(nbs).as_posix())
 
 # One set of versions known to work together. A requirement must be in it, and its range must admit it.
-known_good = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "bitsandbytes": "0.50.2",
+known_good = {"torch": "2.13.0", "lm_eval": "0.4.13", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "bitsandbytes": "0.50.2",
     "setfit": "1.2.0", "sentence-transformers": "6.2.0", "datasets": "5.2.0", "gguf": "0.19.0", "safetensors": "0.8.0", "numpy": "2.4.6",
     "filelock": "4.2.11", "pyyaml": "6.0.3", "tqdm": "4.70.1", "typer": "0.29.2", "click": "8.5.1", "jinja2": "3.1.6", "pyarrow": "26.0.1", "pip": "23.2.1", "nbdev": "3.3.26", "fastcore": "2.2.39",
     "jupyterlab": "4.6.6", "ipywidgets": "8.1.9", "matplotlib": "3.11.2", "optuna": "5.0.0", "ipykernel": "7.4.0", "nbclient": "0.11.0", "packaging": "26.3",

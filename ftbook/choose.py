@@ -236,7 +236,7 @@ class TrainButton:
         explorer, # Its `.value` is handed on
         act:Callable, # Takes it and gives something with `_repr_html_`
         label:str='Train this point', # On the button
-    ): self.explorer, self.act, self.label = explorer, act, label
+    ): self.explorer, self.act, self.label, self.widget = explorer, act, label, None
 
     def press(self): # What `act` gives
         "Do it."
@@ -246,14 +246,17 @@ class TrainButton:
         bundle = {'text/plain': f'TrainButton({self.label!r})', 'text/html': f'<p style="font:13px system-ui"><i>{self.label}</i>: a button in Jupyter, where a model can be trained.</p>'}
         try: import ipywidgets as W
         except ImportError: return bundle
+        if self.widget is None: self.widget = self._made(W)
+        return bundle | {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.widget.model_id)}
+
+    def _made(self, W):
         button, out = W.Button(description=self.label), W.HTML()
         def pressed(_):
             out.value = 'training ...'
             try: out.value = self.press()._repr_html_()
             except (ValueError, OSError, RuntimeError) as e: out.value = f'<pre>{escape(str(e))}</pre>'
         button.on_click(pressed)
-        self.widget = W.VBox([button, out], model_id=f'ftbook-train-{zlib.crc32(self.label.encode()):08x}')
-        return bundle | {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.widget.model_id)}
+        return W.VBox([button, out], model_id=f'ftbook-train-{zlib.crc32(self.label.encode()):08x}')
 
 # %% ../nbs/17_choose.ipynb #78177bdf
 @lru_cache(None)

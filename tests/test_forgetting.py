@@ -253,11 +253,11 @@ metric_list: [{metric: METRIC, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture
 def harness(tmp_path, monkeypatch):
-    "A manager of the harness that knows one task, our facts about capitals and opposites."
+    "A manager of the harness that knows one task, our facts about orders."
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path/"cache"))
     def make(metric="acc"):
-        rows = [r for r in f.shipped_battery()["facts"] if r["task"] == "capitals"]
+        rows = [r for r in f.shipped_battery()["facts"] if r["task"] == "order"]
         answers = sorted({r["completion"] for r in rows})
         (tmp_path/"facts.jsonl").write_text("\n".join(json.dumps(dict(prompt=r["prompt"], choices=answers, gold=answers.index(r["completion"]))) for r in rows))
         (tmp_path/"facts.yaml").write_text(HARNESS_YAML.replace("FILE", str(tmp_path/"facts.jsonl")).replace("METRIC", metric))
@@ -267,9 +267,9 @@ def harness(tmp_path, monkeypatch):
 
 def test_the_harness_finds_the_same_answers_right(harness):
     model, tokenizer = load_model("smollm2-135m", dtype="float32", device="cpu")
-    ours = f.make_task("facts", [r for r in f.shipped_battery()["facts"] if r["task"] == "capitals"], tokenizer)
+    ours = f.make_task("facts", [r for r in f.shipped_battery()["facts"] if r["task"] == "order"], tokenizer)
     theirs = f.ask_harness(model, tokenizer, f.harness_tasks(["facts"], harness()))
-    assert theirs == {"facts": f.ask(model, ours)} and 0 < sum(theirs["facts"]) < len(ours.gold) + 1
+    assert theirs == {"facts": f.ask(model, ours)} and any(theirs["facts"]) and not all(theirs["facts"])
 
 
 def test_a_battery_asks_what_the_harness_asks(harness, loaded):

@@ -418,7 +418,8 @@ def choose_settings(
     price:float=PRICE, # Of a nat forgotten
     seed:int=0, # Of the candidates
 )->tuple[dict, dict]: # The settings; reason for each
-    "The settings that the evidence speaks for."
+    "The settings that the evidence speaks for; ValueError for a price below 0."
+    if not 0 <= price < math.inf: raise ValueError(f"price must be a number of at least 0, not {price}: it is what a nat forgotten takes off the accuracy")
     runs = {t: sweep.of(('design', 'best'), task=t, method=method) for t in sweep.tasks}
     good, lost = ([Surface(r, m) for r in runs.values()] for m in ('accuracy', 'forgetting'))
     pool = candidates(sum(runs.values(), []), seed=seed)

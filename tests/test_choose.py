@@ -150,6 +150,11 @@ def test_a_nat_has_its_price():
     assert dear < free
 
 
+@pytest.mark.parametrize("price", [-.1, float("nan"), float("inf")])
+def test_a_price_is_a_number_of_at_least_nothing(price):
+    with pytest.raises(ValueError, match="price must be a number of at least 0"): c.choose_settings(c.Sweep(made()), price=price)
+
+
 @pytest.mark.parametrize("lower, upper, rows, how", [
     ({"16": .5, "32": .6}, {"16": .6, "32": .7}, 16, "measured"), ({"10": .5, "1000": .5}, {"10": .4, "1000": .6}, 100, "measured"),
     ({"10": .5, "20": .5}, {"10": .3, "20": .4}, 40, "extrapolated"), ({"10": .5, "20": .5}, {"10": .4, "20": .3}, math.inf, "measured")])

@@ -94,6 +94,12 @@ def judged(model, sequence, seed, precision):
     found = {t: score(ready, t, seed) for t in SEQUENCES[sequence]}
     return dict(accuracy={t: a for t, (a, _) in found.items()}, loss={t: l for t, (_, l) in found.items()}, other={k: round(evaluate(ready, texts).loss, 5) for k, texts in other_text()[0].items()})
 
+@cache
+def judged_base(method, sequence, seed):
+    "What the base knows: the same for every variant of a method."
+    model, _, precision = fresh(method)
+    return judged(model, sequence, seed, precision)
+
 
 # Runs
 
@@ -130,11 +136,13 @@ def one(sequence, variant, seed):
     from ftbook.forgetting import Interpolation, freeze_layers_, trained_weights
     from ftbook.lora import LoRA
     start, way = time.process_time(), VARIANTS[variant]
+    method = 'full' if way['method'] == 'full' else 'LoRA 16'
+    first = judged_base(method, sequence, seed)
     torch.manual_seed(seed)
-    model, _, precision = fresh('full' if way['method'] == 'full' else 'LoRA 16')
+    model, _, precision = fresh(method)
     if way['method'] == 'lora': rank = way.get('rank', RANK); LoRA(rank=rank, alpha=2*rank, seed=seed).apply(model)
     if way['remedy'] == 'freeze': freeze_layers_(model, way['strength'])
-    before, stages, past, trained, steps = trained_weights(model) if variant in LINED and way['method'] == 'full' else None, [judged(model, sequence, seed, precision)], [], 0., []
+    before, stages, past, trained, steps = trained_weights(model) if variant in LINED and way['method'] == 'full' else None, [first], [], 0., []
     stiffness = stiffer(None, model, other_text()[1]) if way['remedy'] == 'EWC' else None
     for task in SEQUENCES[sequence]:
         begun = time.process_time()
@@ -275,4 +283,4 @@ if __name__ == '__main__':
         for job in missing(*what[2:])[:int(what[1])]: measure(job)
     elif what == ['summary']: write_summary()
     else:
-        while missing(*what): subprocess.run([sys.executable, __file__, 'batch', '4', *what], check=True, cwd=HERE)   # a process ends before its memory grows
+        while missing(*what): subprocess.run([sys.executable, __file__, 'batch', '6', *what], check=True, cwd=HERE)   # a process ends before its memory grows

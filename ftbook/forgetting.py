@@ -11,7 +11,8 @@ __all__ = ['HARNESS', 'read_source', 'forgetting_texts', 'plain_example', 'paire
            'draw_divergence', 'stable_rank', 'moved', 'draw_moved', 'Battery', 'make_battery', 'measure_battery',
            'ForgettingReport', 'compare_batteries', 'forgetting_report', 'signed', 'draw_intervals', 'forgetting_words',
            'battery_words', 'draw_answers', 'draw_report', 'Spring', 'fisher', 'Distill', 'replay', 'freeze_layers_',
-           'StopForgetting', 'trained_weights', 'Interpolation', 'pick_interpolation', 'AverageWeights', 'transfer']
+           'StopForgetting', 'trained_weights', 'Interpolation', 'pick_interpolation', 'AverageWeights', 'transfer',
+           'crosses', 'draw_pareto']
 
 # %% ../nbs/12_forgetting.ipynb #c4049960
 import copy, json, math, os, random
@@ -839,3 +840,25 @@ def transfer(
     own, end = R[1:].diagonal(), R[-1]
     return dict(average=float(end.mean()), backward=float((end - own)[:-1].mean()), forward=float(np.mean([R[j, j] - R[0, j] for j in range(1, T)])),
                 forgetting=float((R[1:].max(0) - end)[:-1].mean()))
+
+# %% ../nbs/12_forgetting.ipynb #3d8734fe
+def crosses(
+    points:Sequence[tuple], # ((x, half the width of its interval), (y, half of its)) of each
+    joined:bool=False, # By a line as well
+)->tuple[list, list]: # xs and ys of one line, which breaks at NaN
+    "Points with an interval both ways."
+    xs, ys = ([p[k][0] for p in points if joined] + [math.nan] for k in (0, 1))
+    for (x, dx), (y, dy) in points: xs += [x - dx, x + dx, math.nan, x, x, math.nan]; ys += [y, y, math.nan, y - dy, y + dy, math.nan]
+    return xs, ys
+
+# %% ../nbs/12_forgetting.ipynb #02c28d78
+def draw_pareto(
+    curves:dict, # {method: its points in the order of the rate}, each (learnt, lost), each of these (mean, half the width of its interval)
+    remedies:dict, # {name: a point}
+    x_label:str='learnt', # And its unit
+    title:str='', # What the chart shows
+    ranges:tuple=(None, None), # (low, high) of learnt and of lost, to keep the axes still
+)->Picture: # A chart
+    "Draw learning against forgetting."
+    dots = {name: tuple([v[0]] for v in point) for name, point in remedies.items()} | {m: tuple([p[k][0] for p in points] for k in (0, 1)) for m, points in curves.items()}
+    return plot({m: crosses(points, True) for m, points in curves.items()} | {name: crosses([point]) for name, point in remedies.items()}, dots, x_label=x_label, y_label='nats per token lost on other text', title=title, x_range=ranges[0], y_range=ranges[1], height=440)

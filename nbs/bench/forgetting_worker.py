@@ -1,7 +1,7 @@
 """The runs of `forgetting.ipynb`: one task after another, and what is left of the earlier ones and of other text.
 
     python forgetting_worker.py                    every run that is missing, appended to results/forgetting.json one by one
-    python forgetting_worker.py I/N                every Nth of them from the Ith on: so N processes share the work
+    python forgetting_worker.py I/N                one of N shares of them: so N processes share the work
     python forgetting_worker.py batch K [I/N]      the next K of them, in this process
     python forgetting_worker.py moves              how far some of the runs move the weights on the first task, to results/forgetting_moves.json
     python forgetting_worker.py summary            results/forgetting_summary.json, which the chapter reads
@@ -12,6 +12,7 @@ Neutral text, for the remedies that need some, is of the same kinds but never th
 """
 import copy, json, os, random, statistics, subprocess, sys, time
 from functools import cache
+from zlib import crc32
 
 from domains_worker import HERE, append as append_to, read as read_from
 from methods_worker import fresh, half, interval, loaded
@@ -202,9 +203,10 @@ def jobs(runs):
     return [(s, v, seed) for seed in range(SEEDS) for s, some in (('domains', chosen(runs) if seed else VARIANTS), ('explaining', FEW)) for v in some]
 
 def missing(share='0/1'):
+    "What is not in the file yet. A run belongs to one share, whatever else is on the list."
     runs, (i, n) = read()['runs'], map(int, share.split('/'))
     done = {(r['sequence'], r['variant'], r['seed']) for r in runs}
-    return [job for job in jobs(runs)[i::n] if job not in done]
+    return [job for job in jobs(runs) if crc32(repr(job).encode()) % n == i and job not in done]
 
 def measure(job): append_to([one(*job)], RESULTS, PACKAGES)
 

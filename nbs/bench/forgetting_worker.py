@@ -257,14 +257,11 @@ def measured(runs, sequence, n=SEEDS):
 
 # Methods at equal learning
 
-SLACK = dict(domains=.02, explaining=.02)     # so much learning is not told apart: of right answers, about a standard error
-
-def mean_learnt(runs, sequence, variant): return statistics.mean(map(learnt, of(runs, sequence, variant)))
+SLACKS, SLACK = (0., .01, .02, .03, .04), .02     # so many right answers, as a share, are not told apart; a standard error is about .03
 
 def by_rate(runs, sequence, method, seed):
-    "The curve of the rates, from the base on: what is learnt, the mean over the seeds, and what this seed lost."
-    here = [(f'{method} {lr:g}', r) for lr in RATES[method] for r in of(runs, sequence, f'{method} {lr:g}') if r['seed'] == seed]
-    return [(0., 0.), *((mean_learnt(runs, sequence, v), lost(r)) for v, r in here)]
+    "The curve of the rates with one seed, from the base on: (learnt, lost)."
+    return [(0., 0.), *((learnt(r), lost(r)) for lr in RATES[method] for r in of(runs, sequence, f'{method} {lr:g}') if r['seed'] == seed)]
 
 def price(curve, level):
     "The least that is lost where at least so much is learnt, on the straight lines between neighbours; None where nothing learns as much."
@@ -283,11 +280,10 @@ def at_equal_learning(runs, sequence, share):
         found.append(dict(seed=seed, learnt=level) | {m: price(c, level) for m, c in curves.items()})
     return found
 
-def spared(runs, run):
-    "What a remedy lost less than its method alone would have, at a rate that learns as much to `SLACK`, or the most where none learns as much."
+def spared(runs, run, slack=SLACK):
+    "What a remedy lost less than its method alone would have with the same rows, at a rate that learns as much to `slack`, or the most where none learns as much."
     curve = by_rate(runs, run['sequence'], run['method'], run['seed'])
-    level = min(mean_learnt(runs, run['sequence'], run['variant']), reach(curve)) - SLACK[run['sequence']]
-    return price(curve, level) - lost(run)
+    return price(curve, min(learnt(run), reach(curve)) - slack) - lost(run)
 
 
 # The summary
@@ -296,10 +292,12 @@ def row_of(runs, sequence, v):
     "One row: an interval is (mean, half its width)."
     from ftbook.forgetting import transfer
     here = of(runs, sequence, v)
-    moved, gain = [transfer(scores(r)) for r in here], [spared(runs, r) for r in here]
+    moved, gains = [transfer(scores(r)) for r in here], {}
     values = {f.__name__: map(f, here) for f in (learnt, kept, fell, lost)} | {k: [m[k] for m in moved] for k in ('average', 'backward', 'forward')[sequence == 'explaining':]}       # right answers and nats have no average
-    if VARIANTS[v]['remedy'] != 'none' or 'rank' in VARIANTS[v]: values['spared'] = gain
-    return dict(sequence=sequence, variant=v, **VARIANTS[v], seeds=len(here), **{k: [round(x, 5) for x in interval(list(o))] for k, o in values.items()}, cpu_seconds=statistics.median(r['train_cpu_seconds'] for r in here))
+    if VARIANTS[v]['remedy'] != 'none' or 'rank' in VARIANTS[v]:
+        values['spared'] = [spared(runs, r) for r in here]
+        gains = dict(spared_at={f'{s:g}': [round(spared(runs, r, s), 5) for r in here] for s in SLACKS})
+    return dict(sequence=sequence, variant=v, **VARIANTS[v], seeds=len(here), **gains, **{k: [round(x, 5) for x in interval(list(o))] for k, o in values.items()}, cpu_seconds=statistics.median(r['train_cpu_seconds'] for r in here))
 
 def mean_line(runs, sequence, v):
     "The line from the base to the last model, the mean over the seeds: x, task and other."

@@ -8,11 +8,12 @@ Docs: https://ftbook.github.io/ftbook/data.html.md"""
 __all__ = ['IGNORE', 'SURVEYS', 'DICTIONARIES', 'MAGIC', 'READERS', 'load_corpus', 'user', 'assistant', 'classification_row',
            'term_rows', 'read_rows', 'normalise', 'deduplicate', 'split_rows', 'prompt_ids', 'row_parts', 'Example',
            'to_example', 'show_mask', 'Encoded', 'encode', 'pad', 'length_batches', 'Batch', 'pack', 'shared_prefix',
-           'attend', 'isolate_']
+           'gpu_attention', 'attend', 'without_cudnn_attention', 'isolate_']
 
 # %% ../nbs/02_data.ipynb #9c553513
 import csv, gzip, io, json, os, random, shutil, string, subprocess, tarfile, tempfile, unicodedata
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -638,6 +639,26 @@ def shared_prefix(
     n = min([common, *(i - 1 for i in asked), *(len(e) - 1 for e in examples)])
     return n if len(examples) > 1 and n >= 8 else 0
 
+# %% ../nbs/02_data.ipynb #793c17eb
+def _takes_flash(query, mask):
+    "Does the flash kernel run this? On a GPU it alone lets heads share their keys; where it cannot run, PyTorch would write out all scores."
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return mask is None and dtype in (torch.bfloat16, torch.float16) and (kind != 'cuda' or torch.cuda.get_device_capability(query.device) >= (8, 0))
+
+def gpu_attention(
+    query:Tensor, # (1, n_heads, L, d)
+    key:Tensor, # (1, n_kv_heads, P + L, d)
+    value:Tensor, # (1, n_kv_heads, P + L, d)
+    mask:Tensor|None=None, # (L, P + L), True where a query may look; None: causal
+    dropout:float=0., # Share of attention weights to drop
+    scale:float|None=None, # Multiplies the scores; None: 1/sqrt(d)
+)->Tensor: # (1, n_heads, L, d)
+    "PyTorch's attention, so that a GPU keeps no scores: heads get keys of their own where they cannot share them."
+    groups = query.shape[1]//key.shape[1]
+    if groups > 1 and not _takes_flash(query, mask): key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=groups > 1)
+
 # %% ../nbs/02_data.ipynb #df7b1a6a
 def attend(
     query:Tensor, # (1, n_heads, L, d)
@@ -650,11 +671,22 @@ def attend(
 )->Tensor: # (1, n_heads, L, d)
     "Causal attention within one example."
     n, past, dtype = query.shape[2], key.shape[2] - query.shape[2], query.dtype
-    if query.device.type == 'cpu' and dtype in (torch.bfloat16, torch.float16): query, key, value = query.float(), key.float(), value.float()
     mask = torch.ones(n, past + n, dtype=torch.bool, device=query.device).tril(past) if past or n > (window or n) else None
     if mask is not None and window: mask = mask.triu(past + 1 - window)
+    if query.device.type != 'cpu': return gpu_attention(query, key, value, mask, dropout, scale).to(dtype)
+    if dtype in (torch.bfloat16, torch.float16): query, key, value = query.float(), key.float(), value.float()
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
                                           scale=scale, enable_gqa=key.shape[1] != query.shape[1]).to(dtype)
+
+# %% ../nbs/02_data.ipynb #c2d303e0
+@contextmanager
+def without_cudnn_attention():
+    "Let PyTorch choose among its other kernels of attention."
+    backend = torch.backends.cuda
+    before = backend.cudnn_sdp_enabled()
+    backend.enable_cudnn_sdp(False)
+    try: yield
+    finally: backend.enable_cudnn_sdp(before)
 
 # %% ../nbs/02_data.ipynb #f9519678
 def _attention(module, query, key, value, attention_mask, dropout=0., scaling=None, lengths=None, cu_seq_lens_q=None, sliding_window=None, prefix=0, **kwargs):

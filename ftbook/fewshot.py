@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .data import normalise, read_rows
+from .data import normalise, read_rows, without_cudnn_attention
 from .explore import Picture, escape, page, plot, table, tidy
 from .methods import merge_, remove_
 from .models import _quiet, load_encoder, mean_pool, model_folder, probe_device
@@ -222,10 +222,11 @@ class Body:
         inside = one['special_tokens_mask'].index(0)
         self.ends = one['input_ids'][:inside], one['input_ids'][len(one['input_ids']) - one['special_tokens_mask'][::-1].index(0):]   # such as [CLS] and [SEP]
 
+    @contextmanager
     def computing(self):
         "Autocast to the precision of the products."
         kind = self.encoder.device.type
-        return torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32)
+        with without_cudnn_attention(), torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32): yield
 
 # %% ../nbs/13_setfit.ipynb #812fca34
 @patch

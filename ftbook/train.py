@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.autograd import Function
 from tqdm.auto import tqdm
 
-from .data import IGNORE, Batch, Example, isolate_, length_batches, pack, pad, shared_prefix
+from .data import IGNORE, Batch, Example, isolate_, length_batches, pack, pad, shared_prefix, without_cudnn_attention
 from .explore import Picture, plot
 
 # %% ../nbs/04_training.ipynb #3791073f
@@ -44,6 +44,8 @@ def nats_and_gradient_(
     return (log_total - at_target).sum()
 
 # %% ../nbs/04_training.ipynb #731b84af
+def _turn_rows(hidden): return 32 if hidden.device.type == 'cpu' else 256 # a GPU has no such cache, and every call of a kernel costs
+
 def _turn_(logits, targets, wide):
     "`nats_and_gradient_`, a few rows at a time in float32, so that they stay in the processor's cache."
     nats = wide.new_zeros(())
@@ -59,7 +61,7 @@ class _ChunkedLoss(Function):
     "Head and cross-entropy in chunks, the gradient computed on the way forward."
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk): # (n, d), (V, d), (n,)
-        buffer, wide = hidden.new_empty(min(chunk, len(hidden)), len(weight)), hidden.new_empty(min(32, len(hidden)), len(weight), dtype=torch.float32)
+        buffer, wide = hidden.new_empty(min(chunk, len(hidden)), len(weight)), hidden.new_empty(min(_turn_rows(hidden), len(hidden)), len(weight), dtype=torch.float32)
         grads = [torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
                  torch.zeros_like(weight) if ctx.needs_input_grad[1] else None]
         nats = wide.new_zeros(())
@@ -494,7 +496,8 @@ def isolated(
         try: isolate_(model)
         except ValueError: packs = False
     if fast: fast_(model)
-    try: yield packs
+    try:
+        with without_cudnn_attention(): yield packs
     finally:
         if fast: slow_(model)
         if model.config._attn_implementation != before: model.set_attn_implementation(before)

@@ -30,9 +30,9 @@ SHOTS = 8, 16, 64
 SEEDS = 10
 N_TEST = 400
 N_WORDS = 48                      # the beginning of the long texts, about 80 tokens
-ALL_SEEDS, SOME_SEEDS = 250, 1000 # SetFit runs of no more steps than that have ten seeds, and three; longer ones are timed once
-FEW_SEEDS = 3
-TIMED_STEPS = 100                 # a longer run is timed by these and its time taken in proportion; its accuracy is not measured
+ALL_SEEDS, SOME_SEEDS = 50, 400   # SetFit runs of no more steps than that have ten seeds, and two; longer ones are timed once
+FEW_SEEDS, WHOLE_SEEDS = 3, 2
+TIMED_STEPS = 40                  # a longer run is timed by these and its time taken in proportion; its accuracy is not measured
 FASTFIT_SEEDS, FASTFIT_STEPS = 3, 100          # of each task at 8 rows a class; runs of more steps are timed by this many
 FULL = dict(lr=5e-5, epochs=20, batch_size=16)
 PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
@@ -137,22 +137,27 @@ def full(texts, labels, test, seed):
     with torch.no_grad(): said = head(read_vectors(body, body.ids(test)[0])).argmax(1)
     return times, [classes[k] for k in said], {}
 
-SETFIT = """
-import json, sys, time, math
-task = json.load(sys.stdin)
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer
-from setfit import SetFitModel, Trainer, TrainingArguments
-from sklearn.linear_model import LogisticRegression
-classes = sorted(set(task['labels']))
-model = SetFitModel(model_body=SentenceTransformer(task['encoder'], device='cpu'), model_head=LogisticRegression(), labels=classes)
-data = Dataset.from_dict(dict(text=task['texts'], label=[classes.index(l) for l in task['labels']]))
-args = TrainingArguments(output_dir=task['out'], seed=task['seed'], report_to='none', save_strategy='no', max_steps=task['most'] or -1, show_progress_bar=False)
-trainer = Trainer(model=model, args=args, train_dataset=data)
-start, cpu = time.perf_counter(), time.process_time()
-trainer.train()
-times = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
-print(json.dumps(times | dict(said=[] if task['most'] else [str(s) for s in model.predict(task['test'])])))
+SETFIT_RUN = """
+import time
+def run(task):
+    "Train SetFit with its defaults."
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from setfit import SetFitModel, Trainer, TrainingArguments
+    from sklearn.linear_model import LogisticRegression
+    classes = sorted(set(task['labels']))
+    model = SetFitModel(model_body=SentenceTransformer(task['encoder'], device=task['device']), model_head=LogisticRegression(), labels=classes)
+    data = Dataset.from_dict(dict(text=task['texts'], label=[classes.index(l) for l in task['labels']]))
+    args = TrainingArguments(output_dir=task['out'], seed=task['seed'], report_to='none', save_strategy='no', max_steps=task['most'] or -1, show_progress_bar=False)
+    trainer = Trainer(model=model, args=args, train_dataset=data)
+    start, cpu = time.perf_counter(), time.process_time()
+    trainer.train()
+    times = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
+    return times | dict(said=[] if task['most'] else [str(s) for s in model.predict(task['test'])])
+"""
+SETFIT = SETFIT_RUN + """
+import json, sys
+print(json.dumps(run(json.load(sys.stdin))))
 """
 
 def setfit_steps(task, shots):
@@ -175,7 +180,7 @@ def setfit(texts, labels, test, seed):
     from ftbook.models import model_folder
     steps = count_pairs([labels.count(c) for c in sorted(set(labels))])['setfit_steps']
     whole = steps <= SOME_SEEDS
-    task = dict(texts=texts, labels=labels, test=test, seed=seed, most=0 if whole else TIMED_STEPS, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp())
+    task = dict(texts=texts, labels=labels, test=test, seed=seed, most=0 if whole else TIMED_STEPS, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp(), device='cpu')
     found = outside('SETFIT_PYTHON', SETFIT, task)
     return whole_times(found, steps, task['most']), found['said'] if whole else None, dict(steps=steps, whole=whole)
 
@@ -244,7 +249,7 @@ def seeds(way, task, shots):
     "How many seeds a way has."
     if way == 'predict': return 1 if shots == 8 and task in TASKS else 0
     if way == 'fastfit': return FASTFIT_SEEDS if shots == 8 and task in TASKS else 0
-    if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= ALL_SEEDS else FEW_SEEDS if steps <= SOME_SEEDS else 1
+    if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= ALL_SEEDS else WHOLE_SEEDS if steps <= SOME_SEEDS else 1
     if task == MANY: return 1 if way == 'ours' else 0
     if way in ('full', 'checked') and shots > 16: return FEW_SEEDS
     return SEEDS

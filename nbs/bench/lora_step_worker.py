@@ -57,7 +57,7 @@ def variants(dtype, n, dora, stack):
     ids, frozen = tokens(n), base(dtype).requires_grad_(False).train()
     embeddings = frozen.get_input_embeddings()(ids).detach().requires_grad_()
     stack.enter_context(isolated(whole, fast=True))
-    objective, row = Objective(whole), pack([Example(ids[0].tolist(), [False] + [True]*(n - 1))])[0]
+    objective, row = Objective(whole), pack([Example(ids[0].tolist(), [False] + [True]*(n - 1))])[0].to(ids.device)
     plain = lambda m: lambda: m(ids, labels=ids, use_cache=False).loss
     return dict(peft=(theirs, plain(theirs)), layers=(layers, plain(layers)), finetune=(whole, lambda: objective(row)/(n - 1)),
                 frozen=(frozen, lambda: frozen(inputs_embeds=embeddings, labels=ids, use_cache=False).loss))

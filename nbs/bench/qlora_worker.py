@@ -44,16 +44,20 @@ def adapted(dtype):
     return {k: m.train() for k, m in dict(peft=theirs, **ours).items()}
 
 
-def main(dtype, n, threads, rounds):
+def variants(dtype, n, stack):
+    "name -> (model, function that gives the mean loss of the n tokens)."
     from ftbook.data import Example, pack
     from ftbook.train import Objective, isolated
-    torch.set_num_threads(threads)
     models, ids = adapted(dtype), tokens(n)
+    stack.enter_context(isolated(models['finetune'], fast=True))
+    objective, row = Objective(models['finetune']), pack([Example(ids[0].tolist(), [False] + [True]*(n - 1))])[0].to(ids.device)
+    return {k: (m, (lambda m=m: m(ids, labels=ids, use_cache=False).loss)) for k, m in models.items()} | dict(finetune=(models['finetune'], lambda: objective(row)/(n - 1)))
+
+
+def main(dtype, n, threads, rounds):
+    torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(isolated(models['finetune'], fast=True))
-        objective, row = Objective(models['finetune']), pack([Example(ids[0].tolist(), [False] + [True]*(n - 1))])[0]
-        runs = {k: (m, (lambda m=m: m(ids, labels=ids, use_cache=False).loss)) for k, m in models.items()}
-        runs['finetune'] = models['finetune'], lambda: objective(row)/(n - 1)
+        runs = variants(dtype, n, stack)
         first = {k: weighed_step(*v) for k, v in runs.items()}             # warms up, is compared and weighed
         peft = first['peft']
         assert all(f[2].keys() == peft[2].keys() for f in first.values())

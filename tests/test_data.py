@@ -301,3 +301,40 @@ def test_a_shared_opening_leaves_every_row_something():
     rows = [Example(list(range(10)), [False]*10), Example(list(range(10)) + [50], [False]*10 + [True])]
     (packed,) = pack(rows, share=True)
     assert packed.prefix == 9 and packed.lengths == [9, 1, 2] and packed.input_ids[0].tolist() == [*range(9), 9, 9, 50]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_a_gpu_is_attention(kv_heads, dtype, masked):
+    "Heads that share keys and heads that were given copies: the same numbers and gradients as from a formula."
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 9, 8, dtype=dtype).requires_grad_() for heads in (6, kv_heads, kv_heads))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() & torch.ones(9, 9, dtype=torch.bool).triu(-3) if masked else None
+    out = data.gpu_attention(q, k, v, mask)
+    K, V = (t.repeat_interleave(6//kv_heads, 1).float() for t in (k, v))
+    scores = (q.float() @ K.transpose(2, 3)/8**.5).masked_fill(~(mask if masked else torch.ones(9, 9, dtype=torch.bool).tril()), -torch.inf)
+    want = scores.softmax(-1) @ V
+    near = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=2e-2, rtol=2e-2)
+    assert torch.allclose(out.float(), want, **near) and out.dtype == dtype
+    for a, b in zip(torch.autograd.grad(out.float().square().sum(), (q, k, v)), torch.autograd.grad(want.square().sum(), (q, k, v))): assert torch.allclose(a.float(), b.float(), atol=10*near["atol"], rtol=10*near["rtol"])
+
+
+@pytest.mark.parametrize("dtype, masked, autocast, capability, shares", [
+    (torch.bfloat16, False, None, (9, 0), True), (torch.bfloat16, True, None, (9, 0), False), (torch.float32, False, None, (9, 0), False),
+    (torch.float32, False, torch.bfloat16, (9, 0), True), (torch.float16, False, None, (7, 5), False), (torch.float16, False, None, (8, 0), True)])
+def test_heads_share_keys_only_in_the_flash_kernel(monkeypatch, dtype, masked, autocast, capability, shares):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: autocast)
+    query = type("OnGPU", (), dict(device=torch.device("cuda"), dtype=dtype))()
+    assert data._takes_flash(query, torch.ones(1) if masked else None) == shares
+
+
+def test_cudnn_attention_comes_back_after_an_error():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(KeyError):
+        with data.without_cudnn_attention():
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            raise KeyError
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

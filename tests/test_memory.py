@@ -118,6 +118,23 @@ def test_unpacking_is_followed_once_and_noted_again():
     assert sum(n for n, born, died in lives(follow, 1) if died is None) == 0 and m.peak > m.before + 4*256*1024
 
 
+ON_GPU = [r for r in json.loads((Path(__file__).parent.parent/"nbs"/"bench"/"results"/"gpu_memory.json").read_text())["runs"] if r["tokens"] != 8192]
+@pytest.mark.parametrize("r", [r for r in ON_GPU if r["method"] in ("full", "lora", "prefix")][::3], ids=lambda r: f"{r['model']}-{r['method']}-{r['tokens']}-{r['precision']}-{r['optimizer']}")
+def test_plan_is_what_a_gpu_measured(r):
+    "Runs of bench/gpu, planned again by today's code."
+    from ftbook.prompts import PrefixTuning
+    method = dict(full=None, lora=LoRA(), prefix=PrefixTuning(num_virtual_tokens=20))[r["method"]]
+    p = plan(r["model"], method, dtype=r["dtype"], seq_len=r["tokens"], batch_size=r["rows"], optimizer=r["optimizer"], precision=r["precision"], gradient_checkpointing=r["checkpointing"], device="cuda")
+    assert abs((p.peak - memory.CONTEXT)/(r["measured"] + min(r["left"], memory.WORKSPACE)) - 1) < .03
+
+
+def test_heads_that_cannot_share_keys_are_planned_with_their_own():
+    "In float32 a GPU's kernels want a key for each head: more than with as many heads of keys, and never the scores."
+    shared, own = (plan(llama(hidden_size=128, num_attention_heads=8, num_key_value_heads=k), seq_len=512, device="cuda").peak for k in (1, 8))
+    whole = plan(llama(hidden_size=128, num_attention_heads=8, num_key_value_heads=1), seq_len=512, device="cuda", attention="eager").peak
+    assert shared < own and shared < whole - 3*8*512*512*4
+
+
 def test_seventy_billion_quickly():
     import time
     start = time.process_time()

@@ -262,7 +262,7 @@ def seeds(way, task, shots):
     if task == MADE: return 1 if way == 'ours' or (way, shots) == ('setfit', min(SHOTS)) else 0      # SetFit would list its pairs, 34 millions of 64 rows a class
     if way == 'setfit': return SEEDS if setfit_steps(task, shots) <= WHOLE else 1
     if task == MANY: return 1 if way == 'ours' else 0
-    if way == 'full': return {8: 7, 16: 1}.get(shots, 0)
+    if way == 'full': return 7 if shots == 8 else 0
     if way == 'checked': return SEEDS if (task, shots) == DOUBTFUL else {8: SEEDS//2, 16: FEW_SEEDS}.get(shots, 1)
     return SEEDS
 

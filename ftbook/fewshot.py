@@ -540,8 +540,14 @@ class Checked:
         which:str, # 'frozen' or 'tuned'
     )->float: # Share of the rows, or of the single answers where a row may have several classes
         "Accuracy on held-out rows."
+        return self.each(which).mean().item()
+
+    def each(self,
+        which:str, # 'frozen' or 'tuned'
+    )->Tensor: # (n,) 1 where the row is right; the share of right answers where it may have several classes
+        "Which held-out rows are right."
         s, y = self.scores[which], self.targets
-        return ((s.argmax(1) == y.argmax(1)) if self.exclusive else (s > 0) == (y > 0)).float().mean().item()
+        return (s.argmax(1) == y.argmax(1)).float() if self.exclusive else ((s > 0) == (y > 0)).float().mean(1)
 
 # %% ../nbs/13_setfit.ipynb #792f01d0
 @patch
@@ -558,9 +564,15 @@ def gain(self:Checked)->tuple[float, float]: # (nats a row, standard error); abo
     return d.mean().item(), d.std().item()/len(d)**.5
 
 @patch(as_prop=True)
-def helps(self:Checked)->bool: # False only where both accuracy and cost are worse
+def change(self:Checked)->tuple[float, float]: # (share of the rows, standard error); above 0 where tuning helps
+    "How many more are right after tuning."
+    d = self.each('tuned') - self.each('frozen')
+    return d.mean().item(), d.std().item()/len(d)**.5
+
+@patch(as_prop=True)
+def helps(self:Checked)->bool: # False only where the cost is worse, and accuracy too, by more than a standard error
     "Whether to keep the tuned encoder."
-    return not (self.gain[0] < 0 and self.right('tuned') < self.right('frozen'))
+    return not (self.gain[0] < 0 and self.change[0] < -self.change[1])
 
 # %% ../nbs/13_setfit.ipynb #337ac8a5
 @patch
@@ -1075,12 +1087,12 @@ def _reported(facts, texts, labels, rest, tested, unlabelled, out, encoder, same
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         model.fit(texts, labels, same_labels=same_labels)
-    seconds = time.perf_counter() - began
+    seconds, check = time.perf_counter() - began, str(model.checked or '')
     if tested[0] and same_labels == 'merge': tested = tested[0], [_nearest_class(v, model.classes) for v in tested[1]]
     evaluation, judge = _judge(model, tested, rest)
     pool = unlabelled or (rest[0] if not tested[0] else [])
     facts |= dict(classes=model.classes, n_train=len(texts), n_judged=len(evaluation.targets), judge=judge, accuracy=evaluation.accuracy, macro_f1=evaluation.f1,
-        calibration_error=calibration_error(evaluation), tuned=model.tuned, seconds=seconds, check=str(model.checked) if model.checked else '', warnings=[str(w.message) for w in said])
+        calibration_error=calibration_error(evaluation), tuned=model.tuned, seconds=seconds, check=check, warnings=[m for w in said if (m := str(w.message)) != check])
     report = FewShotReport(model, facts, evaluation, next_rows(model, pool, n_next))
     write_report(report, out)
     return report

@@ -329,7 +329,7 @@ def test_the_check_leaves_the_encoder_as_it_was(tiny):
 
 
 def test_where_tuning_hurts_the_encoder_stays_and_it_is_said(tiny):
-    texts, labels = sentences(8)
+    texts, labels = sentences(20)
     wrecking = Tuning(steps=10, lr=.5)                       # destroys what the encoder knew
     with pytest.warns(UserWarning, match="tuning hurts"): model = classifier(tiny, tuning=wrecking).fit(texts, labels)
     assert not model.tuned and not model.losses and model.checked.right("frozen") > model.checked.right("tuned")

@@ -114,7 +114,7 @@ def ours(texts, labels, test, seed, check=False, tuning=True):
     model.fit(texts, labels, check=check)
     times = clock.read()
     c = model.checked
-    more = dict(tuned=model.tuned) | (dict(held_out={w: round(c.right(w), 4) for w in ('frozen', 'tuned')}, gain=[round(x, 4) for x in c.gain]) if c else {})
+    more = dict(tuned=model.tuned) | (dict(held_out={w: round(c.right(w), 4) for w in ('frozen', 'tuned')}, gain=[round(x, 4) for x in c.gain], change=[round(x, 4) for x in c.change]) if c else {})
     return times, model.predict(test), more
 
 def checked(*args): return ours(*args, check=True)

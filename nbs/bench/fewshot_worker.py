@@ -32,6 +32,7 @@ SEEDS = 10
 N_TEST = 400
 N_WORDS = 48                      # the beginning of the long texts, about 80 tokens
 WHOLE = 50                        # SetFit runs of no more steps than that have ten seeds; longer ones are timed once here (their accuracy: gpu_worker.py)
+LONG, LONG_SEEDS = 700, 4         # up to so many steps, the seeds after the first are whole runs of ten to twenty minutes
 FEW_SEEDS = 2
 DOUBTFUL = 'groups', 16            # where tuning turned out to do harm: the check has ten seeds
 ALL, ALL_ROWS = 0, 1600           # instead of a number of rows a class: all rows, but no more than that
@@ -188,7 +189,7 @@ def setfit(texts, labels, test, seed):
     from ftbook.fewshot import count_pairs
     from ftbook.models import model_folder
     steps = count_pairs([labels.count(c) for c in sorted(set(labels))])['setfit_steps']
-    whole = steps <= WHOLE
+    whole = steps <= WHOLE or seed > 0
     task = dict(texts=texts, labels=labels, test=test, seed=seed, most=0 if whole else TIMED_STEPS, encoder=str(model_folder('minilm-l6')), out=tempfile.mkdtemp(), device='cpu')
     found = outside('SETFIT_PYTHON', SETFIT, task)
     return whole_times(found, steps, task['most']), found['said'] if whole else None, dict(steps=steps, whole=whole)
@@ -260,7 +261,7 @@ def seeds(way, task, shots):
     if way == 'predict': return 1 if shots == 8 and task in TASKS else 0
     if way == 'fastfit': return (FASTFIT_SEEDS if 40*-(-len(split(task, shots, 0)[0])//32) <= FASTFIT_STEPS else 1) if shots == 8 and task in TASKS else 0
     if task == MADE: return 1 if way == 'ours' or (way, shots) == ('setfit', min(SHOTS)) else 0      # SetFit would list its pairs, 34 millions of 64 rows a class
-    if way == 'setfit': return SEEDS if setfit_steps(task, shots) <= WHOLE else 1
+    if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= WHOLE else LONG_SEEDS if steps <= LONG and shots > 8 else 1
     if task == MANY: return 1 if way == 'ours' else 0
     if way == 'full': return 7 if shots == 8 else 0
     if way == 'checked': return SEEDS if (task, shots) == DOUBTFUL else {8: SEEDS//2, 16: FEW_SEEDS}.get(shots, 1)

@@ -758,7 +758,7 @@ def draw_line(
 
 # %% ../nbs/05_memory.ipynb #ff541f8d
 GIB = 2**30
-CONTEXT = 750*2**20 # What a CUDA process holds beside its tensors: 749 MiB on an H200 (bench/memory_gpu)
+CONTEXT = 750*2**20 # What a CUDA process holds beside its tensors: 749 MiB on an H200 (bench/gpu)
 WORKSPACE = 64*2**20 # cuBLAS as PyTorch sets it up, measured there; 8.1 MiB before Hopper
 @dataclass
 class Plan:

@@ -452,3 +452,9 @@ def test_merge_says_what_is_wrong_and_writes_nothing(pair, old, new, options, sa
     done = ftbook("merge", "both.yaml", *(options if options != ["red"] else [pair/"red"]))
     assert done.exit_code == 1 and says in done.stderr and done.stdout == "", done.output
     assert files(pair) == before
+
+
+def test_a_merge_says_its_notes_once(pair, tiny):
+    (pair/"one.yaml").write_text(f"merge_method: task_arithmetic\nbase_model: {tiny}\nmodels:\n- {{model: red, parameters: {{weight: 0.5}}}}\n")
+    done = ftbook("merge", "one.yaml")
+    assert done.exit_code == 0 and (done.stdout + done.stderr).count("one model only") == 1 and "ftbook-merges/one" in done.stdout, done.output

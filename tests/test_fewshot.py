@@ -338,6 +338,22 @@ def test_where_tuning_hurts_the_encoder_stays_and_it_is_said(tiny):
     assert model.predict(new) == plain.predict(new)
 
 
+@pytest.mark.parametrize("wrong, kept", [(1, True), (4, False)])
+def test_one_row_less_is_no_reason_to_drop_the_tuning(wrong, kept):
+    y = torch.eye(2).repeat(8, 1)
+    tuned = torch.cat([y[:-wrong], 1 - y[-wrong:]])*4
+    c = Checked(y, dict(frozen=y*4, tuned=tuned))
+    assert c.gain[0] < 0 and c.change[0] == -wrong/16 and c.helps == kept
+    assert Checked(torch.cat([y, y], 1), dict(frozen=torch.cat([y, y], 1)*8 - 4, tuned=torch.cat([tuned, tuned], 1)*2 - 4), exclusive=False).helps == kept
+
+
+def test_a_report_says_its_verdict_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checked, "helps", property(lambda self: False))
+    texts, labels = sentences(4)
+    report = fewshot_report(write_csv(tmp_path/"rows.csv", [("text", "label"), *zip(texts, labels)]), out=tmp_path/"out", encoder=tiny, device="cpu")
+    assert str(report).count("tuning hurts") == 1 and not [w for w in report.facts["warnings"] if "hurts" in w]
+
+
 def test_the_check_sees_no_held_out_row(tiny):
     "Labels by lot: a judge that had seen the rows would find them right."
     rng = random.Random(0)

@@ -284,7 +284,8 @@ def fewshot(seconds, n):
 
 
 if __name__ == '__main__':
-    what, *args = sys.argv[1:]
+    what, *args = sys.argv[1:] or ['']
     if what == 'rows': rows_file(args[0])
     elif what == 'few_process': few_process(float(args[0]), args[1])
-    else: globals()[what](*map(int, args))
+    elif what in ('context', 'memory', 'steps', 'nf4', 'agree', 'tried', 'fewshot', 'fewshot_times'): globals()[what](*map(int, args))
+    else: sys.exit(f'{what!r} is nothing that this measures.\n{__doc__}')

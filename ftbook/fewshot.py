@@ -497,7 +497,9 @@ def _usable(texts, targets, classes, exclusive):
     keep = sorted(first.values())
     shots = Shots([texts[i] for i in keep], targets[keep], classes, exclusive)
     counts = shots.targets.sum(0).int().tolist()
-    if sum(n > 0 for n in counts) < 2: raise ValueError(f'all usable rows have the class {classes[int(np.argmax(counts))]!r}: a classifier needs two or more' if keep else 'no row is left')
+    if sum(n > 0 for n in counts) < 2:
+        lost = f'; {len(against)} rows were left out, since their text has two labels, the first {texts[min(against)][:60]!r}' if against else ''
+        raise ValueError((f'all usable rows have the class {classes[int(np.argmax(counts))]!r}: a classifier needs two or more' if keep else 'no row is left') + lost)
     if alone := [c for c, n in zip(classes, counts) if n == 1]: warnings.warn(f'{len(alone)} classes have one example, the first {alone[0]!r}: it has no pair of its own kind', stacklevel=4)
     if unseen := [c for c, n in zip(classes, counts) if n == 0]: warnings.warn(f'{len(unseen)} classes have no example, the first {unseen[0]!r}: they are never predicted. Describe them, with `descriptions`', stacklevel=4)
     return shots

@@ -910,7 +910,7 @@ def read_config(
     c.update(_module(c.pop('modules', None)))
     found = find_recipe(c.get('merge_method'))
     if ('models' in c) and ('slices' in c) or not ({'models', 'slices'} & c.keys()): raise ValueError('the configuration needs either models or slices')
-    if not (c.get('models') or c.get('slices')): raise ValueError('the configuration lists no model')
+    if not _listed(c, 'slices' if 'slices' in c else 'models', 'the configuration'): raise ValueError('the configuration lists no model')
     slices = c.pop('slices') if 'slices' in c else [{'sources': [{**_mapping(m, 'a model'), 'layer_range': None} for m in c.pop('models')]}]
     c['slices'] = [_slice(s, c.get('base_model'), len(slices) == 1, found) for s in slices]
     for s in [c, *c['slices'], *(o for s in c['slices'] for o in s['sources'])]: _check_settings(s.get('parameters') or {}, c['merge_method'])
@@ -924,11 +924,15 @@ def _mapping(given, where):
     if not isinstance(given, dict): raise ValueError(f'{where} must be a mapping, not {given!r}')
     return given
 
+def _listed(given, key, where):
+    if not isinstance(found := given.get(key), list): raise ValueError(f'{where}: {key} must be a list, not {found!r}')
+    return found
+
 # %% ../nbs/14_merging.ipynb #7ae9db9b
 def _module(modules):
     "The one module of a model, as if its slices stood alone."
     if not modules: return {}
-    if len(modules) > 1: raise ValueError(f"modules: {', '.join(modules)} are several, and only models of one module are supported")
+    if len(_mapping(modules, 'modules')) > 1: raise ValueError(f"modules: {', '.join(modules)} are several, and only models of one module are supported")
     _check_keys(one := next(iter(modules.values())), {'models', 'slices'}, 'modules')
     return one
 
@@ -936,7 +940,9 @@ def _module(modules):
 def _slice(given, base, alone, found):
     "A slice with its base among its sources, checked."
     _check_keys(given, {'sources', 'base_model', 'parameters'}, 'a slice')
-    for s in given['sources']: _check_keys(s, {'model', 'layer_range', 'parameters'}, f"model {s.get('model')!r}")
+    for s in _listed(given, 'sources', 'a slice'):
+        _check_keys(s, {'model', 'layer_range', 'parameters'}, 'a source of a slice' if not isinstance(s, dict) else f"model {s.get('model')!r}")
+        if not s.get('model'): raise ValueError(f'{s!r} names no model')
     base, names = given.get('base_model', base), [str(s['model']) for s in given['sources']]
     if twice := [n for n, k in Counter(names).items() if k > 1]: raise ValueError(f'{twice[0]} is listed twice: give it the sum of the weights instead')
     sources = [dict(s, model=str(s['model'])) for s in given['sources']]

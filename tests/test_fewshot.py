@@ -464,7 +464,7 @@ def test_an_empty_text_is_no_reason_to_stop_predicting(fitted):
 def test_one_text_with_two_labels():
     with pytest.warns(UserWarning, match="2 rows are left out, since their text has two labels; the first is row 0"): shots = make_shots(["a", "b", "A ", "c"], ["x", "y", "y", "x"])
     assert shots.texts == ["b", "c"]
-    with pytest.raises(ValueError, match="no row is left"), pytest.warns(UserWarning): make_shots(["a", "a"], ["x", "y"])
+    with pytest.raises(ValueError, match="no row is left; 2 rows were left out, since their text has two labels, the first 'a'"), pytest.warns(UserWarning): make_shots(["a", "a"], ["x", "y"])
 
 
 def test_labels_that_differ_by_case_or_blanks():

@@ -716,7 +716,7 @@ def test_more_parameters_out_of_range(source):
 def test_unknown_keys(source):
     c = recipe_for(source)
     for change, said in [(dict(metod=1), "'metod' is not supported"), (dict(parameters=dict(densty=1)), "'densty' is not supported"), (dict(models=[dict(model="a", weigth=1)]), "'weigth' is not supported"),
-                         (dict(chat_template="chatml"), "chat_template 'chatml' is not supported"), (dict(slices=[]), "either models or slices"), (dict(models=[]), "lists no model"), (dict(dtype="int4"), "dtype must be one of")]:
+                         (dict(chat_template="chatml"), "chat_template 'chatml' is not supported"), (dict(slices=[]), "either models or slices"), (dict(models=[]), "lists no model"), (dict(models=3), "models must be a list, not 3"), (dict(models=["red"]), "a model must be a mapping"), (dict(models=[dict(parameters={})]), "names no model"), (dict(dtype="int4"), "dtype must be one of")]:
         with pytest.raises(ValueError) as e: merge(c | change, source.parent/"never")
         assert said in str(e.value), str(e.value)
 

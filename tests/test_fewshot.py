@@ -10,7 +10,7 @@ from book import nbs
 from ftbook import fewshot as S
 from ftbook.fewshot import (HEADS, Body, Checked, Decks, Evaluation, FewShotClassifier, Head, Shots, Tuning, calibration_error, choose_shots, contrastive_loss, count_pairs, cross_validate,
     export_setfit, fewshot_report, fit_head, fit_temperature, load_body, load_classifier, load_setfit, make_shots, most_uncertain, pair_loss, pick_columns, read_states, read_vectors,
-    reliability, same_class, similarity_loss, tune_)
+    reliability, same_class, similarity_loss, suited_tuning, tune_)
 from ftbook.lora import LoRA
 
 WORDS = {"sea": "ship boat sail harbour wave captain tide anchor".split(), "kitchen": "bread butter oven flour spoon kettle salt sugar".split(), "garden": "rose spade hedge lawn seed flower tree soil".split()}
@@ -502,7 +502,7 @@ def test_a_million_rows_stream(fitted):
     for k in range(3): assert next(stream).shape == (64, 3) and asked == 64*(k + 1)
 
 
-@pytest.mark.parametrize("kw, said", [(dict(head="forest"), "logistic, ridge, mean"), (dict(encoder="/no/such/encoder"), "cannot load")])
+@pytest.mark.parametrize("kw, said", [(dict(head="forest"), "logistic, ridge, mean"), (dict(encoder="/no/such/encoder"), "cannot load"), (dict(tuning="whole"), "'auto', None or a Tuning")])
 def test_what_cannot_be_built(tiny, kw, said):
     with pytest.raises(ValueError, match=said): FewShotClassifier(kw.pop("encoder", tiny), device="cpu", **kw)
 
@@ -516,6 +516,27 @@ def test_steps_grow_with_the_rows_and_not_with_their_square():
     steps = [Tuning().n_steps(n) for n in (16, 40, 320, 1040, 8320)]
     assert steps[:2] == [15, 15] and all(b <= a*n/m + 1 for (a, m), (b, n) in zip(zip(steps[2:], (320, 1040)), zip(steps[3:], (1040, 8320))))
     assert Tuning(steps=4).n_steps(10**6) == 4
+
+
+@pytest.mark.parametrize("shots, layers", [(8, {2, 3}), (15, {2, 3}), (16, {0, 1, 2, 3})])
+def test_more_rows_a_class_move_all_of_the_encoder(tiny, shots, layers):
+    texts, labels = sentences(shots)
+    before = load_body(tiny, "cpu", torch.float32).encoder
+    model = classifier(tiny).fit(texts, labels, check=False)
+    moved = {int(n.split("layer.")[1].split(".")[0]) for n, p in model.body.encoder.named_parameters() if "layer." in n and not torch.equal(p, before.get_parameter(n))}
+    assert moved == layers and model.chosen == suited_tuning(len(texts), len(set(labels))) and len(model.losses) == model.chosen.n_steps(len(texts))
+
+
+def test_the_choice_follows_the_rows_a_class_and_not_the_rows():
+    assert suited_tuning(15*130, 130) == Tuning() and suited_tuning(32, 2) != Tuning() == suited_tuning(31, 2)
+    assert suited_tuning(32, 2, seed=5).seed == suited_tuning(8, 2, seed=5).seed == 5
+
+
+def test_the_seed_is_that_of_the_batches(tiny):
+    texts, labels = sentences(15)                         # more than a batch, or the seed would not matter
+    a, b, c = (classifier(tiny, seed=s).fit(texts, labels, check=False).losses for s in (0, 0, 1))
+    d = classifier(tiny, tuning=Tuning(seed=1)).fit(texts, labels, check=False).losses
+    assert a == b != c == d
 
 
 @pytest.mark.parametrize("kw", [dict(loss="triplet"), dict(steps=0), dict(batch_size=1), dict(lr=0), dict(temperature=-1)])

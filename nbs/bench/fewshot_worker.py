@@ -109,8 +109,8 @@ class Clock:
 def columns(rows): return [r['text'] for r in rows], [r['label'] for r in rows]
 
 def ours(texts, labels, test, seed, check=False, tuning=True):
-    from ftbook.fewshot import FewShotClassifier, Tuning
-    model = FewShotClassifier(device='cpu', tuning=Tuning(seed=seed) if tuning else None)
+    from ftbook.fewshot import FewShotClassifier
+    model = FewShotClassifier(device='cpu', seed=seed, tuning='auto' if tuning else None)
     clock = Clock()
     model.fit(texts, labels, check=check)
     times = clock.read()

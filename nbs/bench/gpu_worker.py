@@ -194,7 +194,8 @@ def agree(n_steps=8, n_jobs=12):
 TRIED = dict(upper=dict(), whole=dict(layers=0, lr=1e-4, steps=12), whole_15=dict(layers=0, lr=1e-4), whole_25=dict(layers=0, lr=1e-4, least=25), whole_slow=dict(layers=0, lr=5e-5, least=25), whole_fast=dict(layers=0, lr=2e-4, steps=12),
              whole_twice=dict(layers=0, lr=1e-4, turns=6), upper_25=dict(least=25), contrastive=dict(layers=0, lr=1e-4, loss='contrastive'), upper_contrastive=dict(loss='contrastive'),
              contrastive_12=dict(layers=0, lr=1.5e-4, least=12, loss='contrastive'), four=dict(layers=4, lr=1.5e-4, loss='contrastive'),
-             whole_40=dict(layers=0, lr=1e-4, least=40), contrastive_40=dict(layers=0, lr=1e-4, least=40, loss='contrastive'))
+             whole_40=dict(layers=0, lr=1e-4, least=40), contrastive_40=dict(layers=0, lr=1e-4, least=40, loss='contrastive'),
+             contrastive_25=dict(layers=0, lr=1e-4, least=25, loss='contrastive'), contrastive_80=dict(layers=0, lr=1e-4, least=80, loss='contrastive'), whole_80=dict(layers=0, lr=1e-4, least=80))
 OTHER = 'others'             # the newsgroups that are no task of the bench
 
 def rows_file(path):

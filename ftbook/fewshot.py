@@ -313,7 +313,8 @@ def read_vectors(
 @dataclass(frozen=True)
 class Tuning:
     "How the encoder is moved."
-    steps:int|None=None # Batches; None: 15, or so many that every row has its turn three times
+    steps:int|None=None # Batches; None: `least`, or so many that every row has its turn three times
+    least:int=15 # Batches, where `steps` is None
     batch_size:int=40 # Sentences in a batch
     lr:float=2e-4 # Greatest learning rate
     layers:int|None=None # Train so many layers, from the top; None: the upper half, 0: all and the embeddings too
@@ -324,8 +325,8 @@ class Tuning:
 
     def __post_init__(self):
         if self.loss not in ('similarity', 'contrastive'): raise ValueError(f"loss must be 'similarity' or 'contrastive', not {self.loss!r}")
-        for name, least in dict(steps=1, batch_size=2).items():
-            if getattr(self, name) is not None and getattr(self, name) < least: raise ValueError(f'{name} must be {least} or more, not {getattr(self, name)}')
+        for name, bound in dict(steps=1, least=1, batch_size=2).items():
+            if getattr(self, name) is not None and getattr(self, name) < bound: raise ValueError(f'{name} must be {bound} or more, not {getattr(self, name)}')
         if not (self.lr > 0 and self.temperature > 0): raise ValueError('lr and temperature must be above 0')
 
 # %% ../nbs/13_setfit.ipynb #940137f1
@@ -334,7 +335,7 @@ def n_steps(self:Tuning,
     n:int, # Rows to learn from
 )->int: # Batches
     "How many batches `n` rows get."
-    return self.steps or max(15, math.ceil(3*n/self.batch_size))
+    return self.steps or max(self.least, math.ceil(3*n/self.batch_size))
 
 # %% ../nbs/13_setfit.ipynb #1eb18881
 @patch
@@ -371,9 +372,10 @@ def suited_tuning(
     n_classes:int, # Classes among them
     seed:int=0, # Of the batches
 )->Tuning: # For `tune_`
-    "What did best on other rows: the upper half for a few rows a class, all of the encoder for more."
-    if rows < MANY_SHOTS*n_classes: return Tuning(seed=seed)
-    return Tuning(layers=0, lr=1e-4, loss='contrastive', seed=seed)
+    "What did best on other rows: the upper half for a few rows a class; all of the encoder for more, and the longer the more they are, up to 40 steps."
+    shots = rows/n_classes
+    if shots < MANY_SHOTS: return Tuning(seed=seed)
+    return Tuning(layers=0, lr=1e-4, loss='contrastive', least=max(15, min(40, math.ceil(shots*40/64))), seed=seed)
 
 # %% ../nbs/13_setfit.ipynb #c97ab510
 def batch_loss(

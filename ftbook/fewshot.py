@@ -29,6 +29,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .data import normalise, read_rows, without_cudnn_attention
 from .explore import Picture, escape, page, plot, table, tidy
@@ -640,6 +641,7 @@ def cross_validate(
     head:str='logistic', # Which head
     n_folds:int=2, # Trainings; each leaves out one part of the rows
     balanced:bool=False, # As in `fit_head`
+    on_step=None, # As in `tune_`
 )->Checked: # Scores of every row from models that never saw it
     "Ask, on rows that were held out, whether tuning helps."
     start, kept, y = tuning.start(body), _kept(body, tuning), shots.targets
@@ -648,10 +650,11 @@ def cross_validate(
     for f in range(n_folds):
         fit, held = (folds != f).nonzero()[:, 0].tolist(), (folds == f).nonzero()[:, 0].tolist()
         scores['frozen'][held] = fit_head(frozen[fit], y[fit], head, shots.exclusive, balanced=balanced).scores(frozen[held])
-        tune_(body, [rows[i] for i in fit], y[fit], tuning)
-        tuned = _vectors(body, rows, start)
+        try:
+            tune_(body, [rows[i] for i in fit], y[fit], tuning, on_step)
+            tuned = _vectors(body, rows, start)
+        finally: _put_back_(body, kept)
         scores['tuned'][held] = fit_head(tuned[fit], y[fit], head, shots.exclusive, balanced=balanced).scores(tuned[held])
-        _put_back_(body, kept)
     return Checked(y, scores, shots.exclusive)
 
 # %% ../nbs/13_setfit.ipynb #048815f9
@@ -668,7 +671,7 @@ class FewShotClassifier:
     ):
         if head not in HEADS: raise ValueError(f'head must be one of {", ".join(HEADS)}, not {head!r}')
         if not (tuning in ('auto', None) or isinstance(tuning, Tuning)): raise ValueError(f"tuning must be 'auto', None or a Tuning, not {tuning!r}")
-        self.seed, self.chosen = seed, None
+        self.seed, self.chosen, self.given = seed, None, (encoder, device, dtype)
         self.body, self.source, self.kind, self.tuning = load_body(encoder, device, dtype), str(encoder), head, tuning
         self.head = self.classes = self.checked = None
         self.losses, self.tuned, self.calibrated = [], False, False
@@ -697,8 +700,11 @@ def fit(self:FewShotClassifier,
     descriptions:dict=None, # Class -> a sentence about it, or several
     same_labels:str='refuse', # As in `make_shots`
     check:bool|int=True, # Cross-validate, in two parts or in so many, and keep the encoder as it came where tuning hurts
+    progress:bool=True, # Show a bar, if it takes more than a moment
 )->FewShotClassifier: # Itself
-    "Learn from a few labelled texts."
+    "Learn from a few labelled texts, beginning with the encoder as it came."
+    if self.tuned: self.body, self.tuned = load_body(*self.given), False
+    self.head = None
     with warnings.catch_warnings():
         if descriptions: warnings.filterwarnings('ignore', message='.*classes have')
         shots = _with_descriptions(make_shots(texts, labels, classes, same_labels), descriptions)
@@ -708,22 +714,26 @@ def fit(self:FewShotClassifier,
     self.chosen = tuning = suited_tuning(len(ids), int((shots.targets.sum(0) > 0).sum()), self.seed) if self.tuning == 'auto' else self.tuning
     start = tuning.start(self.body) if tuning else 0
     rows = read_states(self.body, ids, start) if start else ids
-    self.checked = self._check(rows, shots, check) if check and tuning else None
-    self.tuned = bool(tuning) and (self.checked is None or self.checked.helps)
-    if self.checked and not self.tuned: warnings.warn(str(self.checked), stacklevel=2)
-    self.losses = tune_(self.body, rows, shots.targets, tuning) if self.tuned else []
+    with tqdm(total=tuning and tuning.n_steps(len(ids))*3, desc='tune', unit='step', delay=2, leave=False, disable=not (progress and tuning)) as bar:
+        def on_step(step, loss): bar.update()
+        self.checked = self._check(rows, shots, check, on_step) if check and tuning else None
+        if tuning: bar.total = bar.n + tuning.n_steps(len(ids))
+        helps = bool(tuning) and (self.checked is None or self.checked.helps)
+        if self.checked and not helps: warnings.warn(str(self.checked), stacklevel=2)
+        if helps: self.tuned = True                 # from here on the encoder is another
+        self.losses = tune_(self.body, rows, shots.targets, tuning, on_step) if helps else []
     return self._finish(_vectors(self.body, rows, start), shots)
 
 # %% ../nbs/13_setfit.ipynb #8da0298e
 @patch
-def _check(self:FewShotClassifier, rows, shots, check):
+def _check(self:FewShotClassifier, rows, shots, check, on_step=None):
     "Cross-validate, if every class that is there can be on both sides."
     n_folds, least = (2 if check is True else check), shots.targets.sum(0)
     if not 2 <= n_folds <= len(shots.texts): raise ValueError(f'check must be True, False or a number of parts from 2 to {len(shots.texts)}, not {check!r}')
     if least[least > 0].min() < 2:
         warnings.warn('a class has one example, so nothing can be held out: whether tuning helps was not checked, and probabilities are not calibrated', stacklevel=3)
         return None
-    return cross_validate(self.body, rows, shots, self.chosen, self.kind, n_folds, self.balanced)
+    return cross_validate(self.body, rows, shots, self.chosen, self.kind, n_folds, self.balanced, on_step)
 
 # %% ../nbs/13_setfit.ipynb #e4f352c2
 @patch

@@ -257,6 +257,55 @@ def test_gradients_from_kept_states_are_those_of_the_whole_encoder(tiny):
     assert all((p - q).abs().max() < 1e-5 for p, q in zip(one, other))
 
 
+def test_attention_in_float32_is_nearer_to_the_gradient_in_float32(tiny, monkeypatch):
+    texts, labels = sentences(6)
+    def gradient(dtype, attention):
+        body = load_body(tiny, "cpu", dtype)
+        if body.encoder.config._attn_implementation == "ftbook_float" and not attention: body.encoder.set_attn_implementation("sdpa")
+        params = S.trained_(body, Tuning(layers=0))
+        loss = S.batch_loss(body, body.ids(texts)[0], make_shots(texts, labels).targets, Tuning(layers=0))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, allow_unused=True) if g is not None])
+    assert load_body(tiny, "cpu", torch.bfloat16).encoder.config._attn_implementation == "ftbook_float"
+    exact, mended, plain = gradient(torch.float32, False), gradient(torch.bfloat16, True), gradient(torch.bfloat16, False)
+    assert torch.equal(exact, gradient(torch.float32, True))
+    assert not torch.equal(mended, plain) and (mended - exact).norm() < 1.02*(plain - exact).norm() < .2*exact.norm()
+
+
+def test_attention_computes_in_float32_where_gradients_are_wanted(tiny, monkeypatch):
+    import transformers.integrations.sdpa_attention as sdpa
+    seen, real = [], sdpa.sdpa_attention_forward
+    monkeypatch.setattr(sdpa, "sdpa_attention_forward", lambda m, q, k, v, *a, **kw: seen.append((q.dtype, torch.is_autocast_enabled("cpu"))) or real(m, q, k, v, *a, **kw))
+    body = load_body(tiny, "cpu", torch.bfloat16)
+    ids = body.ids(sentences(2)[0])[0]
+    with torch.no_grad(): read_vectors(body, ids)
+    assert set(seen) == {(torch.bfloat16, True)}
+    seen.clear()
+    body.encoder.requires_grad_(True)
+    read_vectors(body, ids).sum().backward()
+    assert set(seen) == {(torch.float32, False)} and len(seen) == 4
+
+
+def test_a_saved_encoder_does_not_name_our_attention(tiny, tmp_path):
+    folder = S.save_body(load_body(tiny, "cpu", torch.bfloat16), tmp_path/"a")
+    assert "ftbook" not in (tmp_path/"a"/"config.json").read_text()
+
+
+def test_another_family_attends_in_float32_too(tmp_path):
+    from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
+    from ftbook.models import model_folder
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm-l6"))
+    torch.manual_seed(0)
+    DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts, labels = sentences(6)
+    bodies = [load_body(tmp_path, "cpu", d) for d in (torch.bfloat16, torch.float32)]
+    assert bodies[0].encoder.config._attn_implementation == "ftbook_float"
+    with torch.no_grad(): a, b = (read_vectors(body, body.ids(texts)[0]) for body in bodies)
+    assert (a*b).sum(1).min() > .999
+    model = FewShotClassifier(tmp_path, device="cpu", dtype=torch.bfloat16, tuning=Tuning(steps=8, lr=1e-3)).fit(texts, labels, check=False)
+    assert model.losses[-1] < model.losses[0]
+
+
 def test_what_is_cut_is_counted(tiny):
     body = load_body(tiny, "cpu", torch.float32)
     ids, n, lost = body.ids(["word "*100, "short", "word "*30])
@@ -542,6 +591,46 @@ def test_the_seed_is_that_of_the_batches(tiny):
 @pytest.mark.parametrize("kw", [dict(loss="triplet"), dict(steps=0), dict(batch_size=1), dict(lr=0), dict(temperature=-1)])
 def test_tuning_that_makes_no_sense(kw):
     with pytest.raises(ValueError): Tuning(**kw)
+
+
+def test_a_second_fit_begins_with_the_encoder_as_it_came(tiny, tmp_path):
+    texts, labels = sentences(8)
+    model = classifier(tiny, tuning=Tuning(steps=4, lr=2e-3))
+    first, checked = model.fit(texts, labels).losses, model.checked.scores
+    assert model.fit(texts, labels).losses == first and all(torch.equal(model.checked.scores[k], checked[k]) for k in checked)
+    again = load_classifier(model.save(tmp_path/"m"), "cpu", torch.float32)
+    assert again.fit(texts, labels, check=False).losses[0] < first[0]                # what was saved is where it begins
+
+
+def test_an_interrupted_fit_leaves_nothing_half_learnt(tiny, monkeypatch):
+    texts, labels = sentences(8)
+    model = classifier(tiny, tuning=Tuning(steps=4, lr=2e-3))
+    first, (real, calls) = model.fit(texts, labels).losses, (S.batch_loss, [])
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == at: raise KeyboardInterrupt
+        return real(*args)
+    for at in (2, 7, 11):                                                            # in both folds of the check, and in the tuning
+        calls.clear()
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(S, "batch_loss", stopped)
+            model.fit(texts, labels)
+        with pytest.raises(ValueError, match="not fitted"): model.predict(["the ship"])
+        assert model.fit(texts, labels).losses == first
+
+
+def test_the_bar_counts_the_steps_of_check_and_tuning(tiny, monkeypatch):
+    made = []
+    class Bar(S.tqdm):
+        def __init__(self, *args, **kw): super().__init__(*args, **kw | dict(delay=0, disable=kw["disable"], file=open("/dev/null", "w"))); made.append(self)
+    monkeypatch.setattr(S, "tqdm", Bar)
+    texts, labels = sentences(8)
+    for check, n in ((True, 12), (3, 16), (False, 4)):
+        classifier(tiny, tuning=Tuning(steps=4, lr=2e-3)).fit(texts, labels, check=check)
+        assert (made[-1].n, made[-1].total) == (n, n)
+    classifier(tiny, tuning=Tuning(steps=4)).fit(texts, labels, progress=False)
+    classifier(tiny, tuning=None).fit(texts, labels)
+    assert made[-1].disable and made[-2].disable
 
 
 # Files

@@ -2,6 +2,7 @@
 
     python fewshot_worker.py [WAY ...]          every run that is missing, or those of some ways, appended to results/fewshot.json one by one
     python fewshot_worker.py batch N [WAY ...]  the next N of them, in this process
+    python fewshot_worker.py attention          PyTorch's attention in both precisions, to results/fewshot_attention.json
 
 A run is (way, task, shots, seed). Ways:
 frozen      MiniLM-L6 as it is, logistic regression on top
@@ -282,9 +283,29 @@ def measure(job):
     append([found | dict(others=round(others, 3))], RESULTS, PACKAGES)
 
 
+def attention(lengths=(16, 32, 64, 128, 256), rounds=7):
+    "Milliseconds of 16 sentences in an attention of MiniLM's shape, there and back, medians of alternated runs."
+    import statistics, torch
+    import torch.nn.functional as F
+    from domains_worker import append
+    def once(dtype, n):
+        q, k, v = (torch.randn(16, 12, n, 32, dtype=dtype, requires_grad=True) for _ in range(3))
+        clock = Clock()
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(16, 1, 1, n, dtype=dtype))
+        there = clock.read()['cpu_seconds']
+        out.backward(torch.ones_like(out))
+        return there, clock.read()['cpu_seconds'] - there
+    for n in lengths:
+        times = {d: [] for d in ('bfloat16', 'float32')}
+        for _ in range(rounds):
+            for d in times: times[d].append(once(getattr(torch, d), n))
+        append([dict(tokens=n, **{f'{d}_{way}': round(1000*statistics.median(t[i] for t in found), 2) for d, found in times.items() for i, way in enumerate(('forward', 'backward'))})], RESULTS.with_name('fewshot_attention.json'), ('torch',))
+
+
 if __name__ == '__main__':
     what = sys.argv[1:]
-    if what[:1] == ['batch']:
+    if what == ['attention']: attention()
+    elif what[:1] == ['batch']:
         one('ours', 'movie', 8, 0)          # the first run of a process is slower, and is not kept
         for job in missing(tuple(what[2:]) or WAYS)[:int(what[1])]: measure(job)
     else:

@@ -700,7 +700,7 @@ def fit(self:FewShotClassifier,
     descriptions:dict=None, # Class -> a sentence about it, or several
     same_labels:str='refuse', # As in `make_shots`
     check:bool|int=True, # Cross-validate, in two parts or in so many, and keep the encoder as it came where tuning hurts
-    progress:bool=True, # Show a bar, if it takes more than a moment
+    progress:bool=True, # Show a bar, if it takes more than ten seconds
 )->FewShotClassifier: # Itself
     "Learn from a few labelled texts, beginning with the encoder as it came."
     if self.tuned: self.body, self.tuned = load_body(*self.given), False
@@ -714,7 +714,7 @@ def fit(self:FewShotClassifier,
     self.chosen = tuning = suited_tuning(len(ids), int((shots.targets.sum(0) > 0).sum()), self.seed) if self.tuning == 'auto' else self.tuning
     start = tuning.start(self.body) if tuning else 0
     rows = read_states(self.body, ids, start) if start else ids
-    with tqdm(total=tuning and tuning.n_steps(len(ids))*3, desc='tune', unit='step', delay=2, leave=False, disable=not (progress and tuning)) as bar:
+    with tqdm(total=tuning and tuning.n_steps(len(ids))*3, desc='tune', unit='step', delay=10, leave=False, disable=not (progress and tuning)) as bar:
         def on_step(step, loss): bar.update()
         self.checked = self._check(rows, shots, check, on_step) if check and tuning else None
         if tuning: bar.total = bar.n + tuning.n_steps(len(ids))

@@ -1142,7 +1142,7 @@ def _reported(facts, texts, labels, rest, tested, unlabelled, out, encoder, same
     evaluation, judge = _judge(model, tested, rest)
     pool = unlabelled or (rest[0] if not tested[0] else [])
     facts |= dict(classes=model.classes, n_train=len(texts), n_judged=len(evaluation.targets), judge=judge, accuracy=evaluation.accuracy, macro_f1=evaluation.f1,
-        calibration_error=calibration_error(evaluation), tuned=model.tuned, seconds=seconds, check=check, warnings=[m for w in said if (m := str(w.message)) != check])
+        calibration_error=calibration_error(evaluation), tuned=model.tuned, tuning=asdict(model.chosen) if model.tuned else None, seconds=seconds, check=check, warnings=[m for w in said if (m := str(w.message)) != check])
     report = FewShotReport(model, facts, evaluation, next_rows(model, pool, n_next))
     write_report(report, out)
     return report

@@ -1,6 +1,7 @@
 "Few labels: losses against setfit's and sentence-transformers', files across the border, and rows that are not as they should be."
 import csv, json, math, os, pickle, random, subprocess, sys, warnings
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -699,6 +700,7 @@ def test_a_report_of_sixteen_rows(tiny, tmp_path):
     assert sorted(p.name for p in (tmp_path/"out").iterdir()) == ["model", "next.csv", "report.html", "report.json"]
     facts = json.loads((tmp_path/"out"/"report.json").read_text())
     assert facts["n_train"] == 16 and "cross-validation" in facts["judge"] and facts["n_judged"] == 16
+    assert facts["tuning"] == (asdict(suited_tuning(16, 2)) if facts["tuned"] else None)
     assert [r["text"] for r in report.next_rows] == ["the ship and the oven"]
     page = (tmp_path/"out"/"report.html").read_text()
     assert "Label these next" in page and "said kitchen" in page and "http" not in page.replace("http://www.w3.org", "")

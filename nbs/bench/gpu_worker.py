@@ -242,7 +242,7 @@ def jobs(w):
     at8 = [('setfit', t, 8, s) for s in range(10) for t in w.TASKS]
     at16 = [('setfit', t, 16, s) for s in range(10) for t in ('groups', 'r8', 'news')]
     at64 = [('setfit', t, 64, s) for s in range(10) for t in w.TASKS if w.setfit_steps(t, 64) <= 1000]
-    return [j for j in (*at8, *at16, *at64) if j not in done]
+    return [j for j in (*at64, *at16, *at8) if j not in done]
 
 def few_process(until, folder):
     "Take jobs until the time is over."

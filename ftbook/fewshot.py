@@ -299,6 +299,9 @@ def _by_length(rows, size):
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[a:a + size] for a in range(0, len(order), size)]
 
+# %% ../nbs/13_setfit.ipynb #780d7e3d
+def _portion(n, device): return 16 if n > 32 or device != 'cpu' else 8 if n > 16 else 4   # sentences side by side, of n
+
 # %% ../nbs/13_setfit.ipynb #14665df0
 def read_states(
     body:Body, # An encoder
@@ -408,7 +411,7 @@ def batch_loss(
     tuning:Tuning, # Which loss, from which layer
 )->Tensor: # A number with gradients
     "The loss of all pairs of a batch."
-    vectors = F.normalize(read_vectors(body, rows, tuning.start(body), 16), dim=1)
+    vectors = F.normalize(read_vectors(body, rows, tuning.start(body), _portion(len(rows), body.encoder.device.type)), dim=1)
     same = same_class(targets).to(vectors.device)
     return similarity_loss(vectors, same) if tuning.loss == 'similarity' else contrastive_loss(vectors, same, tuning.temperature)
 

@@ -3,6 +3,7 @@
     python fewshot_worker.py [WAY ...]          every run that is missing, or those of some ways, appended to results/fewshot.json one by one
     python fewshot_worker.py batch N [WAY ...]  the next N of them, in this process
     python fewshot_worker.py attention          PyTorch's attention in both precisions, to results/fewshot_attention.json
+    python fewshot_worker.py portions           a step of ours in portions of several sizes, to results/fewshot_portions.json
 
 A run is (way, task, shots, seed). Ways:
 frozen      MiniLM-L6 as it is, logistic regression on top
@@ -34,7 +35,7 @@ SEEDS = 10
 N_TEST = 400
 N_WORDS = 48                      # the beginning of the long texts, about 80 tokens
 WHOLE = 50                        # SetFit runs of no more steps than that have ten seeds; longer ones are timed once here (their accuracy: gpu_worker.py)
-LONG, LONG_SEEDS = 700, 4         # up to so many steps, the seeds after the first are whole runs of ten to twenty minutes
+LONG, LONG_SEEDS = 600, 3         # up to so many steps, the seeds after the first are whole runs of ten minutes and more
 FEW_SEEDS = 2
 DOUBTFUL = 'groups', 16            # where tuning turned out to do harm: the check has ten seeds
 ALL, ALL_ROWS = 0, 1600           # instead of a number of rows a class: all rows, but no more than that
@@ -263,7 +264,7 @@ def seeds(way, task, shots):
     if way == 'predict': return 1 if shots == 8 and task in TASKS else 0
     if way == 'fastfit': return (FASTFIT_SEEDS if 40*-(-len(split(task, shots, 0)[0])//32) <= FASTFIT_STEPS else 1) if shots == 8 and task in TASKS else 0
     if task == MADE: return 1 if way == 'ours' or (way, shots) == ('setfit', min(SHOTS)) else 0      # SetFit would list its pairs, 34 millions of 64 rows a class
-    if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= WHOLE else LONG_SEEDS if steps <= LONG and shots > 8 else 1
+    if way == 'setfit': return SEEDS if (steps := setfit_steps(task, shots)) <= WHOLE else LONG_SEEDS if steps <= LONG and shots > 16 else 1
     if task == MANY: return 1 if way == 'ours' else 0
     if way == 'checked': return SEEDS if (task, shots) == DOUBTFUL else {8: SEEDS//2, 16: FEW_SEEDS}.get(shots, 1)
     return SEEDS
@@ -299,10 +300,36 @@ def attention(lengths=(16, 32, 64, 128, 256), rounds=7):
             for d in times: times[d].append(once(getattr(torch, d), n))
         append([dict(tokens=n, **{f'{d}_{way}': round(1000*statistics.median(t[i] for t in found), 2) for d, found in times.items() for i, way in enumerate(('forward', 'backward'))})], RESULTS.with_name('fewshot_attention.json'), ('torch',))
 
+def portions(sizes=(4, 8, 16, 40), rounds=7):
+    "Milliseconds of loss and gradient of a batch of 8 rows a class, and of one of half of them as in the check: medians of alternated runs."
+    import statistics
+    from domains_worker import append
+    from ftbook import fewshot as S
+    body, tuning = S.load_body('minilm-l6', 'cpu'), S.Tuning()
+    start, _ = tuning.start(body), S.trained_(body, tuning)
+    def once(rows, targets, size):
+        S._portion = lambda n, device: size
+        clock = Clock()
+        S.batch_loss(body, rows, targets, tuning).backward()
+        return clock.read()['cpu_seconds']
+    chosen = S._portion
+    for task in TASKS:
+        shots = S.make_shots(*columns(split(task, 8, 0)[0]))
+        states = S.read_states(body, body.ids(shots.texts)[0], start)
+        for step in 1, 2:
+            batch = list(range(0, len(states), step))
+            batch = [batch[i] for i in S.Decks(shots.targets[batch], 0).batch(tuning.batch_size)]
+            lengths, times = [len(states[i]) for i in batch], {s: [] for s in sizes}
+            for _ in range(rounds):
+                for s in sizes: times[s].append(once([states[i] for i in batch], shots.targets[batch], s))
+            used = {s: sum(lengths)/sum(len(p)*max(lengths[i] for i in p) for p in S._by_length([range(n) for n in lengths], s)) for s in sizes}
+            append([dict(task=task, part='batch' if step == 1 else 'fold', sentences=len(batch), taken=chosen(len(batch), 'cpu'), **{f'{what}_{s}': round(v, 3) for s in sizes for what, v in (('ms', 1000*statistics.median(times[s])), ('used', used[s]))})], RESULTS.with_name('fewshot_portions.json'), ('torch',))
+
 
 if __name__ == '__main__':
     what = sys.argv[1:]
     if what == ['attention']: attention()
+    elif what == ['portions']: portions()
     elif what[:1] == ['batch']:
         one('ours', 'movie', 8, 0)          # the first run of a process is slower, and is not kept
         for job in missing(tuple(what[2:]) or WAYS)[:int(what[1])]: measure(job)

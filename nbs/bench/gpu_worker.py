@@ -8,6 +8,7 @@
     fewshot_times        SetFit and ours in turns, alone on the device
     fewshot SECONDS N    SetFit on the rows of `fewshot_worker.py`, in N processes, until the time is over
     tried SEED N         settings of ours, compared on draws SEED, SEED + 1 ... of the rows
+    near SEED N          the same with settings around the default for 64 rows a class, on film reviews
     rows FILE            write the rows of these tasks to FILE, for a machine that cannot fetch them: FTBOOK_ROWS=FILE there
 
 Models have the shapes of public ones and random weights, but for the encoder of `fewshot`.
@@ -196,6 +197,9 @@ TRIED = dict(upper=dict(), whole=dict(layers=0, lr=1e-4, steps=12), whole_15=dic
              contrastive_12=dict(layers=0, lr=1.5e-4, least=12, loss='contrastive'), four=dict(layers=4, lr=1.5e-4, loss='contrastive'),
              whole_40=dict(layers=0, lr=1e-4, least=40), contrastive_40=dict(layers=0, lr=1e-4, least=40, loss='contrastive'),
              contrastive_25=dict(layers=0, lr=1e-4, least=25, loss='contrastive'), contrastive_80=dict(layers=0, lr=1e-4, least=80, loss='contrastive'), whole_80=dict(layers=0, lr=1e-4, least=80))
+NEAR = {'contrastive_40': {}, 'half the rate': dict(lr=5e-5), 'twice the rate': dict(lr=2e-4), 'temperature .05': dict(temperature=.05), 'temperature .2': dict(temperature=.2), 'temperature .4': dict(temperature=.4),
+        'contrastive_28': dict(least=28), 'contrastive_80': dict(least=80), 'whole_40': dict(loss='similarity')}
+TRIED |= {n: TRIED['contrastive_40'] | how for n, how in NEAR.items()}      # around what is the default for 64 rows a class
 OTHER = 'others'             # the newsgroups that are no task of the bench
 
 def rows_file(path):
@@ -257,12 +261,17 @@ def few_process(until, folder):
         keep([run_setfit(w, setfit, *job[1:])], 'gpu_fewshot')
     each(jobs(w), one)
 
+def all_tried(w, jobs):
+    from domains_worker import read
+    done = {(r['tried'], r['task'], r['shots'], r['seed']) for r in read(HERE/'results'/'fewshot_tried.json')['runs']}
+    each([j for j in jobs if j not in done], lambda j: keep([tuned(w, *j)], 'fewshot_tried'))
+
 def tried(first, seeds):
     "Those of the settings that came first in a first look, seed by seed."
     w = use_rows()
-    from domains_worker import read
-    done = {(r['tried'], r['task'], r['shots'], r['seed']) for r in read(HERE/'results'/'fewshot_tried.json')['runs']}
-    each([j for s in range(first, first + seeds) for k in (16, 8) for t in w.TASKS for n in ('upper', 'contrastive', 'contrastive_12', 'four') if (j := (n, t, k, s)) not in done], lambda j: keep([tuned(w, *j)], 'fewshot_tried'))
+    all_tried(w, [(n, t, k, s) for s in range(first, first + seeds) for k in (16, 8) for t in w.TASKS for n in ('upper', 'contrastive', 'contrastive_12', 'four')])
+
+def near(first, seeds): all_tried(use_rows(), [(n, 'movie', 64, s) for s in range(first, first + seeds) for n in NEAR])
 
 def fewshot_times():
     "SetFit and ours in turns, alone on the device."
@@ -289,5 +298,5 @@ if __name__ == '__main__':
     what, *args = sys.argv[1:] or ['']
     if what == 'rows': rows_file(args[0])
     elif what == 'few_process': few_process(float(args[0]), args[1])
-    elif what in ('context', 'memory', 'steps', 'nf4', 'agree', 'tried', 'fewshot', 'fewshot_times'): globals()[what](*map(int, args))
+    elif what in ('context', 'memory', 'steps', 'nf4', 'agree', 'tried', 'near', 'fewshot', 'fewshot_times'): globals()[what](*map(int, args))
     else: sys.exit(f'{what!r} is nothing that this measures.\n{__doc__}')

@@ -258,6 +258,20 @@ def test_gradients_from_kept_states_are_those_of_the_whole_encoder(tiny):
     assert all((p - q).abs().max() < 1e-5 for p, q in zip(one, other))
 
 
+def test_portions_of_a_batch_change_only_its_padding(tiny, monkeypatch):
+    texts, labels = sentences(12)
+    def learnt(size):
+        monkeypatch.setattr(S, "_portion", lambda n, device: asked.append(n) or size)
+        body = load_body(tiny, "cpu", torch.float32)
+        params = list(S.trained_(body, Tuning(layers=2)))
+        loss = S.batch_loss(body, body.ids(texts)[0], make_shots(texts, labels).targets, Tuning(layers=0))
+        return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
+    assert [S._portion(n, "cpu") for n in (2, 16, 17, 32, 33)] == [4, 4, 8, 8, 16] and S._portion(8, "cuda") == 16
+    asked = []
+    (loss, gradient), (other, another) = learnt(len(texts)), learnt(3)
+    assert asked == [len(texts)]*2 and (loss - other).abs() < 1e-6 and (gradient - another).abs().max() < 1e-5 < gradient.abs().max()
+
+
 def test_attention_in_float32_changes_the_gradient_by_less_than_bfloat16_does(tiny):
     texts, labels = sentences(6)
     def gradient(dtype, attention):

@@ -240,7 +240,7 @@ def run_setfit(w, setfit, task, shots, seed):
     return dict(way='setfit', task=task, shots=shots, seed=seed, accuracy=round(sum(a == b for a, b in zip(found['said'], truth))/len(truth), 4), seconds=round(found['seconds'], 3), test_rows=len(truth), steps=w.setfit_steps(task, shots))
 
 def jobs(w):
-    "What is missing; where a processor takes longest first."
+    "What is missing, of what a processor takes long for; then the rest."
     from domains_worker import read
     done = {(r['way'], r['task'], r['shots'], r['seed']) for r in read(HERE/'results'/'gpu_fewshot.json')['runs']}
     at8 = [('setfit', t, 8, s) for s in range(10) for t in w.TASKS]

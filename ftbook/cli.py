@@ -70,6 +70,7 @@ def _hand_over(result, as_json):
     if as_json: return print(json.dumps(result.facts))
     from ftbook.recipe import summary_line
     print(f"\n{summary_line(result.facts)}\n{'report':8} {folder/'report.html'}\n{saved:8} {folder/saved}")
+    if result.facts.get('missing'): print(f"{'again':8} ftbook train {folder} --resume")
 
 # %% ../nbs/18_cli.ipynb #84287911
 @app.command()

@@ -8,11 +8,11 @@ Docs: https://ftbook.github.io/ftbook/forgetting.html.md"""
 __all__ = ['HARNESS', 'read_source', 'forgetting_texts', 'plain_example', 'paired_bootstrap', 'Forgetting', 'compare_losses',
            'choice_ids', 'choice_scores', 'Task', 'make_task', 'ask', 'shipped_battery', 'harness_tasks', 'ask_harness',
            'write_ids', 'write_answers', 'merged_log_probabilities', 'divergence', 'remember', 'token_divergence',
-           'draw_divergence', 'stable_rank', 'moved', 'draw_moved', 'Battery', 'make_battery', 'measure_battery',
-           'ForgettingReport', 'compare_batteries', 'forgetting_report', 'signed', 'draw_intervals', 'forgetting_words',
-           'battery_words', 'draw_answers', 'draw_report', 'Spring', 'fisher', 'Distill', 'replay', 'freeze_layers_',
-           'StopForgetting', 'trained_weights', 'Interpolation', 'pick_interpolation', 'AverageWeights', 'transfer',
-           'crosses', 'draw_pareto']
+           'draw_divergence', 'stable_rank', 'moved', 'draw_moved', 'Battery', 'make_battery', 'n_tokens',
+           'measure_battery', 'ForgettingReport', 'compare_batteries', 'forgetting_report', 'signed', 'draw_intervals',
+           'forgetting_words', 'battery_words', 'draw_answers', 'draw_report', 'Spring', 'fisher', 'Distill', 'replay',
+           'freeze_layers_', 'StopForgetting', 'trained_weights', 'Interpolation', 'pick_interpolation',
+           'AverageWeights', 'transfer', 'crosses', 'draw_pareto']
 
 # %% ../nbs/12_forgetting.ipynb #c4049960
 import copy, json, math, os, random
@@ -467,6 +467,13 @@ def make_battery(
     if not (found or asked or harness or requests): raise ValueError("the battery is empty: give it texts, tasks or prompts")
     return Battery(found, asked, requests, [_prompt(r, tokenizer) for r in requests], tokenizer, harness=harness, rows=rows)
 
+# %% ../nbs/12_forgetting.ipynb #5be1d07b
+def n_tokens(
+    model:nn.Module, # Any, with a method on its embedding or without
+)->int: # Rows of the table of input embeddings
+    "How many tokens a model knows."
+    return model.get_input_embeddings().weight.shape[0]
+
 # %% ../nbs/12_forgetting.ipynb #a3e44d58
 def measure_battery(
     model:nn.Module, # Any with the battery's tokenizer
@@ -475,7 +482,7 @@ def measure_battery(
     progress:bool=False, # Show bars
 )->dict: # texts, tasks, answers, and known (of a base) or divergence
     "Ask a model everything in a battery."
-    n, size = model.get_input_embeddings().num_embeddings, len(battery.tokenizer)
+    n, size = n_tokens(model), len(battery.tokenizer)
     if n < size: raise ValueError(f"the model has {n:,} tokens and the battery's tokenizer {size:,}: make the battery with the model's own tokenizer")
     texts = {k: evaluate(model, examples, progress=progress) for k, examples in battery.texts.items()}
     found = dict(texts={k: dict(nats=e.nats, targets=e.targets) for k, e in texts.items()}, tasks={t.name: ask(model, t) for t in battery.tasks} | ask_harness(model, battery.tokenizer, battery.harness, battery.rows), requests=battery.requests,
@@ -553,7 +560,7 @@ def _same_tokenizer(folder, battery):
 # %% ../nbs/12_forgetting.ipynb #00e93104
 def _reported(before, after, then, battery, seed, progress):
     "Measure the tuned model, and compare."
-    sizes = [m.get_input_embeddings().num_embeddings for m in (before, after)]
+    sizes = [n_tokens(m) for m in (before, after)]
     if sizes[0] != sizes[1]: raise ValueError(f"before has {sizes[0]:,} tokens and after {sizes[1]:,}: losses per token can only be compared between models with one tokenizer")
     now = measure_battery(after, battery, then, progress)
     return compare_batteries(then, now, battery.tokenizer, moved(after, dict(before.named_parameters())), seed)

@@ -266,6 +266,23 @@ def test_what_a_person_sees(desk):
     assert again.exit_code == 0 and again.stdout == done.stdout and "this run has ended" in again.stderr
 
 
+def test_a_judge_that_fails_is_a_warning_and_the_way_to_judge_again(desk, monkeypatch):
+    real = r.measure_battery
+    def ill(model, *rest):
+        if hasattr(model, "ftbook_method"): raise RuntimeError("the judge is ill")
+        return real(model, *rest)
+    with monkeypatch.context() as m:
+        m.setattr(r, "measure_battery", ill)
+        done = ftbook("train", "it.yaml", "--out", "here")
+        told = json.loads(ftbook("train", "here", "--resume", "--json").stdout)
+    assert done.exit_code == 0 and done.stdout.splitlines()[-3:] == ["report   here/report.html", "adapter  here/adapter", "again    ftbook train here --resume"]
+    assert "; the report lacks what it answers to other questions and requests" in done.stdout and "warning: the report will lack" in done.stderr
+    assert [m["part"] for m in told["missing"]] == ["battery"] and "the judge is ill" in told["missing"][0]["why"]
+    again = ftbook("train", "here", "--resume")
+    assert again.exit_code == 0 and "again" not in again.stdout and "lack" not in again.stdout and "this run is trained, and its report lacks" in again.stderr
+    assert "this run has ended" in ftbook("train", "here", "--resume").stderr
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_goes_on_to_the_same_end(long, tmp_path, monkeypatch, how):
     shutil.copytree(long[0], tmp_path/"desk", ignore=shutil.ignore_patterns("ftbook-runs"))

@@ -219,6 +219,20 @@ def test_a_soft_prompt_moves_no_weight(loaded):
     assert report.moved == [] and report.divergence[0] > 0
 
 
+@pytest.mark.parametrize("method", [LoRA(rank=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]), LoRA(rank=2, target_modules=["embed_tokens", "q_proj"])], ids=["whole", "low rank"])
+def test_a_trained_embedding_is_measured(loaded, tmp_path, method):
+    model, tokenizer = loaded
+    tuned, before = method.apply(copy.deepcopy(model)), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for p in tuned.parameters():
+            if p.requires_grad: p.add_(.01)
+    save_adapter(tuned, tmp_path)
+    by_model, by_folder = (f.forgetting_report(model, o, small_battery(tokenizer)) for o in (tuned, tmp_path))
+    assert "model.embed_tokens" in [m["name"] for m in by_model.moved] and by_model.divergence[0] > 0
+    assert f.n_tokens(tuned) == f.n_tokens(model) == 49152
+    assert by_folder.divergence == pytest.approx(by_model.divergence) and all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
 def test_tasks_from_a_file(loaded, tmp_path):
     _, tokenizer = loaded
     rows = [dict(prompt=f"{i} is", completion=" even" if i % 2 == 0 else " odd") for i in range(10)]

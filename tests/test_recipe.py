@@ -483,6 +483,127 @@ def test_the_same_seed_gives_the_same_run(make, tmp_path):
     assert [s["row"] for s in a["samples"]] != [s["row"] for s in c["samples"]]
 
 
+# A judge that fails
+
+def trained(value): return hasattr(value, "ftbook_method")
+
+
+def broken(real, when=lambda *args: True):
+    "A function that raises where `when` holds of its arguments."
+    def call(*args, **kwargs):
+        if when(*args): raise RuntimeError("the judge is ill")
+        return real(*args, **kwargs)
+    return call
+
+
+def same_files(a, b):
+    "Have two runs left the same adapter, to the byte, and the same files?"
+    files = [sorted(f.name for f in o.iterdir()) for o in (a, b)]
+    adapters = [(o/"adapter/adapter_model.safetensors").read_bytes() for o in (a, b)]
+    return files[0] == files[1] and adapters[0] == adapters[1]
+
+
+def measured(facts):
+    "What was found out by a run, without the time that it took and the memory that was free."
+    found = {k: v for k, v in facts.items() if k.startswith(("accuracy", "loss", "n_", "forgetting", "kept", "samples", "missing", "steps", "stopped"))}
+    return found | dict(checked=[(f["level"], f["where"]) for f in facts["findings"]])
+
+
+@pytest.mark.parametrize("method", [dict(modules_to_save=["embed_tokens"]), dict(target_modules=["embed_tokens", "q_proj"])], ids=["whole", "low rank"])
+def test_a_run_that_trains_the_embedding_ends_with_an_adapter_that_loads(make, tiny, tmp_path, method):
+    recipe = make(method=method)
+    facts = r.run(recipe, tmp_path/"run", progress=False).facts
+    assert facts["missing"] == [] and facts["kept"]["divergence"][0] > 0 and set(facts["forgetting"]) == {"newspaper"}
+    model = load_adapter(load_model(tiny, dtype="float32", device="cpu")[0], tmp_path/"run/adapter")
+    told = r.measure(r.prepare(recipe), model, {})
+    assert sum(told["nats"])/sum(told["targets"]) == pytest.approx(facts["loss_after"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name, when, part", [("choice_scores", trained, "rows"), ("write_answers", trained, "answers"), ("measure_battery", trained, "battery"),
+    ("_texts_read", trained, "texts"), ("compare_losses", None, "texts"), ("moved", None, "changes"), ("show_mask", None, "mask"), ("draw_losses", None, "Training")],
+    ids=lambda v: v if isinstance(v, str) else "")
+def test_a_judge_that_fails_costs_its_part_and_not_the_run(make, tiny, tmp_path, monkeypatch, capsys, name, when, part):
+    whole = r.run(make(), tmp_path/"whole", progress=False)
+    with monkeypatch.context() as m:
+        m.setattr(r, name, broken(getattr(r, name), *([lambda model, *rest: when(model)] if when else [])))
+        result = r.run(make(), tmp_path/"run")
+    assert result.stopped == "finished" and [o["part"] for o in result.facts["missing"]] == [part]
+    assert re.match(r"RuntimeError: the judge is ill \(test_recipe.py, line \d+\)$", result.facts["missing"][0]["why"])
+    assert "the report lacks" in repr(result) and (part == "Training" or "warning: the report will lack" in capsys.readouterr().err)
+    assert json.loads((tmp_path/"run/report.json").read_text()) == result.facts
+    html = (tmp_path/"run/report.html").read_text()
+    assert "the judge is ill" in html and "ftbook train FOLDER --resume" in html
+    load_adapter(load_model(tiny, dtype="float32", device="cpu")[0], tmp_path/"run/adapter")
+    same = {k: v for k, v in measured(whole.facts).items() if k != "missing"}
+    assert part not in ("mask", "Training") or same == {k: measured(result.facts)[k] for k in same}
+    monkeypatch.setattr(r, "finetune", lambda *args, **kwargs: pytest.fail("it was trained again"))
+    again = r.run(make(), tmp_path/"run", resume=True, progress=False)
+    assert measured(again.facts) == measured(whole.facts) and same_files(tmp_path/"run", tmp_path/"whole")
+    assert set(again.facts["seconds_by_stage"]) == set(whole.facts["seconds_by_stage"]) and "the judge is ill" not in (tmp_path/"run/report.html").read_text()
+
+
+def test_a_judge_that_fails_for_good_fails_again_and_the_run_stays(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(r, "choice_scores", broken(r.choice_scores, lambda model, *rest: trained(model)))
+    first = r.run(make(), tmp_path/"run", progress=False)
+    again = r.run(make(), tmp_path/"run", resume=True, progress=False)
+    assert measured(first.facts) == measured(again.facts) and again.facts["accuracy_after"] is None and again.facts["loss_after"] is None
+    assert "was not measured" in again.report.html() and "trained in 10 steps and saved" in r.summary_line(again.facts)
+
+
+def test_a_prompt_that_refuses_a_judges_rows_is_kept(make, tmp_path, capsys):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    sliding = Gemma3TextConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        sliding_window=16, layer_types=["sliding_attention", "full_attention"], pad_token_id=2, eos_token_id=2, bos_token_id=1)
+    folder = save_tiny_model(tmp_path/"gemma")
+    Gemma3ForCausalLM(sliding).save_pretrained(folder)
+    facts = r.run(make(model=dict(name=str(folder)), method=dict(type="prompt", num_virtual_tokens=4)), tmp_path/"run").facts
+    [lack] = facts["missing"]
+    assert lack["part"] == "battery" and "left padding in a sliding window" in lack["why"] and facts["forgetting"] and facts["loss_after"] is not None
+    assert "left padding in a sliding window" in capsys.readouterr().err
+    load_adapter(load_model(folder, dtype="float32", device="cpu")[0], tmp_path/"run/adapter")
+
+
+def test_every_judge_may_fail_at_once(make, tmp_path, monkeypatch):
+    for name in ("choice_scores", "write_answers", "measure_battery", "_texts_read"): monkeypatch.setattr(r, name, broken(getattr(r, name), lambda model, *rest: trained(model)))
+    facts = r.run(make(), tmp_path/"run", progress=False).facts
+    assert {o["part"] for o in facts["missing"]} == {"rows", "answers", "battery", "texts"} and (tmp_path/"run/adapter").is_dir()
+
+
+@pytest.mark.parametrize("name", ["choice_scores", "write_answers", "measure_battery", "_texts_read"])
+def test_a_judge_that_fails_before_the_training_ends_the_run(make, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(r, name, broken(getattr(r, name)))
+    with pytest.raises(RuntimeError, match="the judge is ill"): r.run(make(), tmp_path/"run", progress=False)
+    assert sorted(f.name for f in (tmp_path/"run").iterdir()) == ["recipe.yaml"]
+
+
+def test_a_whole_model_is_judged_again_as_it_was_saved(make, tmp_path, monkeypatch):
+    recipe = make(method=dict(type="full"), model=dict(dtype=None), train=dict(patience=1, eval_every=2, epochs=4), forgetting=dict(tasks=[], prompts=0))
+    with monkeypatch.context() as m:
+        m.setattr(r, "measure_together", broken(r.measure_together, lambda job, p, model, before=None, *rest: before))
+        pytest.raises(RuntimeError, r.run, recipe, tmp_path/"run", progress=False)      # what no part of the judgement foresees
+    before = (tmp_path/"run/model/model.safetensors").read_bytes()
+    assert not (tmp_path/"run/report.json").exists()
+    monkeypatch.setattr(r, "finetune", lambda *args, **kwargs: pytest.fail("it was trained again"))
+    result = r.run(recipe, tmp_path/"run", resume=True, progress=False)
+    assert result.facts["missing"] == [] and len(result.facts["kept"]["moved"]) == 15 and result.facts["trained_parameters"] == result.facts["total_parameters"]
+    assert (tmp_path/"run/model/model.safetensors").read_bytes() == before
+    assert sorted(f.name for f in (tmp_path/"run").iterdir()) == ["before.json", "model", "recipe.yaml", "report.html", "report.json"]
+
+
+def test_what_one_process_lacks_all_lack(make, tmp_path, monkeypatch):
+    import accelerate.utils
+    p, job, texts = r.prepare(make()), r.Job(make(), tmp_path, progress=False), dict(newspaper=dict(nats=[1., 2.], targets=[1, 1]))
+    job.world, parts = 2, dict(right=[True, False], nats=[.1, .2], targets=[1, 1], answers=["a"], texts=texts)
+    other = parts | dict(answers=[])
+    monkeypatch.setattr(r, "measure_battery", lambda *args: None)
+    monkeypatch.setattr(r, "measure", lambda *args: parts)
+    ill = [dict(part="answers", section="s", what="w", why="RuntimeError: the judge is ill")]
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [*mine, (other, ill)])
+    found = r.measure_together(job, p, None, {}, attempt := r.Attempts())
+    assert found["answers"] == [] and found["right"] == [True, True, False, False] and found["texts"]["newspaper"]["nats"] == [1., 1., 2., 2.]
+    assert [(o["part"], o["why"]) for o in attempt.missing] == [("answers", "RuntimeError: the judge is ill")]
+
+
 @pytest.mark.slow
 def test_the_main_job(tmp_path):
     facts = r.quickstart(tmp_path/"run", progress=False).facts

@@ -1368,10 +1368,12 @@ def loading_code(
     recipe:dict, # As in report.json
 )->str:
     "How to load what was saved."
-    name, kind = recipe['model']['name'], recipe['model'].get('quantize')
-    loading = f"from ftbook.quant import load_quantized\nfrom ftbook.methods import load_adapter\n\nmodel, tokenizer = load_quantized({name!r}, {kind!r})\n" if kind else f"from ftbook.models import load_model\nfrom ftbook.methods import load_adapter\n\nmodel, tokenizer = load_model({name!r})\n"
-    if recipe['method']['type'] == 'full': return "from ftbook.models import load_model\n\nmodel, tokenizer = load_model('model')  # the folder beside this report"
-    return (loading + "load_adapter(model, 'adapter')  # the folder beside this report" + '; peft reads it too'*(METHODS[recipe['method']['type']][0] is not Bottleneck))
+    keys, method = recipe['model'], recipe['method']['type']
+    if method == 'full': return "from ftbook.models import load_model\n\nmodel, tokenizer = load_model('model')  # the folder beside this report"
+    given = [repr(keys['name'])] + [repr(keys['quantize'])]*bool(keys.get('quantize')) + [f"dtype={keys['dtype']!r}"]*bool(keys.get('dtype'))
+    module, load = ('quant', 'load_quantized') if keys.get('quantize') else ('models', 'load_model')
+    return (f"from ftbook.{module} import {load}\nfrom ftbook.methods import load_adapter\n\nmodel, tokenizer = {load}({', '.join(given)})\n"
+            "load_adapter(model, 'adapter')  # the folder beside this report" + '; peft reads it too'*(METHODS[method][0] is not Bottleneck))
 
 # %% ../nbs/16_recipe.ipynb #1aa57eb5
 _stages = dict(check='read and check', load='load the model', before='judge before', train='train', save='save', after='judge after')

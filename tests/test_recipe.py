@@ -1,5 +1,5 @@
 "What the recipe promises: bad input is named, the choice is exact, and a run can be stopped anywhere and gone on with."
-import errno, inspect, json, os, re, shutil, signal
+import errno, html, inspect, json, os, re, shutil, signal, subprocess, sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from ftbook import recipe as r
 from ftbook.lora import LoRA
-from ftbook.methods import load_adapter
+from ftbook.methods import load_adapter, remove_
 from ftbook.models import load_model, model_folder
 from ftbook.train import finetune
 from tiny import good_rows, save_tiny_model, tiny_config, write_config, write_rows
@@ -424,7 +424,7 @@ def test_a_quantised_run_and_its_adapter_on_the_same_base(make, tiny, tmp_path, 
     recipe = make(model=dict(quantize=kind), train=dict(optimizer=optimizer, lr=1e-2), evaluate=dict(samples=0), forgetting=dict(measure=False))
     result = r.run(recipe, tmp_path/"run", progress=False)
     assert sum(isinstance(m, QuantLinear) for m in result.model.modules()) == 14 and result.facts["loss_after"] < result.facts["loss_before"]
-    assert 0 < result.facts["memory_plan"]["quantised weights"] < 14*64*64*4/3 and f"load_quantized({str(tiny)!r}, {kind!r})" in r.loading_code(result.facts["recipe"])
+    assert 0 < result.facts["memory_plan"]["quantised weights"] < 14*64*64*4/3 and f"load_quantized({str(tiny)!r}, {kind!r}, dtype='float32')" in r.loading_code(result.facts["recipe"])
     model = load_adapter(load_quantized(tiny, kind, dtype="float32", device="cpu")[0], tmp_path/"run/adapter")
     told = r.measure(r.prepare(recipe), model, {})
     assert sum(told["nats"])/sum(told["targets"]) == pytest.approx(result.facts["loss_after"], rel=1e-5)
@@ -481,6 +481,49 @@ def test_the_same_seed_gives_the_same_run(make, tmp_path):
     a, b, c = (r.run(make(seed=s), tmp_path/n, progress=False).facts for s, n in ((1, "a"), (1, "b"), (2, "c")))
     assert [h["loss"] for h in a["history"]] == [h["loss"] for h in b["history"]] != [h["loss"] for h in c["history"]]
     assert [s["row"] for s in a["samples"]] != [s["row"] for s in c["samples"]]
+
+
+# What the report says to do
+
+use_it = """
+import json, os, sys, accelerate, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+for folder, code, ids in json.load(open(sys.argv[1])):
+    assert not [name for name in sys.modules if name.startswith("ftbook")]
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, folder
+        continue
+    os.chdir(folder)        # from here on a Python that has imported nothing of the book
+    names = {}
+    exec(code, names)
+    with torch.no_grad(): torch.save(names["model"](input_ids=torch.tensor(ids)).logits, "logits.pt")
+    sys.stdout.flush(); os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_the_report_says_to_do_gives_the_trained_model_in_a_fresh_python(make, tmp_path):
+    kinds = {"lora": dict(method=dict(type="lora", rank=4)), "ia3": dict(method=dict(type="ia3")), "prompt": dict(method=dict(type="prompt", num_virtual_tokens=4)),
+        "prefix": dict(method=dict(type="prefix", num_virtual_tokens=4, init="random")),
+        "houlsby": dict(method=dict(type="houlsby", bottleneck_size=4)), "nf4-ia3": dict(model=dict(quantize="nf4"), method=dict(type="ia3"))}
+    jobs, wanted, plain, ids = [], {}, {}, torch.randint(3, 49152, (2, 9), generator=torch.Generator().manual_seed(0))
+    for name, sections in kinds.items():
+        result = r.run(make(**sections, train=dict(lr=3e-2, max_steps=4), evaluate=dict(rows=4, samples=0), forgetting=dict(measure=False)), tmp_path/name, progress=False)
+        [code] = re.findall(r"Use it</a></h2>\n<pre>(.*?)</pre>", (tmp_path/name/"report.html").read_text(), re.S)
+        jobs.append((str(tmp_path/name), html.unescape(code), ids.tolist()))
+        with torch.no_grad(): wanted[name] = result.model.eval()(input_ids=ids).logits
+        with torch.no_grad(): plain[name] = remove_(result.model)(input_ids=ids).logits
+    (tmp_path/"jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run([sys.executable, "-c", use_it, str(tmp_path/"jobs.json")], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    for name in kinds:
+        found = torch.load(tmp_path/name/"logits.pt", weights_only=True)
+        assert torch.allclose(found[:, -9:], wanted[name][:, -9:], atol=1e-4) and (wanted[name] - plain[name]).abs().max() > 1e-2, name
+
+
+def test_every_method_of_a_recipe_has_a_module_that_load_adapter_imports():
+    from ftbook.methods import HOMES
+    assert {cls.peft_type: cls.__module__ for cls, *_ in r.METHODS.values() if cls} == HOMES
 
 
 # A judge that fails

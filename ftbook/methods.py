@@ -7,10 +7,10 @@ Docs: https://ftbook.github.io/ftbook/peft.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'HOMES', 'SILENT', 'CONFIG', 'WEIGHTS', 'MARK', 'is_linear', 'is_quantized', 'linear_size', 'head_of',
            'name_matches', 'find_modules', 'exact_targets', 'Part', 'merge_part_', 'unmerge_part_', 'Whole',
-           'find_whole', 'Method', 'register', 'find_method', 'method_of', 'parts_of', 'replace_', 'check_number',
-           'refuse_fields', 'Summary', 'trainable_summary', 'check_finite', 'adapter_tensors', 'adapter_config',
-           'write_files', 'save_adapter', 'read_adapter_config', 'read_adapter_tensors', 'check_fit', 'read_method',
-           'load_adapter', 'merge_', 'unmerge_', 'remove_']
+           'find_whole', 'Method', 'register', 'find_method', 'method_of', 'parts_of', 'replace_', 'take_mode_',
+           'check_number', 'refuse_fields', 'Summary', 'trainable_summary', 'check_finite', 'adapter_tensors',
+           'adapter_config', 'write_files', 'save_adapter', 'read_adapter_config', 'read_adapter_tensors', 'check_fit',
+           'read_method', 'load_adapter', 'merge_', 'unmerge_', 'remove_']
 
 # %% ../nbs/06_peft.ipynb #1c9fb062
 import copy, json, os, re
@@ -237,8 +237,10 @@ class Method:
         added, whole = self.shapes(model), find_whole(model, self.modules_to_save or ())
         if both := [n for n in whole for k in added if k.startswith(f'{n}.')]: raise ValueError(f'{both[0]} is both a target and in modules_to_save: leave it out of one of them')
         thawed = [p for p in model.parameters() if p.requires_grad]
+        there = set(model.modules())
         model.requires_grad_(False)
         self.inject_(model)
+        take_mode_(model, there)
         for n in whole:
             added |= {f'{n}.whole.{k}': tuple(p.shape) for k, p in model.get_submodule(n).named_parameters()}
             replace_(model, n, Whole(model.get_submodule(n)))
@@ -346,11 +348,24 @@ def parts_of(
 def replace_(
     model:nn.Module, # Changed in place
     name:str, # Full name of a module in it
-    module:nn.Module, # Takes its place
+    module:nn.Module, # Takes its place, and its mode where it is new
 ):
     "Put `module` where `name` stands."
     parent, _, child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, module)
+    holder, old = model.get_submodule(parent), model.get_submodule(name)
+    if module not in set(old.modules()): module.training = holder.training and old.training
+    setattr(holder, child, module)
+
+# %% ../nbs/06_peft.ipynb #c3d2f168
+def take_mode_(
+    model:nn.Module, # With new modules in it
+    there:set[nn.Module], # Those that were there before; their mode is left as it is
+):
+    "Put new modules in training mode where what holds them and what they wrap are, elsewhere in evaluation mode."
+    for holder in model.modules():                       # it comes before what it holds
+        for new in set(holder.children()) - there:
+            wraps = new.base if isinstance(new, Part) else holder
+            new.training = holder.training and wraps.training
 
 # %% ../nbs/06_peft.ipynb #6767187a
 def check_number(

@@ -389,6 +389,18 @@ def test_dropout_is_for_training():
     assert abs(float((dropped == 0).float().mean()) - .5) < .02 and gap([(dropped[dropped != 0], (2*part.eval().added(h))[dropped != 0])]) < 1e-5
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@every_kind
+@every_model
+def test_adapters_take_over_the_mode(name, kind, training, tmp_path):
+    def in_mode(model): return {m.training for m in model.modules()} == {training} and torch.equal(logits(model), logits(model)) is not training
+    model = busy(Bottleneck(kind, 4, dropout=.5).apply(make(name).train(training)))
+    assert in_mode(model)
+    for save, load, _ in borders.values():
+        again = load(make(name).train(training), save(model.train(not training), tmp_path/save.__name__))
+        assert in_mode(again) and torch.equal(logits(again.eval()), logits(model.eval()))
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_of_transformers(name):
     from transformers.activations import ACT2FN

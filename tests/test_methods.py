@@ -276,3 +276,155 @@ def test_a_method_that_cannot_be_merged_leaves_its_whole_modules_alone(method):
     assert any(isinstance(p, M.Whole) for p in M.parts_of(model).values())
     with pytest.raises(ValueError, match="cannot be merged"): M.merge_(model)
     assert not any(p.merged or p.kept for p in M.parts_of(model).values())
+
+
+# The mode of the model: what a method puts in is in training mode only where the model is
+
+def modes(model): return {m.training for m in model.modules()}
+
+
+def busy(model):
+    "Give every trained tensor random numbers, so that no part does nothing."
+    torch.manual_seed(5)
+    for n in model.ftbook_added: nn.init.normal_(model.get_parameter(n), std=.3)
+    return model
+
+
+def speaks(model):
+    "Two calls on the same tokens."
+    ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): return [model(ids).logits for _ in range(2)]
+
+
+def methods_of_every_kind():
+    from ftbook.bottleneck import KINDS, BitFit, Bottleneck, IA3
+    from ftbook.prompts import PrefixTuning, PromptTuning, PTuning
+    head = dict(modules_to_save=["lm_head"])
+    found = {f"bottleneck-{k}": Bottleneck(k, 4, dropout=.5, **head) for k in KINDS}
+    return found | {"lora": LoRA(rank=2, dropout=.5), "lora-head": LoRA(rank=2, dropout=.5, **head), "dora": LoRA(rank=2, dropout=.5, use_dora=True),
+        "lora-bias": LoRA(rank=2, dropout=.5, lora_bias=True), "lora-embedding": LoRA(rank=2, dropout=.5, target_modules=["embed_tokens", "v_proj"]),
+        "pissa": LoRA(rank=2, dropout=.5, init="pissa"), "ia3": IA3(**head), "bitfit": BitFit(**head), "prompt": PromptTuning(2, **head), "p-tuning": PTuning(2),
+        "prefix": PrefixTuning(2), "prefix-text": PrefixTuning(2, init="text", text=[3, 4]), "prefix-network": PrefixTuning(2, projection=True)}
+
+
+kinds_of_method = methods_of_every_kind()
+every_method = pytest.mark.parametrize("method", kinds_of_method.values(), ids=kinds_of_method)
+either_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+
+
+def in_mode(model, method, training):
+    "Whether the model is in one mode, and drops what it drops in that mode alone."
+    one, two = speaks(model)
+    drops = training and getattr(method, "dropout", 0) > 0
+    return model.training is training and modes(model) == {training} and torch.equal(one, two) is not drops
+
+
+@either_mode
+@every_method
+def test_a_method_takes_over_the_mode(method, training):
+    model = busy(method.apply(small().train(training)))
+    assert in_mode(model, method, training) and in_mode(model.train(not training), method, not training)
+    assert modes(M.remove_(model)) == {not training}
+
+
+@either_mode
+@every_method
+def test_a_loaded_adapter_takes_over_the_mode(method, training, tmp_path):
+    written = busy(method.apply(small().train(not training)))
+    model = M.load_adapter(small().train(training), M.save_adapter(written, tmp_path))
+    assert in_mode(model, model.ftbook_method, training)
+    one, want = speaks(model.eval())[0], speaks(written.eval())[0]
+    assert torch.allclose(one, want, atol=1e-5)
+
+
+def peft_adapter(model, folder, **config):
+    "An adapter that peft wrote, and what peft makes of it in evaluation mode."
+    import peft
+    torch.manual_seed(2)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_dropout": .5, "target_modules": "all-linear", **config}))
+    for n, p in theirs.named_parameters():
+        if "lora" in n or "modules_to_save" in n: p.data.add_(.2*torch.randn_like(p))
+    theirs.save_pretrained(folder)
+    return speaks(theirs.eval())[0]
+
+
+@pytest.mark.parametrize("config", [{}, dict(use_dora=True), dict(modules_to_save=["norm"]), dict(target_modules=["embed_tokens", "up_proj"])], ids=["LoRA", "DoRA", "whole", "embedding"])
+def test_an_adapter_of_peft_with_dropout_gives_its_logits(config, tmp_path):
+    want = peft_adapter(small().eval(), tmp_path, **config)
+    model = M.load_adapter(small().eval(), tmp_path)
+    assert model.ftbook_method.dropout == .5 and modes(model) == {False}
+    one, two = speaks(model)
+    assert torch.equal(one, two) and torch.allclose(one, want, atol=1e-5)
+    assert modes(M.load_adapter(small().train(), tmp_path)) == {True}
+
+
+def test_switching_adapters_takes_over_the_mode():
+    from ftbook.lora import add_adapter_, use_adapter_
+    model = LoRA(rank=2, dropout=.5).apply(small().train())
+    model.eval()
+    add_adapter_(model, "second", LoRA(rank=2, dropout=.5, seed=1))
+    assert modes(busy(model)) == {False} and torch.equal(*speaks(model))
+    model.train()
+    assert modes(use_adapter_(model, "default")) == {True}
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck-houlsby"])
+def test_one_frozen_layer_stays_as_it_is(kind):
+    "A part keeps to the layer around it, and changes no mode of the model's own modules."
+    model = small().train()
+    model.model.layers[0].eval()
+    before = {m: m.training for m in model.modules()}
+    kinds_of_method[kind].apply(model)
+    for name, m in model.named_modules(): assert m.training is (".layers.0" not in f".{name}"), name
+    assert all(m.training is was for m, was in before.items())
+    M.remove_(model)
+    assert {m: m.training for m in model.modules()} == before
+
+
+def test_a_layer_put_in_after_eval_wakes_no_dropout():
+    "The model says that it is not in training, and one layer of it says that it is."
+    model = small().eval()
+    model.lm_head = nn.Linear(32, 50)
+    assert model.lm_head.training
+    busy(LoRA(rank=2, dropout=.5, target_modules=["lm_head"]).apply(model))
+    assert not model.lm_head.training and torch.equal(*speaks(model))
+
+
+def test_a_whole_module_keeps_the_modes_inside_it():
+    model = nn.ModuleDict(dict(body=nn.Linear(2, 2), head=nn.Sequential(nn.Linear(2, 2), nn.Dropout(.5))))
+    model["head"][1].eval()
+    LoRA(rank=1, target_modules=["body"], modules_to_save=["head"]).apply(model)
+    assert [m.training for m in model["head"].whole] == [True, False] and model["head"].training
+
+
+class Noisy(M.Part):
+    "Holds modules of its own."
+    def __init__(self, base):
+        super().__init__(base)
+        self.gain, self.deep = nn.Parameter(torch.ones(1)), nn.Sequential(nn.Sequential(nn.Dropout(.5)))
+
+    def forward(self, x): return self.deep(self.base(x)*self.gain)
+
+
+@dataclass
+class ByItself(M.Method):
+    "A method of somebody else, who puts parts in without `replace_`."
+    def shapes(self, model): return {"model.layers.1.mlp.down_proj.gain": (1,)}
+    def inject_(self, model): model.model.layers[1].mlp.down_proj = Noisy(model.model.layers[1].mlp.down_proj)
+
+
+@either_mode
+def test_a_method_that_puts_parts_in_by_itself(training):
+    model = ByItself().apply(small().train(training))
+    assert modes(model) == {training} and torch.equal(*speaks(model)) is not training
+
+
+@pytest.mark.parametrize("backend", ["ftbook", "bitsandbytes"])
+@either_mode
+def test_quantised_layers_take_over_the_mode(training, backend):
+    from ftbook.quant import dequantize_, quantize_
+    model = quantize_(small(width=64).train(training), backend=backend)
+    assert modes(model) == {training}
+    busy(LoRA(rank=2, dropout=.5).apply(model))
+    assert modes(model) == {training} and torch.equal(*speaks(model)) is not training
+    assert modes(dequantize_(M.remove_(model))) == {training}

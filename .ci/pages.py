@@ -3,6 +3,7 @@
 A page must log no error and load nothing that is missing. Hosts outside are blocked, so a page that needs one shows it.
 Every control of every explorer is moved, and its figure must follow.
 """
+
 import argparse, functools, http.server, shutil, sys, tempfile, threading
 from pathlib import Path
 
@@ -40,12 +41,13 @@ move = """async control => {
 class Quiet(http.server.SimpleHTTPRequestHandler):
     "Serves files without a line for each."
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 def serve(
-    folder: Path, # The built site
-) -> str: # Its address
+    folder: Path,  # The built site
+) -> str:  # Its address
     "Serve the site on the loopback, on a free port."
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -53,66 +55,96 @@ def serve(
 
 
 def visit(
-    page, # A fresh browser page
-    home: str, # The site's address
-    name: str, # The page to open, relative to the site
-    shots: Path|None, # Where to put a picture of it
-) -> tuple[list[str], int]: # What is wrong with it, and how many controls were moved
+    page,  # A fresh browser page
+    home: str,  # The site's address
+    name: str,  # The page to open, relative to the site
+    shots: Path | None,  # Where to put a picture of it
+) -> tuple[list[str], int]:  # What is wrong with it, and how many controls were moved
     "Open one page, move what can be moved, and collect complaints."
     faults = []
     outside = lambda url: url.startswith(("http:", "https:")) and not url.startswith(home)
+
     def on_console(msg):
-        if msg.type == "error" and not outside((msg.location or {}).get("url", "")): faults.append(f"console: {msg.text}")
+        if msg.type == "error" and not outside((msg.location or {}).get("url", "")):
+            faults.append(f"console: {msg.text}")
+
     page.route("**/*", lambda route: route.abort() if outside(route.request.url) else route.continue_())
     page.on("console", on_console)
     page.on("pageerror", lambda e: faults.append(f"script: {e}"))
     page.on("requestfailed", lambda r: None if outside(r.url) else faults.append(f"failed: {r.url} {r.failure}"))
-    page.on("request", lambda r: faults.append(f"needs the network: {r.url}") if outside(r.url) and r.resource_type != "image" else None)
+    page.on(
+        "request",
+        lambda r: (
+            faults.append(f"needs the network: {r.url}") if outside(r.url) and r.resource_type != "image" else None
+        ),
+    )
     page.on("response", lambda r: faults.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
     page.goto(f"{home}/{name}", wait_until="load")
-    if not page.title() or not page.locator("main h1, #title-block-header h1").count(): faults.append("no title")
-    if page.get_by_text("\\(", exact=False).count() + page.get_by_text("\\[", exact=False).count(): faults += [
-        f"formula left as TeX: {t[:60]}" for t in page.locator("span.math").all_text_contents() if "\\" in t]
+    if not page.title() or not page.locator("main h1, #title-block-header h1").count():
+        faults.append("no title")
+    if page.get_by_text("\\(", exact=False).count() + page.get_by_text("\\[", exact=False).count():
+        faults += [f"formula left as TeX: {t[:60]}" for t in page.locator("span.math").all_text_contents() if "\\" in t]
     controls = page.locator("[data-ftbook-explorer] input, [data-ftbook-explorer] select").all()
     for n, control in enumerate(controls):
-        if not control.evaluate(move): faults.append(f"control {n} ({control.get_attribute('aria-label') or control.get_attribute('name')}) moves nothing")
+        if not control.evaluate(move):
+            faults.append(
+                f"control {n} ({control.get_attribute('aria-label') or control.get_attribute('name')}) moves nothing"
+            )
     if shots:
-        page.screenshot(path=shots/(name.replace("/", "-").removesuffix(".html") + ".png"), full_page=True)
+        page.screenshot(path=shots / (name.replace("/", "-").removesuffix(".html") + ".png"), full_page=True)
     page.set_viewport_size({"width": 390, "height": 800})
     page.reload(wait_until="load")
     wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-    if wide > 1: faults.append(f"on a phone the page is {wide} pixels too wide")
-    if shots: page.screenshot(path=shots/(name.replace("/", "-").removesuffix(".html") + "-phone.png"))
+    if wide > 1:
+        faults.append(f"on a phone the page is {wide} pixels too wide")
+    if shots:
+        page.screenshot(path=shots / (name.replace("/", "-").removesuffix(".html") + "-phone.png"))
     return faults, len(controls)
 
 
 def main() -> None:
     "Visit every page of the site; exit 1 when any is broken."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("site", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent/"_docs")
+    parser.add_argument("site", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent / "_docs")
     parser.add_argument("--shots", type=Path, help="save a picture of every page in this folder")
     parser.add_argument("--dark", action="store_true", help="look at the site in dark mode")
-    parser.add_argument("--chromium", default=next(filter(None, map(shutil.which, browsers)), None),
-        help="the browser to use; else one that `playwright install chromium` brought")
+    parser.add_argument(
+        "--chromium",
+        default=next(filter(None, map(shutil.which, browsers)), None),
+        help="the browser to use; else one that `playwright install chromium` brought",
+    )
     args = parser.parse_args()
     names = sorted(p.relative_to(args.site).as_posix() for p in args.site.rglob("*.html"))
     names = [n for n in names if not n.startswith("site_libs/")]
-    if not names: sys.exit(f"{args.site} holds no pages: run .ci/site.py first")
-    if args.shots: args.shots.mkdir(parents=True, exist_ok=True)
+    if not names:
+        sys.exit(f"{args.site} holds no pages: run .ci/site.py first")
+    if args.shots:
+        args.shots.mkdir(parents=True, exist_ok=True)
     home, bad, moved = serve(args.site), 0, 0
     with sync_playwright() as play, tempfile.TemporaryDirectory() as profile:
-        browser = play.chromium.launch_persistent_context(profile, executable_path=args.chromium, headless=True, args=flags,
-            color_scheme="dark" if args.dark else "light", viewport={"width": 1280, "height": 900})
+        browser = play.chromium.launch_persistent_context(
+            profile,
+            executable_path=args.chromium,
+            headless=True,
+            args=flags,
+            color_scheme="dark" if args.dark else "light",
+            viewport={"width": 1280, "height": 900},
+        )
         for name in names:
             page = browser.new_page()
             page.set_viewport_size({"width": 1280, "height": 900})
             faults, n = visit(page, home, name, args.shots)
             page.close()
             moved, bad = moved + n, bad + bool(faults)
-            print(f"{'FAIL' if faults else 'ok  '} {name}" + (f"  ({n} controls)" if n else "") + "".join(f"\n     {f}" for f in faults))
+            print(
+                f"{'FAIL' if faults else 'ok  '} {name}"
+                + (f"  ({n} controls)" if n else "")
+                + "".join(f"\n     {f}" for f in faults)
+            )
         browser.close()
     print(f"{len(names)} pages, {moved} controls moved, {bad} pages broken")
     sys.exit(bad > 0)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

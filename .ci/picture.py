@@ -3,47 +3,68 @@
 The measurement is nbs/bench/results/quickstart.json: a report.json that `ftbook quickstart` wrote. Copy it there and run
 this script. Until there is one, the picture shows arithmetic instead: how few weights a LoRA trains.
 """
+
 import json
 from math import sqrt
 from pathlib import Path
 
-from ftbook.explore import bars, plot
+from ftbook.show.bar_chart import bars
+from ftbook.show.charts import plot
 
-nbs = Path(__file__).resolve().parent.parent/"nbs"
+nbs = Path(__file__).resolve().parent.parent / "nbs"
 
 
 def interval(
-    share: float, # Share of answers that were right
-    n: int, # Answers
-    z: float = 1.96, # Standard errors to either side: 95 %
-) -> tuple[float, float]: # Wilson's interval
+    share: float,  # Share of answers that were right
+    n: int,  # Answers
+    z: float = 1.96,  # Standard errors to either side: 95 %
+) -> tuple[float, float]:  # Wilson's interval
     "Say how far chance alone could move an accuracy."
-    mid, half = share + z*z/(2*n), z * sqrt(share*(1 - share)/n + z*z/(4*n*n))
-    return (mid - half)/(1 + z*z/n), (mid + half)/(1 + z*z/n)
+    mid, half = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (mid - half) / (1 + z * z / n), (mid + half) / (1 + z * z / n)
 
 
 def draw_report(
-    report: dict, # What the quickstart measured
-): # A chart of accuracy before and after
+    report: dict,  # What the quickstart measured
+):  # A chart of accuracy before and after
     "Draw what fine-tuning did to the accuracy."
     names = {"before": report["accuracy_before"], "after fine-tuning": report["accuracy_after"]}
-    about = f"accuracy on {report['n_eval']:,} unseen reviews, 95 % intervals; {report['seconds']/60:.1f} minutes in all"
-    return bars(names, errors={k: interval(v, report["n_eval"]) for k, v in names.items()}, x_range=(0, 1), marks={"chance": .5},
-        title="SmolLM2-135M reads movie reviews", x_label=about)
+    about = (
+        f"accuracy on {report['n_eval']:,} unseen reviews, 95 % intervals; {report['seconds'] / 60:.1f} minutes in all"
+    )
+    return bars(
+        names,
+        errors={k: interval(v, report["n_eval"]) for k, v in names.items()},
+        x_range=(0, 1),
+        marks={"chance": 0.5},
+        title="SmolLM2-135M reads movie reviews",
+        x_label=about,
+    )
 
 
-def draw_placeholder(): # A chart of trainable weights by rank
+def draw_placeholder():  # A chart of trainable weights by rank
     "Draw how many weights a LoRA on every linear layer of SmolLM2-135M trains."
     d, kv, ff, layers, total = 576, 192, 1536, 30, 134_515_008
-    widths = 2*(d + d) + 2*(d + kv) + 3*(d + ff) # in + out of q, o; k, v; gate, up, down
+    widths = 2 * (d + d) + 2 * (d + kv) + 3 * (d + ff)  # in + out of q, o; k, v; gate, up, down
     ranks = [1, 2, 4, 8, 16, 32, 64]
-    return plot({"LoRA": (ranks, [100 * layers * r * widths / total for r in ranks])}, log_x=True, x_label="rank", y_label="% of the model's weights",
-        title="What a LoRA trains, of SmolLM2-135M's 134,515,008 weights", height=300)
+    return plot(
+        {"LoRA": (ranks, [100 * layers * r * widths / total for r in ranks])},
+        log_x=True,
+        x_label="rank",
+        y_label="% of the model's weights",
+        title="What a LoRA trains, of SmolLM2-135M's 134,515,008 weights",
+        height=300,
+    )
 
 
 if __name__ == "__main__":
-    measured, picture = nbs/"bench/results/quickstart.json", nbs/"images/quickstart.svg"
+    measured, picture = nbs / "bench/results/quickstart.json", nbs / "images/quickstart.svg"
     picture.parent.mkdir(exist_ok=True)
     chart = draw_report(json.loads(measured.read_text(encoding="utf-8"))) if measured.exists() else draw_placeholder()
     chart.save(picture)
-    print(f"{picture.name}: {'measured' if measured.exists() else 'a placeholder, until bench/results/quickstart.json is there'}")
+    print(
+        (
+            f"{picture.name}: "
+            f"{'measured' if measured.exists() else 'a placeholder, until bench/results/quickstart.json is there'}"
+        )
+    )

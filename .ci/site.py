@@ -4,6 +4,7 @@ nbdev stages the notebooks, smalldocs renders them, and this script sees to what
 address that nbdev and Quarto give them (09_lora.ipynb becomes lora.html), formulas become MathML, which a browser shows
 by itself, and fonts from elsewhere are left out.
 """
+
 import html, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -17,37 +18,43 @@ katex = re.compile(r'\s*<(?:link|script)[^>]*/katex@[^>]*>(?:</script>)?')
 
 
 def rename_pages(
-    folder: Path, # The staged notebooks; changed in place
+    folder: Path,  # The staged notebooks; changed in place
 ) -> None:
     "Give each staged notebook the name of its page, lead links and the sidebar there, and drop what only Quarto reads."
     moved = {p: p.with_name(nbpath2html(p).stem + ".ipynb") for p in folder.rglob("*.ipynb")}
-    if len({*moved.values()}) < len(moved): sys.exit(f"two notebooks want the same page: {sorted(map(str, moved.values()))}")
+    if len({*moved.values()}) < len(moved):
+        sys.exit(f"two notebooks want the same page: {sorted(map(str, moved.values()))}")
     names = "|".join(re.escape(p.name) for p, page in moved.items() if p.name != page.name) or "(?!)"
     link = re.compile(rf"(\]\((?![a-z]+:)[^)\s]*?|^\s*- (?:[\w-]+/)*)({names})", re.M)
-    for path, page in [*moved.items(), (folder/"_quarto.yml", folder/"_quarto.yml")]:
+    for path, page in [*moved.items(), (folder / "_quarto.yml", folder / "_quarto.yml")]:
         text = link.sub(lambda m: m[1] + nbpath2html(m[2]).stem + ".ipynb", path.read_text(encoding="utf-8"))
-        path.write_text(re.sub(r'^ *"?(output-file|html-math-method|grid): .*\n', "", text, flags=re.M), encoding="utf-8")
+        path.write_text(
+            re.sub(r'^ *"?(output-file|html-math-method|grid): .*\n', "", text, flags=re.M), encoding="utf-8"
+        )
         path.rename(page)
 
 
 def typeset(
-    match: re.Match, # A formula as smalldocs leaves it for KaTeX
-) -> str: # The same formula in MathML
+    match: re.Match,  # A formula as smalldocs leaves it for KaTeX
+) -> str:  # The same formula in MathML
     "Turn one formula from TeX into MathML; one with a command that MathML cannot say stops the build."
     tex = html.unescape(match[2])
     mathml = convert(tex, display="block" if match[1] == "display" else "inline")
-    if "\\" in html.unescape(mathml): sys.exit(f"cannot typeset {tex}")
+    if "\\" in html.unescape(mathml):
+        sys.exit(f"cannot typeset {tex}")
     return mathml
 
 
 def finish_page(
-    path: Path, # A rendered page; changed in place
-) -> int: # Formulas that were typeset
+    path: Path,  # A rendered page; changed in place
+) -> int:  # Formulas that were typeset
     "Typeset a page's formulas, and drop the KaTeX that would have come from outside."
     text, n = formula.subn(typeset, path.read_text(encoding="utf-8"))
     text = katex.sub("", text)
     home = get_config()
-    text = text.replace(f'href="{home.doc_host}{home.doc_baseurl}/', f'href="{"../"*len(path.relative_to(root/"_docs").parts[:-1])}')
+    text = text.replace(
+        f'href="{home.doc_host}{home.doc_baseurl}/', f'href="{"../" * len(path.relative_to(root / "_docs").parts[:-1])}'
+    )
     path.write_text(text, encoding="utf-8")
     return n
 
@@ -57,16 +64,19 @@ def build() -> None:
     os.chdir(root)
     staged = proc_nbs(force=True)
     with tempfile.TemporaryDirectory() as tmp:
-        pages = Path(tmp)/"pages"
+        pages = Path(tmp) / "pages"
         shutil.copytree(staged, pages, ignore=shutil.ignore_patterns("_docs"))
         rename_pages(pages)
         subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", "--strict", "--quiet", str(pages)], check=True)
-        shutil.rmtree(root/"_docs", ignore_errors=True)
-        shutil.copytree(pages/"_docs", root/"_docs")
-    for style in (root/"_docs").rglob("*.css"):
-        style.write_text(re.sub(r'@import url\("?https?:[^)]*\);?', "", style.read_text(encoding="utf-8")), encoding="utf-8")
-    done = {p: finish_page(p) for p in sorted((root/"_docs").rglob("*.html"))}
+        shutil.rmtree(root / "_docs", ignore_errors=True)
+        shutil.copytree(pages / "_docs", root / "_docs")
+    for style in (root / "_docs").rglob("*.css"):
+        style.write_text(
+            re.sub(r'@import url\("?https?:[^)]*\);?', "", style.read_text(encoding="utf-8")), encoding="utf-8"
+        )
+    done = {p: finish_page(p) for p in sorted((root / "_docs").rglob("*.html"))}
     print(f"_docs: {len(done)} pages, {sum(done.values())} formulas")
 
 
-if __name__ == "__main__": build()
+if __name__ == "__main__":
+    build()

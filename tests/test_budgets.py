@@ -1,84 +1,75 @@
-"""Hold the sound of a chapter in numbers: short cells, short functions, a check for every third cell, enough prose.
+"""Hold the size of pages, cells and functions: statements and width, not lines (lines for a lesson's whole).
 
-Blank lines and directives never count. A cell's length is what the page shows. A function's length is that of its body,
-and prose is weighed against bodies too: a signature, with its comment for each parameter, and a docstring are prose in code.
+A docstring is no statement. A page's code lines are those that are neither blank nor directives.
 """
+
 import ast, re
-from math import ceil
 from statistics import median
 
 import pytest
 
-from book import chapters, code_lines, directives, lib, read_cells
+from book import code_lines, inside, lessons, modules, nbs, notebooks, read_cells, root, source_of
 
-modules = chapters()
-every_chapter = pytest.mark.parametrize("name, path", modules.items(), ids=modules)
-check = re.compile(r"\b(assert|test_\w+\s*\(|expect_fail|allclose|raises|ExceptionExpected)")
-
-
-def percentile(values, share): return sorted(values)[ceil(share * len(values)) - 1]
+every_page = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.relative_to(nbs).as_posix())
+every_lesson = pytest.mark.parametrize("path", lessons(), ids=lambda p: p.stem)
+every_inside = pytest.mark.parametrize("path", inside(), ids=lambda p: p.stem)
+magic = re.compile(r"^[!%].*", re.M)
 
 
-def lesson_cells(path):
-    "Give the code cells that a reader reads: not the ones that install or only name the module."
-    cells = [c for c in read_cells(path, "code") if code_lines(c["source"])]
-    return [c for c in cells if directives(c).get("eval", "").lower() != "false"]
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def documentation(node):
-    "Count the lines of a function or class that document it: what follows its first line up to its body, and its docstring."
-    doc = ast.get_docstring(node) is not None
-    ends = node.body[0].end_lineno + 1 if doc else node.body[0].lineno
-    return max(0, ends - node.lineno - 1)
+def statements(tree):
+    "Count the statements in a piece of code, those inside of functions too."
+    return sum(isinstance(o, ast.stmt) and not is_docstring(o) for o in ast.walk(tree))
 
 
-def working_lines(cell):
-    "Count the lines of a code cell that are no documentation. A cell with shell commands counts whole."
-    total = len(code_lines(cell["source"]))
-    try: tree = ast.parse(cell["source"])
-    except SyntaxError: return total
-    return total - sum(documentation(o) for o in ast.walk(tree) if isinstance(o, (ast.FunctionDef, ast.ClassDef)))
+def width(path):
+    return 96 if path in lessons() else 120
 
 
-def function_lengths(name):
-    "Measure each function and method of a module: lines of its body."
-    text = (lib/f"{name}.py").read_text(encoding="utf-8")
-    lines, found = text.split("\n"), {}
-    def visit(node, prefix=""):
-        for o in ast.iter_child_nodes(node):
-            if isinstance(o, ast.ClassDef): visit(o, f"{o.name}.")
-            if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                body = o.body[1:] if ast.get_docstring(o) is not None else o.body
-                found[prefix + o.name] = len(code_lines("\n".join(lines[body[0].lineno - 1:o.end_lineno]))) if body else 0
-    visit(ast.parse(text))
-    return found
+def code_of(path):
+    return [c["source"] for c in read_cells(path, "code")]
 
 
-def test_there_are_chapters(): assert modules
+@every_page
+def test_lines_are_no_wider_than_the_page(path):
+    wide = [o for s in code_of(path) for o in s.split("\n") if len(o) > width(path)]
+    assert not wide, "\n".join(wide)
 
 
-@every_chapter
-def test_code_cells_are_short(name, path):
-    sizes = [len(code_lines(c["source"])) for c in lesson_cells(path)]
-    assert median(sizes) <= 6 and percentile(sizes, .9) <= 20, f"median {median(sizes)}, 90th percentile {percentile(sizes, .9)}"
+@every_page
+def test_one_statement_a_line(path):
+    crowded = []
+    for source in code_of(path):
+        tree = ast.parse(magic.sub("pass", source))
+        starts = [o.lineno for o in ast.walk(tree) if isinstance(o, ast.stmt)]
+        crowded += [source.split("\n")[n - 1] for n in set(starts) if starts.count(n) > 1]
+    assert not crowded, "\n".join(crowded)
 
 
-@every_chapter
-def test_functions_are_short(name, path):
-    sizes = function_lengths(name)
+@every_lesson
+def test_a_lesson_is_short(path):
+    lines = sum(len(code_lines(s)) for s in code_of(path))
+    assert len(read_cells(path)) <= 80 and lines <= 350, f"{len(read_cells(path))} cells, {lines} lines of code"
+
+
+@every_inside
+def test_an_inside_page_is_short(path):
+    assert len(read_cells(path)) <= 120
+
+
+@pytest.mark.parametrize("path", lessons() + inside(), ids=lambda p: p.stem)
+def test_cells_are_short(path):
+    sizes = [statements(ast.parse(magic.sub("pass", s))) for s in code_of(path)]
+    assert not sizes or median(sizes) <= 6 and sorted(sizes)[int(0.9 * (len(sizes) - 1))] <= 20, sorted(sizes)[-5:]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_functions_are_short(name):
+    tree = ast.parse(source_of(name).read_text(encoding="utf-8"))
+    functions = [o for o in ast.walk(tree) if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    sizes = {o.name: statements(o) - 1 for o in functions}
     longest = sorted(sizes.items(), key=lambda o: -o[1])[:5]
-    assert median(sizes.values()) <= 8 and percentile(sizes.values(), .9) <= 20, longest
-
-
-@every_chapter
-def test_a_third_of_the_cells_check(name, path):
-    cells = lesson_cells(path)
-    share = sum(bool(check.search(c["source"])) for c in cells) / len(cells)
-    assert share >= 1/3, f"{share:.2f}"
-
-
-@every_chapter
-def test_prose_and_code_are_in_balance(name, path):
-    words = sum(len(re.findall(r"\w+", c["source"])) for c in read_cells(path, "markdown"))
-    lines = sum(map(working_lines, lesson_cells(path)))
-    assert 3 <= words / lines <= 8, f"{words} words, {lines} lines of code"
+    assert not sizes or median(sizes.values()) <= 8 and longest[0][1] <= 40, longest

@@ -1,4 +1,5 @@
 "What the data chapter promises, on made-up rows, made-up templates and models of several families."
+
 import csv, io, json, re
 
 import pytest, torch
@@ -7,24 +8,38 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, masking_utils
 
-from ftbook import data
-from ftbook.data import (IGNORE, Example, assistant, deduplicate, encode, isolate_, laid, layout_of, length_batches, normalise, pack, pad,
-    prompt_ids, read_rows, row_parts, show_mask, split_rows, to_example, user)
+from ftbook.data import attention as data_attention
+from ftbook.data import corpora as data_corpora
+from ftbook.data.examples import IGNORE, Example, prompt_ids
+from ftbook.data.rows import assistant, row_parts, user
+from ftbook.data.split import deduplicate, normalise, split_rows
+from ftbook.data.encoding import encode, to_example
+from ftbook.data.isolate import isolate_
+from ftbook.data.layouts import laid, layout_of
+from ftbook.data.packs import length_batches, pack, pad
+from ftbook.data.read import read_rows
+from ftbook.data.viewer import show_mask
 
 settings.register_profile("ftbook", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("ftbook")
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(str.strip)
 lengths = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 
-chatml = ("{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<e>\n{% endfor %}"
-          "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+chatml = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<e>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 templates = {
     "chatml": chatml,
-    "system message by default": "{% if not messages or messages[0]['role'] != 'system' %}<s>system\nBe kind.<e>\n{% endif %}" + chatml,
+    "system message by default": "{% if not messages or messages[0]['role'] != 'system' %}<s>system\nBe kind.<e>\n{% endif %}"
+    + chatml,
     "no line break": chatml.replace("<e>\n", "<e>"),
     "begin of text": "<b>" + chatml,
-    "plain words": ("{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}<e>{% endif %}\n\n{% endfor %}"
-                    "{% if add_generation_prompt %}### assistant: {% endif %}"),
+    "plain words": (
+        "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}<e>{% "
+        "endif %}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant: {% endif %}"
+    ),
     "other end": chatml.replace("<e>", "<turn>"),
 }
 
@@ -35,26 +50,40 @@ def tokenizer_of(template, pad_token="<e>"):
     vocab = {c: i for i, c in enumerate(["<b>", "<e>", "<s>", "<turn>", *sorted(alphabet)])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tk = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<b>", eos_token="<e>", pad_token=pad_token,
-                                 additional_special_tokens=["<s>", "<turn>"])
+    tk = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<b>",
+        eos_token="<e>",
+        pad_token=pad_token,
+        additional_special_tokens=["<s>", "<turn>"],
+    )
     tk.chat_template = template
     return tk
 
 
-def example(n, index=None, at=4): return Example([(i * 7 + (index or 0)) % 90 + at for i in range(n)], [False] + [True] * (n - 1), 1, index=index)
+def example(n, index=None, at=4):
+    return Example([(i * 7 + (index or 0)) % 90 + at for i in range(n)], [False] + [True] * (n - 1), 1, index=index)
 
-def said(e, tk): return tk.decode([t for t, on in zip(e.input_ids, e.trained) if on])
+
+def said(e, tk):
+    return tk.decode([t for t, on in zip(e.input_ids, e.trained) if on])
 
 
 # Rows and files
 
-@given(st.lists(words, min_size=1, max_size=8), st.integers(0, 8), st.sampled_from(['{"text": ', '{"text": "a"', '[', '{"text" 1}', "{'text': 1}"]))
+
+@given(
+    st.lists(words, min_size=1, max_size=8),
+    st.integers(0, 8),
+    st.sampled_from(['{"text": ', '{"text": "a"', '[', '{"text" 1}', "{'text': 1}"]),
+)
 def test_a_broken_line_is_named(tmp_path_factory, texts, at, broken):
     lines = [json.dumps(dict(text=t), ensure_ascii=False) for t in texts]
     lines.insert(min(at, len(lines)), broken)
-    path = tmp_path_factory.mktemp("rows")/"rows.jsonl"
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(f"{path}:{lines.index(broken) + 1}: broken JSON")): read_rows(path)
+    with pytest.raises(ValueError, match=re.escape(f"{path}:{lines.index(broken) + 1}: broken JSON")):
+        read_rows(path)
 
 
 @given(st.lists(st.fixed_dictionaries(dict(prompt=words, completion=words)), min_size=1, max_size=8))
@@ -63,29 +92,41 @@ def test_every_format_reads_the_same(tmp_path_factory, rows):
     writer = csv.DictWriter(table, ["prompt", "completion"])
     writer.writeheader()
     writer.writerows(rows)
-    files = {"a.jsonl": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "a.json": "\ufeff" + json.dumps(rows), "a.csv": table.getvalue()}
+    files = {
+        "a.jsonl": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows),
+        "a.json": "\ufeff" + json.dumps(rows),
+        "a.csv": table.getvalue(),
+    }
     for name, text in files.items():
-        (folder/name).write_bytes(text.encode())
-        assert read_rows(folder/name) == rows
+        (folder / name).write_bytes(text.encode())
+        assert read_rows(folder / name) == rows
 
 
 def test_a_hub_id_without_a_hub_is_a_plain_error():
-    with pytest.raises(FileNotFoundError, match="no file here, and `datasets` does not load it"): read_rows("nobody/no-such-data-set")
+    with pytest.raises(FileNotFoundError, match="no file here, and `datasets` does not load it"):
+        read_rows("nobody/no-such-data-set")
 
 
 def test_a_folder_and_a_missing_file_list_what_is_there(tmp_path):
-    (tmp_path/"good.csv").write_text("a\n1\n")
-    with pytest.raises(ValueError, match="is a folder; name one of its files: good.csv"): read_rows(tmp_path)
-    with pytest.raises(FileNotFoundError, match="beside it: good.csv"): read_rows(tmp_path/"god.csv")
+    (tmp_path / "good.csv").write_text("a\n1\n")
+    with pytest.raises(ValueError, match="is a folder; name one of its files: good.csv"):
+        read_rows(tmp_path)
+    with pytest.raises(FileNotFoundError, match="beside it: good.csv"):
+        read_rows(tmp_path / "god.csv")
 
 
 def test_a_dictionary_that_cannot_be_fetched_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="apt-get install dict-jargon"): data._fetch_dictionary("jargon", tmp_path/"dictd")
-    assert not (tmp_path/"dictd").exists()
+    with pytest.raises(FileNotFoundError, match="apt-get install dict-jargon"):
+        data_corpora._fetch_dictionary("jargon", tmp_path / "dictd")
+    assert not (tmp_path / "dictd").exists()
 
 
-@given(st.lists(st.sampled_from(["a", "A ", "b", "\uff22", "c d", "C  D", "e"]), min_size=2, max_size=30), st.integers(0, 99), st.data())
+@given(
+    st.lists(st.sampled_from(["a", "A ", "b", "\uff22", "c d", "C  D", "e"]), min_size=2, max_size=30),
+    st.integers(0, 99),
+    st.data(),
+)
 def test_no_text_on_both_sides(texts, seed, more):
     rows = [dict(text=t, n=i) for i, t in enumerate(texts)]
     n_test = more.draw(st.integers(1, len(rows) - 1))
@@ -98,6 +139,7 @@ def test_no_text_on_both_sides(texts, seed, more):
 
 # Templates and masks
 
+
 @pytest.mark.parametrize("name", templates)
 @given(prompt=words, completion=words)
 def test_training_begins_with_what_use_begins_with(name, prompt, completion):
@@ -105,9 +147,13 @@ def test_training_begins_with_what_use_begins_with(name, prompt, completion):
     row = dict(prompt=[user(prompt)], completion=[assistant(completion)])
     e = to_example(row, tk)
     assert e.input_ids == tk.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]
-    assert e.input_ids[:e.n_prompt] == prompt_ids(row, tk) == tk.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+    assert (
+        e.input_ids[: e.n_prompt]
+        == prompt_ids(row, tk)
+        == tk.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+    )
     end = "<turn>" if name == "other end" else "<e>"
-    assert said(e, tk) == completion + end and not any(e.trained[:e.n_prompt])
+    assert said(e, tk) == completion + end and not any(e.trained[: e.n_prompt])
     assert to_example(dict(messages=row["prompt"] + row["completion"]), tk) == e
 
 
@@ -127,7 +173,7 @@ def test_every_answer_is_trained_and_no_question(name, turns):
 def test_plain_strings_end_too(prompt, completion):
     tk = tokenizer_of(None)
     e = to_example(dict(prompt=prompt, completion=completion), tk)
-    assert e.input_ids[:e.n_prompt] == prompt_ids(prompt, tk) and said(e, tk) == completion + "<e>"
+    assert e.input_ids[: e.n_prompt] == prompt_ids(prompt, tk) and said(e, tk) == completion + "<e>"
     assert said(to_example(dict(text=completion), tk), tk) == tk.decode(tk(completion)["input_ids"][1:]) + "<e>"
 
 
@@ -140,7 +186,11 @@ def test_special_words_within_an_answer_do_not_end_it():
 def test_a_template_that_rewrites_is_refused():
     tk = tokenizer_of(chatml.replace("m['content']", "(m['content'] if loop.last else m['content'] | upper)"))
     talk = [dict(messages=[user("a"), assistant("b"), user("c"), assistant("d")])]
-    with pytest.raises(ValueError, match="row 0: the prompt is not .*: token 29 is 70 'c' when the model is asked, 38 'C' when it is trained"): encode(talk, tk)
+    with pytest.raises(
+        ValueError,
+        match="row 0: the prompt is not .*: token 29 is 70 'c' when the model is asked, 38 'C' when it is trained",
+    ):
+        encode(talk, tk)
 
 
 def test_a_template_that_refuses_is_quoted():
@@ -154,46 +204,77 @@ def test_nothing_is_cut_in_silence(max_length):
     tk = tokenizer_of(chatml)
     rows = [dict(prompt=[user("q" * k)], completion=[assistant("a" * (30 - k))]) for k in range(1, 30)]
     full = {e.index: len(e) for e in encode(rows, tk)}
-    try: got = encode(rows, tk, max_length=max_length, bad_rows="skip")
-    except ValueError as e: assert "none of 29 rows can be used" in str(e)
+    try:
+        got = encode(rows, tk, max_length=max_length, bad_rows="skip")
+    except ValueError as e:
+        assert "none of 29 rows can be used" in str(e)
     else:
         report = got.report()
-        assert len(got) + len(report["refused"]) == 29 and all(len(e) + e.n_cut == full[e.index] and len(e) <= max_length for e in got)
+        assert len(got) + len(report["refused"]) == 29 and all(
+            len(e) + e.n_cut == full[e.index] and len(e) <= max_length for e in got
+        )
         assert report["tokens_cut"] == sum(e.n_cut for e in got) and all(e.n_targets for e in got)
         assert all("every label is masked" in why for _, why in report["refused"])
 
 
-@pytest.mark.parametrize("bad, message", [
-    (dict(loss_on="answers"), "loss_on must be"), (dict(max_length=0), "max_length must be"), (dict(bad_rows="drop"), "bad_rows must be")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(loss_on="answers"), "loss_on must be"),
+        (dict(max_length=0), "max_length must be"),
+        (dict(bad_rows="drop"), "bad_rows must be"),
+    ],
+)
 def test_a_wrong_choice_is_named(bad, message):
-    with pytest.raises(ValueError, match=message): encode([dict(text="a")], tokenizer_of(None), **bad)
+    with pytest.raises(ValueError, match=message):
+        encode([dict(text="a")], tokenizer_of(None), **bad)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "text", "prompt"]), x, max_size=3), max_leaves=8),
-       st.sampled_from(["messages", "prompt", "text", "completion"]))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+        lambda x: (
+            st.lists(x, max_size=3)
+            | st.dictionaries(st.sampled_from(["role", "content", "text", "prompt"]), x, max_size=3)
+        ),
+        max_leaves=8,
+    ),
+    st.sampled_from(["messages", "prompt", "text", "completion"]),
+)
 def test_any_row_is_taken_or_refused_with_its_number(value, field):
     for row in {field: value}, {field: value, "completion": value}, value:
-        try: prompt, completion = row_parts(row, 41)
-        except ValueError as e: assert "row 41" in str(e)
-        else: assert type(prompt) is type(completion) or isinstance(prompt, (list, str))
+        try:
+            prompt, completion = row_parts(row, 41)
+        except ValueError as e:
+            assert "row 41" in str(e)
+        else:
+            assert type(prompt) is type(completion) or isinstance(prompt, (list, str))
 
 
 def test_the_picture_counts_and_escapes():
     tk = tokenizer_of(chatml)
     e = to_example(dict(prompt=[user("<script>")], completion=[assistant("ok")]), tk)
     html = show_mask(e, tk, pad_to=len(e) + 3).html
-    assert "<script" not in html and "&lt;" in html and "2 trained" in html and "1 end of turn, trained" in html and "3 padding" in html
+    assert (
+        "<script" not in html
+        and "&lt;" in html
+        and "2 trained" in html
+        and "1 end of turn, trained" in html
+        and "3 padding" in html
+    )
 
 
 # Batches and packs
+
 
 @given(lengths, st.integers(40, 200))
 def test_a_pack_keeps_every_token_once_and_in_order(sizes, max_tokens):
     examples = [example(n, i) for i, n in enumerate(sizes)]
     packs = pack(examples, max_tokens)
     assert [t for p in packs for t in p.input_ids[0].tolist()] == [t for e in examples for t in e.input_ids]
-    assert [n for p in packs for n in p.lengths] == sizes and all(sum(p.lengths) == p.input_ids.shape[1] <= max_tokens for p in packs)
+    assert [n for p in packs for n in p.lengths] == sizes and all(
+        sum(p.lengths) == p.input_ids.shape[1] <= max_tokens for p in packs
+    )
     assert sum(p.n_targets for p in packs) == sum(e.n_targets for e in examples)
     for p in packs:
         assert p.position_ids[0].tolist() == [i for n in p.lengths for i in range(n)]
@@ -220,16 +301,34 @@ def test_an_epoch_meets_each_example_once(sizes, batch_size, seed, epoch):
 def test_padding_hides_nothing_else(sizes):
     examples = [example(n, i) for i, n in enumerate(sizes)]
     box = pad(examples, pad_id=5)
-    assert (box["labels"] != IGNORE).sum(1).tolist() == [e.n_targets for e in examples] and box["attention_mask"].sum(1).tolist() == sizes
+    assert (box["labels"] != IGNORE).sum(1).tolist() == [e.n_targets for e in examples] and box["attention_mask"].sum(
+        1
+    ).tolist() == sizes
 
 
 # Isolation, in families that differ in their attention
 
-small = dict(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+small = dict(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
 families = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "phi3": dict(pad_token_id=0), "olmo2": {}, "granite": {}, "starcoder2": {},
-    "mistral": dict(sliding_window=5), "gemma3_text": dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2),
-    "gpt_neox": dict(num_key_value_heads=4), "gpt2": dict(n_embd=32, n_head=4, n_layer=4, n_positions=64),
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": dict(pad_token_id=0),
+    "olmo2": {},
+    "granite": {},
+    "starcoder2": {},
+    "mistral": dict(sliding_window=5),
+    "gemma3_text": dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2),
+    "gpt_neox": dict(num_key_value_heads=4),
+    "gpt2": dict(n_embd=32, n_head=4, n_layer=4, n_positions=64),
 }
 es = [example(n, i) for i, n in enumerate([9, 3, 14, 2, 6])]
 
@@ -238,19 +337,26 @@ es = [example(n, i) for i, n in enumerate([9, 3, 14, 2, 6])]
 def model(request):
     torch.manual_seed(0)
     given = families[request.param]
-    config = AutoConfig.for_model(request.param, **({**small, **given} if request.param != "gpt2" else dict(vocab_size=128, **given)))
+    config = AutoConfig.for_model(
+        request.param, **({**small, **given} if request.param != "gpt2" else dict(vocab_size=128, **given))
+    )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
     with torch.no_grad():
-        for p in model.parameters(): p.normal_(0, .3)
+        for p in model.parameters():
+            p.normal_(0, 0.3)
     return model
 
 
-def one_by_one(model, examples): return torch.cat([model(torch.tensor([e.input_ids]), use_cache=False).logits for e in examples], 1)
+def one_by_one(model, examples):
+    return torch.cat([model(torch.tensor([e.input_ids]), use_cache=False).logits for e in examples], 1)
+
 
 def test_a_pack_is_as_if_each_were_alone(model, monkeypatch):
     b = pack(es)[0]
     want = one_by_one(model, es)
-    leaky = model(input_ids=b.input_ids, position_ids=b.position_ids, attention_mask=torch.ones_like(b.input_ids), use_cache=False).logits
+    leaky = model(
+        input_ids=b.input_ids, position_ids=b.position_ids, attention_mask=torch.ones_like(b.input_ids), use_cache=False
+    ).logits
     isolate_(model)
     monkeypatch.setattr(masking_utils, "sdpa_mask", lambda **kw: pytest.fail("a mask over the pack was drawn"))
     got = model(**b.kwargs()).logits
@@ -263,37 +369,56 @@ def test_a_pack_is_as_if_each_were_alone(model, monkeypatch):
 def test_gradients_of_a_pack_are_sums(model):
     isolate_(model)
     b, parameters = pack(es)[0], [p for p in model.parameters() if p.requires_grad]
-    def grads(loss): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)])
-    def loss(logits, labels): return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
-    want = grads(sum(loss(model(torch.tensor([e.input_ids]), use_cache=False).logits, torch.tensor([e.labels])) for e in es))
+
+    def grads(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, materialize_grads=True)])
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+
+    want = grads(
+        sum(loss(model(torch.tensor([e.input_ids]), use_cache=False).logits, torch.tensor([e.labels])) for e in es)
+    )
     got = grads(loss(model(**b.kwargs()).logits, b.labels))
     assert (got - want).norm() < 1e-7 * want.norm()  # some families keep their norms in single precision
 
 
 def test_all_else_works_as_before(model):
     box, b = pad(es, 1), pack(es)[0]
+
     def others():
         padded = model(**{k: box[k] for k in ("input_ids", "attention_mask")}).logits[box["attention_mask"].bool()]
         unasked = model(input_ids=b.input_ids, position_ids=b.position_ids, use_cache=False).logits
-        made = model.generate(box["input_ids"][:1, :5], max_new_tokens=9, do_sample=False, pad_token_id=1, attention_mask=torch.ones(1, 5, dtype=torch.long))
+        made = model.generate(
+            box["input_ids"][:1, :5],
+            max_new_tokens=9,
+            do_sample=False,
+            pad_token_id=1,
+            attention_mask=torch.ones(1, 5, dtype=torch.long),
+        )
         return padded, unasked, made
+
     before = others()
     isolate_(model)
-    for x, y in zip(before, others()): assert torch.allclose(x, y, atol=1e-9)
+    for x, y in zip(before, others()):
+        assert torch.allclose(x, y, atol=1e-9)
 
 
 def test_gradient_checkpointing_hands_the_lengths_on():
     torch.manual_seed(0)
     model = isolate_(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small)).double().train())
     b = pack(es)[0]
+
     def grad():
         model.zero_grad()
         F.cross_entropy(model(**b.kwargs()).logits[0, :-1], b.labels[0, 1:]).backward()
         return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
     want = grad()
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     assert torch.equal(grad(), want)
-    with pytest.raises(ValueError, match="a pack is one row: the examples have 3 tokens"): model(**b.kwargs() | dict(lengths=[3]))
+    with pytest.raises(ValueError, match="a pack is one row: the examples have 3 tokens"):
+        model(**b.kwargs() | dict(lengths=[3]))
 
 
 def plain_llama(seed=0, **more):
@@ -335,11 +460,16 @@ def test_the_trial_gives_the_model_back_and_is_made_once(monkeypatch):
     assert all(p.grad is None for p in model.parameters()) and not model.model.embed_tokens._forward_hooks
     assert layout_of(model).packs and len(calls) == 3
     again = plain_llama(vocab_size=132)
-    with torch.inference_mode(): assert layout_of(again).packs
+    with torch.inference_mode():
+        assert layout_of(again).packs
 
 
-def last_slot(module, args, out): return out + out[:, -1:]
-def mean_of_slots(module, args, out): return out + out.mean(1, keepdim=True)
+def last_slot(module, args, out):
+    return out + out[:, -1:]
+
+
+def mean_of_slots(module, args, out):
+    return out + out.mean(1, keepdim=True)
 
 
 @pytest.mark.parametrize("mix, way, vocab_size", [(last_slot, "left", 133), (mean_of_slots, "alone", 134)])
@@ -350,16 +480,28 @@ def test_where_padding_is_wrong(mix, way, vocab_size):
     assert found.way == way
     assert "padded on the right a row" in found.why and ("padded on the left a row" in found.why) == (way == "alone")
     few = [example(n, i) for i, n in enumerate([4, 9, 6])]
-    got = [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits[b["attention_mask"].bool()] for b in laid(pad(few), way)]
+    got = [
+        model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits[b["attention_mask"].bool()]
+        for b in laid(pad(few), way)
+    ]
     want = one_by_one(model, few)[0]
     assert (torch.cat(got) - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_a_model_that_runs_nothing_is_refused():
     model = plain_llama(vocab_size=135)
-    def fail(module, args, out): raise RuntimeError("no such kernel")
+
+    def fail(module, args, out):
+        raise RuntimeError("no such kernel")
+
     model.model.norm.register_forward_hook(fail)
-    with pytest.raises(ValueError, match="LlamaForCausalLM does not run even a single row of 6 tokens: RuntimeError: no such kernel. Load it in another dtype"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "LlamaForCausalLM does not run even a single row of 6 tokens: RuntimeError: no such kernel. Load it in "
+            "another dtype"
+        ),
+    ):
         layout_of(model)
 
 
@@ -367,14 +509,17 @@ def test_the_ways_to_lay_rows_keep_every_target():
     few = [example(n, i) for i, n in enumerate([4, 9, 1, 6])]
     few[1].trained[0] = True  # the first token of a row is no target, wherever its row begins
     box = pad(few)
-    def targets(way): return [t for b in laid(box, way) for t in b["labels"][:, 1:][b["labels"][:, 1:] != IGNORE].tolist()]
+
+    def targets(way):
+        return [t for b in laid(box, way) for t in b["labels"][:, 1:][b["labels"][:, 1:] != IGNORE].tolist()]
+
     assert targets("left") == targets("alone") == targets("right")
     assert len(targets("right")) == sum(len(e) - 1 for e in few)
 
 
 def test_a_shared_opening_leaves_every_row_something():
     "Rows that are asked about nothing, or that end where the others go on, keep a token of their own."
-    rows = [Example(list(range(10)), [False]*10), Example(list(range(10)) + [50], [False]*10 + [True])]
+    rows = [Example(list(range(10)), [False] * 10), Example(list(range(10)) + [50], [False] * 10 + [True])]
     (packed,) = pack(rows, share=True)
     assert packed.prefix == 9 and packed.lengths == [9, 1, 2] and packed.input_ids[0].tolist() == [*range(9), 9, 9, 50]
 
@@ -387,30 +532,43 @@ def test_attention_of_a_gpu_is_attention(kv_heads, dtype, masked):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 9, 8, dtype=dtype).requires_grad_() for heads in (6, kv_heads, kv_heads))
     mask = torch.ones(9, 9, dtype=torch.bool).tril() & torch.ones(9, 9, dtype=torch.bool).triu(-3) if masked else None
-    out = data.gpu_attention(q, k, v, mask)
-    K, V = (t.repeat_interleave(6//kv_heads, 1).float() for t in (k, v))
-    scores = (q.float() @ K.transpose(2, 3)/8**.5).masked_fill(~(mask if masked else torch.ones(9, 9, dtype=torch.bool).tril()), -torch.inf)
+    out = data_attention.gpu_attention(q, k, v, mask)
+    K, V = (t.repeat_interleave(6 // kv_heads, 1).float() for t in (k, v))
+    scores = (q.float() @ K.transpose(2, 3) / 8**0.5).masked_fill(
+        ~(mask if masked else torch.ones(9, 9, dtype=torch.bool).tril()), -torch.inf
+    )
     want = scores.softmax(-1) @ V
     near = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=2e-2, rtol=2e-2)
     assert torch.allclose(out.float(), want, **near) and out.dtype == dtype
-    for a, b in zip(torch.autograd.grad(out.float().square().sum(), (q, k, v)), torch.autograd.grad(want.square().sum(), (q, k, v))): assert torch.allclose(a.float(), b.float(), atol=10*near["atol"], rtol=10*near["rtol"])
+    for a, b in zip(
+        torch.autograd.grad(out.float().square().sum(), (q, k, v)), torch.autograd.grad(want.square().sum(), (q, k, v))
+    ):
+        assert torch.allclose(a.float(), b.float(), atol=10 * near["atol"], rtol=10 * near["rtol"])
 
 
-@pytest.mark.parametrize("dtype, masked, autocast, capability, shares", [
-    (torch.bfloat16, False, None, (9, 0), True), (torch.bfloat16, True, None, (9, 0), False), (torch.float32, False, None, (9, 0), False),
-    (torch.float32, False, torch.bfloat16, (9, 0), True), (torch.float16, False, None, (7, 5), False), (torch.float16, False, None, (8, 0), True)])
+@pytest.mark.parametrize(
+    "dtype, masked, autocast, capability, shares",
+    [
+        (torch.bfloat16, False, None, (9, 0), True),
+        (torch.bfloat16, True, None, (9, 0), False),
+        (torch.float32, False, None, (9, 0), False),
+        (torch.float32, False, torch.bfloat16, (9, 0), True),
+        (torch.float16, False, None, (7, 5), False),
+        (torch.float16, False, None, (8, 0), True),
+    ],
+)
 def test_heads_share_keys_only_in_the_flash_kernel(monkeypatch, dtype, masked, autocast, capability, shares):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast is not None)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: autocast)
     query = type("OnGPU", (), dict(device=torch.device("cuda"), dtype=dtype))()
-    assert data._takes_flash(query, torch.ones(1) if masked else None) == shares
+    assert data_attention._takes_flash(query, torch.ones(1) if masked else None) == shares
 
 
 def test_cudnn_attention_comes_back_after_an_error():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     with pytest.raises(KeyError):
-        with data.without_cudnn_attention():
+        with data_attention.without_cudnn_attention():
             assert not torch.backends.cuda.cudnn_sdp_enabled()
             raise KeyError
     assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -1,4 +1,5 @@
 "How far two sets of rows are from each other: equal to the reference libraries, within its bounds, and clear about bad input."
+
 import math, random
 
 import numpy as np
@@ -10,15 +11,21 @@ from scipy.stats import energy_distance
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from ftbook.models import load_model
-from ftbook.quality import (bits_per_byte, check_domain, deal_folds, domain_auc, domain_distances, embedding_distance, ngram_divergence,
-    pool_bits, rank_auc, shingles, telling_words, view_rows)
+from ftbook.models.load import load_model
+from ftbook.quality.surprise import bits_per_byte, pool_bits
+from ftbook.quality.checks import check_domain
+from ftbook.quality.probe import deal_folds
+from ftbook.quality.domains import domain_auc, domain_distances
+from ftbook.quality.domain_measures import embedding_distance, ngram_divergence, rank_auc, telling_words
+from ftbook.quality.minhash import shingles
+from ftbook.quality.findings import view_rows
 
 quick = settings(max_examples=60, deadline=None)
 sentences = st.lists(st.text(st.sampled_from("abcdé 東!"), max_size=30), min_size=1, max_size=8)
 
 
-def cloud(n, d=6, at=0., seed=0): return np.random.default_rng(seed).normal(at, 1, (n, d))
+def cloud(n, d=6, at=0.0, seed=0):
+    return np.random.default_rng(seed).normal(at, 1, (n, d))
 
 
 def said(n, vocabulary, seed=0, length=12):
@@ -26,28 +33,50 @@ def said(n, vocabulary, seed=0, length=12):
     return [" ".join(rng.choices(vocabulary, k=length)) for _ in range(n)]
 
 
-cooking, sailing = "salt pan oven stir the a with butter taste slice".split(), "mast the wind a harbour with rope tide deck anchor".split()
+cooking, sailing = (
+    "salt pan oven stir the a with butter taste slice".split(),
+    "mast the wind a harbour with rope tide deck anchor".split(),
+)
 
 
 # Bits per byte
 
-texts = ["The film was long.", "", "Crème brûlée, 東京, 👩‍👩‍👧!", "a", "Write <|im_start|> to begin.", "one more line\nand another, " * 9]
+texts = [
+    "The film was long.",
+    "",
+    "Crème brûlée, 東京, 👩‍👩‍👧!",
+    "a",
+    "Write <|im_start|> to begin.",
+    "one more line\nand another, " * 9,
+]
 
 
 @pytest.fixture(scope="module")
-def loaded(): return load_model("smollm2-135m", dtype="float32", device="cpu")
+def loaded():
+    return load_model("smollm2-135m", dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def surprise(loaded): return bits_per_byte(*loaded, texts)
+def surprise(loaded):
+    return bits_per_byte(*loaded, texts)
 
 
 def test_bits_are_those_of_the_loss(loaded, surprise):
     model, tokenizer = loaded
     for text, got in zip(texts, surprise):
-        if not text: assert math.isnan(got); continue
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]])
-        with torch.no_grad(): loss = model(input_ids=ids, labels=ids).loss.item()
+        if not text:
+            assert math.isnan(got)
+            continue
+        ids = torch.tensor(
+            [
+                [
+                    tokenizer.bos_token_id,
+                    *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+                ]
+            ]
+        )
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss.item()
         assert got == pytest.approx(loss * (ids.shape[1] - 1) / math.log(2) / len(text.encode()), rel=1e-5)
 
 
@@ -63,7 +92,7 @@ def test_a_long_text_is_read_in_pieces_that_begin_with_the_token_before(loaded):
     both = [tokenizer.bos_token_id, *ids]
     with torch.no_grad():
         for at in range(0, len(ids), 16):
-            piece = torch.tensor([both[at:at + 17]])
+            piece = torch.tensor([both[at : at + 17]])
             total += model(input_ids=piece, labels=piece).loss.item() * (piece.shape[1] - 1)
     got = bits_per_byte(model, tokenizer, [texts[-1]], max_length=16)[0]
     assert got == pytest.approx(total / math.log(2) / len(texts[-1].encode()), rel=1e-5)
@@ -73,8 +102,11 @@ def test_a_long_text_is_read_in_pieces_that_begin_with_the_token_before(loaded):
 def test_the_first_token_follows_what_it_is_told_to(loaded):
     model, tokenizer = loaded
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("a film")["input_ids"]]])
-    with torch.no_grad(): loss = model(input_ids=ids, labels=ids).loss.item()
-    assert bits_per_byte(model, tokenizer, ["a film"], start=tokenizer.eos_token_id)[0] == pytest.approx(loss * (ids.shape[1] - 1) / math.log(2) / 6, rel=1e-5)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    assert bits_per_byte(model, tokenizer, ["a film"], start=tokenizer.eos_token_id)[0] == pytest.approx(
+        loss * (ids.shape[1] - 1) / math.log(2) / 6, rel=1e-5
+    )
 
 
 def test_order_surprises_less_than_disorder(loaded):
@@ -103,34 +135,45 @@ def test_pooled_bits_are_all_bits_over_all_bytes(surprise):
 def test_texts_that_no_model_should_see(loaded):
     assert len(bits_per_byte(*loaded, [])) == 0
     assert np.isfinite(bits_per_byte(*loaded, ["half a pair \ud83d", "\x00"])).all()
-    with pytest.raises(ValueError, match="not one string"): bits_per_byte(*loaded, "a film")
-    with pytest.raises(ValueError, match="text 1 is NoneType"): bits_per_byte(*loaded, ["a", None])
-    with pytest.raises(ValueError, match="1 or more"): bits_per_byte(*loaded, ["a"], max_length=0)
-    with pytest.raises(ValueError, match="1 or more"): bits_per_byte(*loaded, ["a"], batch_size=0)
-    with pytest.raises(ValueError, match="no text has a byte"): pool_bits(np.array([np.nan]), [""])
-    with pytest.raises(ValueError, match="2 values for 1 texts"): pool_bits(np.ones(2), ["a"])
+    with pytest.raises(ValueError, match="not one string"):
+        bits_per_byte(*loaded, "a film")
+    with pytest.raises(ValueError, match="text 1 is NoneType"):
+        bits_per_byte(*loaded, ["a", None])
+    with pytest.raises(ValueError, match="1 or more"):
+        bits_per_byte(*loaded, ["a"], max_length=0)
+    with pytest.raises(ValueError, match="1 or more"):
+        bits_per_byte(*loaded, ["a"], batch_size=0)
+    with pytest.raises(ValueError, match="no text has a byte"):
+        pool_bits(np.array([np.nan]), [""])
+    with pytest.raises(ValueError, match="2 values for 1 texts"):
+        pool_bits(np.ones(2), ["a"])
 
 
 def test_a_tokenizer_without_bos_and_eos_needs_a_start(loaded):
     class Bare:
         bos_token_id = eos_token_id = None
-    with pytest.raises(ValueError, match="neither a bos nor an eos"): bits_per_byte(loaded[0], Bare(), ["a"])
+
+    with pytest.raises(ValueError, match="neither a bos nor an eos"):
+        bits_per_byte(loaded[0], Bare(), ["a"])
 
 
 # Two-sample classifier
+
 
 @quick
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
 def test_rank_auc_is_that_of_sklearn(pairs):
     scores, positive = map(np.array, zip(*pairs))
-    if positive.all() or not positive.any(): assert math.isnan(rank_auc(scores, positive)); return
+    if positive.all() or not positive.any():
+        assert math.isnan(rank_auc(scores, positive))
+        return
     assert rank_auc(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
     assert rank_auc(scores, positive) == pytest.approx(1 - rank_auc(-scores, positive))
     assert rank_auc(scores, positive) == pytest.approx(1 - rank_auc(scores, ~positive))
 
 
 def test_domain_auc_is_the_mean_over_folds_of_sklearn():
-    a, b = cloud(60), cloud(45, at=.3, seed=1)
+    a, b = cloud(60), cloud(45, at=0.3, seed=1)
     x, side = np.concatenate([a, b]), np.repeat([0, 1], [60, 45])
     _, first, same = np.unique(x.round(5), axis=0, return_index=True, return_inverse=True)
     folds, found = deal_folds(side[first], 5, 0)[same], []
@@ -142,76 +185,99 @@ def test_domain_auc_is_the_mean_over_folds_of_sklearn():
 
 def test_two_clouds_apart_and_one_cloud():
     assert domain_auc(cloud(50), cloud(50, at=9, seed=1)) == 1
-    at_home = [domain_auc(cloud(60, seed=2*s), cloud(60, seed=2*s + 1)) for s in range(60)]
-    assert abs(np.mean(at_home) - .5) < 3*np.std(at_home)/math.sqrt(60) and max(at_home) < .8
-    assert .75 < np.std(at_home)/(1.5*math.sqrt(121/12)/60) < 1.25, "the error that check_domain allows for"
-    there, back = (domain_auc(*pair) for pair in ((cloud(150), cloud(150, at=.4, seed=1)), (cloud(150, at=.4, seed=1), cloud(150))))
-    assert there == pytest.approx(back, abs=.03) and there > .7
+    at_home = [domain_auc(cloud(60, seed=2 * s), cloud(60, seed=2 * s + 1)) for s in range(60)]
+    assert abs(np.mean(at_home) - 0.5) < 3 * np.std(at_home) / math.sqrt(60) and max(at_home) < 0.8
+    assert 0.75 < np.std(at_home) / (1.5 * math.sqrt(121 / 12) / 60) < 1.25, "the error that check_domain allows for"
+    there, back = (
+        domain_auc(*pair)
+        for pair in ((cloud(150), cloud(150, at=0.4, seed=1)), (cloud(150, at=0.4, seed=1), cloud(150)))
+    )
+    assert there == pytest.approx(back, abs=0.03) and there > 0.7
 
 
 @quick
 @given(st.integers(5, 20), st.integers(0, 1000))
 def test_the_same_rows_on_both_sides_are_one_domain(n, seed):
     x = cloud(n, seed=seed)
-    assert domain_auc(x, x) == .5
-    assert domain_auc(x, x[::-1], seed=seed) == .5
+    assert domain_auc(x, x) == 0.5
+    assert domain_auc(x, x[::-1], seed=seed) == 0.5
 
 
 def test_rows_in_common_do_not_betray_each_other():
     shared = cloud(40)
     found = domain_auc(np.concatenate([shared, cloud(40, seed=1)]), np.concatenate([shared, cloud(40, seed=2)]))
-    assert .35 < found < .65
+    assert 0.35 < found < 0.65
 
 
-def test_all_rows_equal(): assert domain_auc(np.ones((9, 3)), np.ones((7, 3))) == .5
+def test_all_rows_equal():
+    assert domain_auc(np.ones((9, 3)), np.ones((7, 3))) == 0.5
 
 
 @pytest.mark.parametrize("f", [domain_auc, embedding_distance])
 def test_vectors_that_do_not_fit(f):
     good, broken = cloud(9), cloud(9)
     broken[3, 1] = np.nan
-    with pytest.raises(ValueError, match=r"\(9, 6\) and \(9, 5\)"): f(good, cloud(9, 5))
-    with pytest.raises(ValueError, match="same d"): f(good, good[0])
-    with pytest.raises(ValueError, match="row 3 of the second side is not finite"): f(good, broken)
-    with pytest.raises(ValueError, match="first side has 1 rows"): f(good[:1], good)
-    with pytest.raises(ValueError, match="second side has 0 rows"): f(good, good[:0])
-    with pytest.raises(ValueError, match="n_folds must be 2"): domain_auc(good, good, n_folds=1)
+    with pytest.raises(ValueError, match=r"\(9, 6\) and \(9, 5\)"):
+        f(good, cloud(9, 5))
+    with pytest.raises(ValueError, match="same d"):
+        f(good, good[0])
+    with pytest.raises(ValueError, match="row 3 of the second side is not finite"):
+        f(good, broken)
+    with pytest.raises(ValueError, match="first side has 1 rows"):
+        f(good[:1], good)
+    with pytest.raises(ValueError, match="second side has 0 rows"):
+        f(good, good[:0])
+    with pytest.raises(ValueError, match="n_folds must be 2"):
+        domain_auc(good, good, n_folds=1)
 
 
 # Energy distance
 
+
 @quick
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(1, 5), st.integers(0, 1000))
 def test_energy_distance_is_that_of_scipy(n, m, d, seed):
-    a, b = cloud(n, d, seed=seed), cloud(m, d, .5, seed + 1)
-    assert embedding_distance(a, b) == pytest.approx(2*cdist(a, b).mean() - pdist(a).mean() - pdist(b).mean(), abs=1e-5)
+    a, b = cloud(n, d, seed=seed), cloud(m, d, 0.5, seed + 1)
+    assert embedding_distance(a, b) == pytest.approx(
+        2 * cdist(a, b).mean() - pdist(a).mean() - pdist(b).mean(), abs=1e-5
+    )
     assert embedding_distance(a, b) == pytest.approx(embedding_distance(b, a), abs=1e-9)
-    assert embedding_distance(3*a, 3*b) == pytest.approx(3*embedding_distance(a, b), abs=1e-5)
-    if d == 1: # scipy counts the distance of each row to itself
-        assert embedding_distance(a, b) == pytest.approx(energy_distance(a[:, 0], b[:, 0])**2 - pdist(a).mean()/n - pdist(b).mean()/m, abs=1e-5)
+    assert embedding_distance(3 * a, 3 * b) == pytest.approx(3 * embedding_distance(a, b), abs=1e-5)
+    if d == 1:  # scipy counts the distance of each row to itself
+        assert embedding_distance(a, b) == pytest.approx(
+            energy_distance(a[:, 0], b[:, 0]) ** 2 - pdist(a).mean() / n - pdist(b).mean() / m, abs=1e-5
+        )
 
 
 def test_few_rows_make_it_noisy_not_larger():
-    few = [embedding_distance(cloud(8, seed=2*s), cloud(8, seed=2*s + 1)) for s in range(400)]
-    assert min(few) < 0 < max(few) and abs(np.mean(few)) < 3*np.std(few)/20
-    assert embedding_distance(cloud(300), cloud(300, at=1, seed=1)) < embedding_distance(cloud(300), cloud(300, at=2, seed=1))
+    few = [embedding_distance(cloud(8, seed=2 * s), cloud(8, seed=2 * s + 1)) for s in range(400)]
+    assert min(few) < 0 < max(few) and abs(np.mean(few)) < 3 * np.std(few) / 20
+    assert embedding_distance(cloud(300), cloud(300, at=1, seed=1)) < embedding_distance(
+        cloud(300), cloud(300, at=2, seed=1)
+    )
 
 
 def test_many_rows_are_taken_in_blocks():
-    a, b = cloud(2500, 2), cloud(1100, 2, .2, 1)
-    assert embedding_distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(2*cdist(a, b).mean() - pdist(a).mean() - pdist(b).mean(), abs=1e-6)
+    a, b = cloud(2500, 2), cloud(1100, 2, 0.2, 1)
+    assert embedding_distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(
+        2 * cdist(a, b).mean() - pdist(a).mean() - pdist(b).mean(), abs=1e-6
+    )
 
 
 # Divergence of n-grams
 
+
 @quick
 @given(sentences, sentences, st.integers(1, 3))
 def test_divergence_is_symmetric_and_bounded(a, b, n):
-    try: found = ngram_divergence(a, b, n)
-    except ValueError as e: assert f"no run of {n} words" in str(e); return
+    try:
+        found = ngram_divergence(a, b, n)
+    except ValueError as e:
+        assert f"no run of {n} words" in str(e)
+        return
     assert 0 <= found <= 1
     assert found == pytest.approx(ngram_divergence(b, a, n), abs=1e-12)
-    assert ngram_divergence(a, a, n) == 0 == ngram_divergence(a, a[::-1]*3, n)
+    assert ngram_divergence(a, a, n) == 0 == ngram_divergence(a, a[::-1] * 3, n)
 
 
 @quick
@@ -220,7 +286,7 @@ def test_divergence_is_that_of_scipy(a, b):
     runs = [[w for t in side for w in t.replace("!", " ").replace("東", " 東 ").split()] for side in (a, b)]
     assume(all(runs))
     every = sorted({*runs[0], *runs[1]})
-    expected = jensenshannon(*([side.count(w) for w in every] for side in runs), base=2)**2
+    expected = jensenshannon(*([side.count(w) for w in every] for side in runs), base=2) ** 2
     assert ngram_divergence(a, b) == pytest.approx(expected, abs=1e-7)
 
 
@@ -233,42 +299,66 @@ def test_runs_of_two_know_about_order():
 def test_a_draw_is_one_of_all_runs_and_repeats_with_its_seed():
     a, b = said(50, cooking), said(50, sailing, 1)
     assert ngram_divergence(a, b, size=10**9) == ngram_divergence(a, b)
-    assert ngram_divergence(a, b, size=60, seed=3) == ngram_divergence(a, b, size=60, seed=3) != ngram_divergence(a, b, size=60, seed=4)
+    assert (
+        ngram_divergence(a, b, size=60, seed=3)
+        == ngram_divergence(a, b, size=60, seed=3)
+        != ngram_divergence(a, b, size=60, seed=4)
+    )
     same = [ngram_divergence(a, said(50, cooking, 2), size=k) for k in (30, 300)]
     assert same[0] > same[1], "fewer words look farther"
 
 
 def test_texts_that_cannot_be_compared():
-    with pytest.raises(ValueError, match="not one string"): ngram_divergence("a film", ["a"])
-    with pytest.raises(ValueError, match="text 0 is int"): ngram_divergence([1], ["a"])
-    with pytest.raises(ValueError, match="first side has no run of 1 words"): ngram_divergence([], ["a"])
-    with pytest.raises(ValueError, match="second side has no run of 2 words"): ngram_divergence(["a b"], ["a"], 2)
-    with pytest.raises(ValueError, match="n must be 1 or more"): ngram_divergence(["a"], ["a"], 0)
+    with pytest.raises(ValueError, match="not one string"):
+        ngram_divergence("a film", ["a"])
+    with pytest.raises(ValueError, match="text 0 is int"):
+        ngram_divergence([1], ["a"])
+    with pytest.raises(ValueError, match="first side has no run of 1 words"):
+        ngram_divergence([], ["a"])
+    with pytest.raises(ValueError, match="second side has no run of 2 words"):
+        ngram_divergence(["a b"], ["a"], 2)
+    with pytest.raises(ValueError, match="n must be 1 or more"):
+        ngram_divergence(["a"], ["a"], 0)
 
 
 # All of them at once
 
+
 def test_both_sides_give_equally_many_rows():
     a, b = said(80, cooking), said(50, sailing, 1)
     found = domain_distances(a, b, cloud(80), cloud(50, at=3, seed=1))
-    assert found["rows"] == 50 and found["auc"] > .95 and found["distance"] > 1 and found["ngrams"] > 2*found["ngrams_mixed"]
-    assert domain_distances(a, b, n_rows=30)["rows"] == 30 and set(domain_distances(a, b)) == {"rows", "ngrams", "ngrams_mixed"}
+    assert (
+        found["rows"] == 50
+        and found["auc"] > 0.95
+        and found["distance"] > 1
+        and found["ngrams"] > 2 * found["ngrams_mixed"]
+    )
+    assert domain_distances(a, b, n_rows=30)["rows"] == 30 and set(domain_distances(a, b)) == {
+        "rows",
+        "ngrams",
+        "ngrams_mixed",
+    }
     assert domain_distances(a, b, seed=1) == domain_distances(a, b, seed=1)
 
 
 def test_one_domain_is_like_its_own_mixture():
-    found = [domain_distances(said(60, cooking, 2*s), said(60, cooking, 2*s + 1), seed=s) for s in range(10)]
+    found = [domain_distances(said(60, cooking, 2 * s), said(60, cooking, 2 * s + 1), seed=s) for s in range(10)]
     gaps = [f["ngrams"] - f["ngrams_mixed"] for f in found]
-    assert abs(np.mean(gaps)) < 3*np.std(gaps)/math.sqrt(10)
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / math.sqrt(10)
 
 
 def test_distances_of_what_does_not_fit():
     a = said(10, cooking)
-    with pytest.raises(ValueError, match="vectors of both sides"): domain_distances(a, a, cloud(10))
-    with pytest.raises(ValueError, match="9 target_vectors for 10 texts"): domain_distances(a, a, cloud(10), cloud(9))
-    with pytest.raises(ValueError, match="target text 1 is float"): domain_distances(a, ["a", 1.])
-    with pytest.raises(ValueError, match="needed"): domain_distances(a[:1], a, cloud(1), cloud(10))
-    with pytest.raises(ValueError, match="no run of 1 words"): domain_distances([], a)
+    with pytest.raises(ValueError, match="vectors of both sides"):
+        domain_distances(a, a, cloud(10))
+    with pytest.raises(ValueError, match="9 target_vectors for 10 texts"):
+        domain_distances(a, a, cloud(10), cloud(9))
+    with pytest.raises(ValueError, match="target text 1 is float"):
+        domain_distances(a, ["a", 1.0])
+    with pytest.raises(ValueError, match="needed"):
+        domain_distances(a[:1], a, cloud(1), cloud(10))
+    with pytest.raises(ValueError, match="no run of 1 words"):
+        domain_distances([], a)
 
 
 def test_telling_words_are_those_that_differ():
@@ -279,7 +369,9 @@ def test_telling_words_are_those_that_differ():
 
 # The finding
 
-def rows_of(texts): return view_rows([dict(text=t) for t in texts])
+
+def rows_of(texts):
+    return view_rows([dict(text=t) for t in texts])
 
 
 def test_a_shift_is_found_with_vectors_and_without():
@@ -292,7 +384,12 @@ def test_a_shift_is_found_with_vectors_and_without():
 
 def test_one_domain_is_no_finding():
     a, b = rows_of(said(250, cooking)), rows_of(said(250, cooking, 1))
-    assert check_domain(a, b) == check_domain(a, b, cloud(250), cloud(250, seed=1)) == check_domain(a, a, cloud(250), cloud(250)) == []
+    assert (
+        check_domain(a, b)
+        == check_domain(a, b, cloud(250), cloud(250, seed=1))
+        == check_domain(a, a, cloud(250), cloud(250))
+        == []
+    )
 
 
 def test_rows_without_words_or_use_are_passed_over():
@@ -301,4 +398,4 @@ def test_rows_without_words_or_use_are_passed_over():
     vectors = np.concatenate([cloud(60), np.zeros((4, 6))])
     assert len(check_domain(odd, good, vectors, cloud(64, at=3, seed=1))) == 1
     assert check_domain(view_rows([dict(text=""), dict(text="x")]), good) == []
-    assert check_domain(rows_of(["?!"]*50), good) == []
+    assert check_domain(rows_of(["?!"] * 50), good) == []

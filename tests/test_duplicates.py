@@ -1,4 +1,5 @@
 "Duplicates and leakage: the fast join against brute force, groups, keepers, crowds, containment, bad input, datatrove."
+
 import json, random, subprocess, sys, time
 from importlib.util import find_spec
 
@@ -6,9 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from ftbook.data import normalise
-from ftbook.quality import (Matches, choose_bands, choose_keeper, contained, exact_duplicates, find_duplicates, group_rows, jaccard, leakage, lsh_pairs, minhash, near_duplicates,
-                            s_curve, semantic_duplicates, shingles, words, write_datatrove)
+from ftbook.data.split import normalise
+from ftbook.quality.matches import Matches, group_rows
+from ftbook.quality.datatrove import choose_bands, write_datatrove
+from ftbook.quality.groups import choose_keeper
+from ftbook.quality.leaks import contained, leakage
+from ftbook.quality.duplicates import exact_duplicates, find_duplicates
+from ftbook.quality.minhash import jaccard, lsh_pairs, minhash, s_curve, shingles
+from ftbook.quality.join import near_duplicates
+from ftbook.quality.semantic import semantic_duplicates
+from ftbook.quality.words import words
 
 vocabulary = "a b c d e f 1 ß ﬁ É 東 京 😀 שלום سلام ไทย don't x-y".split()
 texts_strategy = st.lists(st.lists(st.sampled_from(vocabulary), max_size=12).map(' '.join), max_size=24)
@@ -17,19 +25,30 @@ any_text = st.text(st.characters(codec=None), max_size=30) | st.text("ab .,\n\x1
 
 def brute_force(texts, threshold, n_words=2):
     sets = [shingles(t, n_words) for t in texts]
-    return {(i, j): jaccard(sets[i], sets[j]) for j in range(len(sets)) for i in range(j) if sets[i] and jaccard(sets[i], sets[j]) >= threshold - 1e-9}
+    return {
+        (i, j): jaccard(sets[i], sets[j])
+        for j in range(len(sets))
+        for i in range(j)
+        if sets[i] and jaccard(sets[i], sets[j]) >= threshold - 1e-9
+    }
 
 
-def pairs(m): return set(zip(m.a.tolist(), m.b.tolist()))
-def distinct(texts): return list({tuple(words(t)): t for t in texts}.values())
+def pairs(m):
+    return set(zip(m.a.tolist(), m.b.tolist()))
+
+
+def distinct(texts):
+    return list({tuple(words(t)): t for t in texts}.values())
 
 
 # Words and shingles
 
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(any_text, max_size=8))
 def test_hashes_are_those_of_the_words(texts):
-    from ftbook.quality import _word_hashes
+    from ftbook.quality.hashes import _word_hashes
+
     hashes, counts = _word_hashes(texts)
     spelt = [w for t in texts for w in words(t)]
     assert counts.tolist() == [len(words(t)) for t in texts]
@@ -39,15 +58,16 @@ def test_hashes_are_those_of_the_words(texts):
 def test_words_of_many_scripts():
     assert words("Don't  STOP—now!") == ['don', 't', 'stop', 'now']
     assert words('東京タワー') == list('東京タワー')
-    assert words('सब ठीक है') == ['सब', 'ठीक', 'है']     # vowel signs are part of their words
+    assert words('सब ठीक है') == ['सब', 'ठीक', 'है']  # vowel signs are part of their words
     assert words('שלום, עולם') == ['שלום', 'עולם']
     assert words('ok😀😀') == ['ok', '😀', '😀'] and words(' ?! \0') == [] and words('\ud800') == []
 
 
 # The join
 
+
 @settings(max_examples=300, deadline=None)
-@given(texts_strategy, st.sampled_from([.3, .5, .6, 2/3, .75, .8, .9, 1.]), st.integers(1, 4))
+@given(texts_strategy, st.sampled_from([0.3, 0.5, 0.6, 2 / 3, 0.75, 0.8, 0.9, 1.0]), st.integers(1, 4))
 def test_near_duplicates_are_those_of_brute_force(texts, threshold, n_words):
     texts = distinct(texts)
     found, want = near_duplicates(texts, threshold, n_words=n_words), brute_force(texts, threshold, n_words)
@@ -56,13 +76,16 @@ def test_near_duplicates_are_those_of_brute_force(texts, threshold, n_words):
 
 
 @settings(max_examples=100, deadline=None)
-@given(texts_strategy, texts_strategy, st.sampled_from([.5, .8]))
+@given(texts_strategy, texts_strategy, st.sampled_from([0.5, 0.8]))
 def test_across_two_lists_as_brute_force(left, right, threshold):
     left = distinct(left)
     found = near_duplicates(left, threshold, other=right)
     sets = list(map(shingles, left)), list(map(shingles, right))
-    want = {(i, j) for i, x in enumerate(sets[0]) for j, y in enumerate(sets[1]) if x and jaccard(x, y) >= threshold - 1e-9}
-    same = {j for j, y in enumerate(right) if words(y) and words(y) in map(words, left)}     # linked to their copy at least
+    want = {
+        (i, j) for i, x in enumerate(sets[0]) for j, y in enumerate(sets[1]) if x and jaccard(x, y) >= threshold - 1e-9
+    }
+    # linked to their copy at least
+    same = {j for j, y in enumerate(right) if words(y) and words(y) in map(words, left)}
     got = pairs(found)
     assert got <= want and {p for p in want if p[1] not in same} <= got
     assert {j for _, j in want} == {j for _, j in got}
@@ -71,13 +94,14 @@ def test_across_two_lists_as_brute_force(left, right, threshold):
 @settings(max_examples=60, deadline=None)
 @given(texts_strategy, st.randoms(use_true_random=False))
 def test_groups_do_not_depend_on_the_order(texts, rng):
-    order = list(range(len(texts))); rng.shuffle(order)
-    shuffled = near_duplicates([texts[i] for i in order], .6).groups()
-    assert sorted(sorted(order[i] for i in g) for g in shuffled) == sorted(near_duplicates(texts, .6).groups())
+    order = list(range(len(texts)))
+    rng.shuffle(order)
+    shuffled = near_duplicates([texts[i] for i in order], 0.6).groups()
+    assert sorted(sorted(order[i] for i in g) for g in shuffled) == sorted(near_duplicates(texts, 0.6).groups())
 
 
 @settings(max_examples=100, deadline=None)
-@given(texts_strategy, st.sampled_from([.5, .8]))
+@given(texts_strategy, st.sampled_from([0.5, 0.8]))
 def test_a_crowd_makes_only_true_links_and_leaves_no_row_beside_its_leader(texts, threshold):
     texts = distinct(texts)
     found, want = near_duplicates(texts, threshold, crowd=1), brute_force(texts, threshold)
@@ -87,39 +111,49 @@ def test_a_crowd_makes_only_true_links_and_leaves_no_row_beside_its_leader(texts
 
 
 def test_shipped_sentences_as_brute_force():
-    from ftbook.data import load_corpus
+    from ftbook.data.corpora import load_corpus
+
     texts = distinct(r['text'] for r in load_corpus('tweets'))[1500:2700]
-    assert pairs(near_duplicates(texts, .5)) == set(brute_force(texts, .5))
+    assert pairs(near_duplicates(texts, 0.5)) == set(brute_force(texts, 0.5))
 
 
 def test_blocks_do_not_show(monkeypatch):
-    import ftbook.quality as q
+    from ftbook.quality import hashes as quality_hashes
+    from ftbook.quality import join as quality_join
+    from ftbook.quality import leaks as quality_leaks
+
     texts = [f'row {i % 7} of {i % 5} and some more words' for i in range(60)] + ['', '?']
-    want, blocks = near_duplicates(texts, .5), q._blocks
+    want, blocks = near_duplicates(texts, 0.5), quality_hashes._blocks
     inside = contained(texts[:9], texts, n_words=3, shortest=2)
-    monkeypatch.setattr(q, '_blocks', lambda texts: blocks(texts, n_chars=50))
-    got = near_duplicates(texts, .5)
+    monkeypatch.setattr(quality_leaks, "_blocks", lambda texts: blocks(texts, n_chars=50))
+    got = near_duplicates(texts, 0.5)
     assert pairs(got) == pairs(want)
     assert pairs(contained(texts[:9], texts, n_words=3, shortest=2)) == pairs(inside)
 
 
 def test_many_identical_rows_cost_one_link_each():
-    found = near_duplicates(['the same text again and again']*200_000)
+    found = near_duplicates(['the same text again and again'] * 200_000)
     assert len(found) == 199_999 and found.groups() == [list(range(200_000))]
-    assert len(exact_duplicates(['A  b', 'a B']*50_000)) == 99_999
+    assert len(exact_duplicates(['A  b', 'a B'] * 50_000)) == 99_999
 
 
 def test_a_form_with_one_field_is_one_group():
-    form = [f'Dear customer, your order {i} was sent today and will arrive at your door within the next three working days.' for i in range(30_000)]
+    form = [
+        f'Dear customer, your order {i} was sent today and will arrive at your door within the next three working days.'
+        for i in range(30_000)
+    ]
     found = near_duplicates(form)
-    assert found.skipped == 0 and len(found) < 3*len(form)
+    assert found.skipped == 0 and len(found) < 3 * len(form)
     assert found.groups() == [list(range(len(form)))]
 
 
 def test_a_form_below_the_threshold_ends_in_good_time():
-    form = [f'Dear customer, your order {i} was sent today and will arrive at your door within three working days.' for i in range(20_000)]
-    found = near_duplicates(form) # 15 shingles of 19 are the same: 0.79
-    assert len(found) == 0 and 0 < found.skipped < len(form)**2
+    form = [
+        f'Dear customer, your order {i} was sent today and will arrive at your door within three working days.'
+        for i in range(20_000)
+    ]
+    found = near_duplicates(form)  # 15 shingles of 19 are the same: 0.79
+    assert len(found) == 0 and 0 < found.skipped < len(form) ** 2
 
 
 def test_forms_with_two_fields_stay_apart():
@@ -127,46 +161,68 @@ def test_forms_with_two_fields_stay_apart():
     forms = [' '.join(rng.choices('abcdefghijklmnop', k=30)) for _ in range(20)]
     texts = [f'{form} {i}' for i in range(1000) for form in forms]
     groups = near_duplicates(texts, crowd=50).groups()
-    assert [len(g) for g in groups] == [1000]*20 and all(len({i % 20 for i in g}) == 1 for g in groups)
+    assert [len(g) for g in groups] == [1000] * 20 and all(len({i % 20 for i in g}) == 1 for g in groups)
 
 
 def test_comparisons_that_were_not_made_are_counted(monkeypatch):
-    import ftbook.quality as q
-    rng, crowd = random.Random(0), q._crowd
+    from ftbook.quality import hashes as quality_hashes
+    from ftbook.quality import join as quality_join
+    from ftbook.quality import leaks as quality_leaks
+
+    rng, crowd = random.Random(0), quality_join._crowd
     texts = [' '.join(rng.sample('abcdefghijklmno', 10)) for _ in range(300)]
-    monkeypatch.setattr(q, '_crowd', lambda *a: crowd(*a, n_leaders=2))
-    assert near_duplicates(texts, .6, n_words=1, crowd=20).skipped > 0
+    monkeypatch.setattr(quality_join, "_crowd", lambda *a: crowd(*a, n_leaders=2))
+    assert near_duplicates(texts, 0.6, n_words=1, crowd=20).skipped > 0
 
 
 def test_megabyte_rows_and_odd_ones():
     rng = random.Random(0)
     big = ' '.join(f'w{rng.randrange(10**6)}' for _ in range(150_000))
-    texts = [big, big + ' and one more', 'x'*10**6, '\0', '', '\ud800', '😀'*1000, '😀'*999]
+    texts = [big, big + ' and one more', 'x' * 10**6, '\0', '', '\ud800', '😀' * 1000, '😀' * 999]
     assert pairs(near_duplicates(texts)) == {(0, 1), (6, 7)}
 
 
-@pytest.mark.parametrize('call, message', [
-    (lambda: near_duplicates('text'), 'not one string'), (lambda: near_duplicates(['a', 3]), 'text 1 is int'), (lambda: near_duplicates(['a'], other=[None]), 'other text 0 is NoneType'),
-    (lambda: near_duplicates(['a'], 1.5), 'threshold must lie'), (lambda: near_duplicates(['a'], n_words=0), 'n_words and crowd'),
-    (lambda: exact_duplicates([None]), 'text 0 is NoneType'), (lambda: find_duplicates(['a'], []), '0 labels for 1 texts'),
-    (lambda: contained(['a'], [1]), 'row 0 is int'), (lambda: contained(['a'], ['a'], shortest=0), 'shortest must lie'), (lambda: leakage(['a'], [b'a']), 'test text 0 is bytes'),
-    (lambda: semantic_duplicates(np.ones(3)), 'must be'), (lambda: minhash([{1}, set()]), 'set 1 is empty'), (lambda: lsh_pairs(np.zeros((2, 10)), 3), 'do not make 3 equal bands')])
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda: near_duplicates('text'), 'not one string'),
+        (lambda: near_duplicates(['a', 3]), 'text 1 is int'),
+        (lambda: near_duplicates(['a'], other=[None]), 'other text 0 is NoneType'),
+        (lambda: near_duplicates(['a'], 1.5), 'threshold must lie'),
+        (lambda: near_duplicates(['a'], n_words=0), 'n_words and crowd'),
+        (lambda: exact_duplicates([None]), 'text 0 is NoneType'),
+        (lambda: find_duplicates(['a'], []), '0 labels for 1 texts'),
+        (lambda: contained(['a'], [1]), 'row 0 is int'),
+        (lambda: contained(['a'], ['a'], shortest=0), 'shortest must lie'),
+        (lambda: leakage(['a'], [b'a']), 'test text 0 is bytes'),
+        (lambda: semantic_duplicates(np.ones(3)), 'must be'),
+        (lambda: minhash([{1}, set()]), 'set 1 is empty'),
+        (lambda: lsh_pairs(np.zeros((2, 10)), 3), 'do not make 3 equal bands'),
+    ],
+)
 def test_bad_input(call, message):
-    with pytest.raises(ValueError, match=message): call()
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # Groups and keepers
+
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40))
 def test_groups_are_connected_components(links):
     parent = {}
+
     def find(x):
-        while parent.setdefault(x, x) != x: x = parent[x]
+        while parent.setdefault(x, x) != x:
+            x = parent[x]
         return x
-    for a, b in links: parent[find(a)] = find(b)
+
+    for a, b in links:
+        parent[find(a)] = find(b)
     want = {}
-    for x in parent: want.setdefault(find(x), []).append(x)
+    for x in parent:
+        want.setdefault(find(x), []).append(x)
     want = sorted((sorted(g) for g in want.values() if len(g) > 1), key=lambda g: (-len(g), g[0]))
     assert group_rows([a for a, _ in links], [b for _, b in links]) == want
 
@@ -194,51 +250,61 @@ def test_keepers():
 
 def test_semantic_groups_are_those_of_all_pairs():
     rng = np.random.default_rng(0)
-    v = rng.normal(size=(500, 6)).astype('float32'); v /= np.linalg.norm(v, axis=1, keepdims=True)
+    v = rng.normal(size=(500, 6)).astype('float32')
+    v /= np.linalg.norm(v, axis=1, keepdims=True)
     v[400:] = v[0]
-    a, b = np.nonzero(np.triu(v@v.T >= .97, 1))
-    found = semantic_duplicates(v, .97)
+    a, b = np.nonzero(np.triu(v @ v.T >= 0.97, 1))
+    found = semantic_duplicates(v, 0.97)
     assert found.groups() == group_rows(a, b)
-    assert (np.einsum('nd,nd->n', v[found.a], v[found.b]) >= .97 - 1e-5).all()
+    assert (np.einsum('nd,nd->n', v[found.a], v[found.b]) >= 0.97 - 1e-5).all()
     assert len(semantic_duplicates(np.empty((0, 6)))) == 0
 
 
 def test_semantic_groups_come_after_the_copies():
-    v = np.array([[1, 0], [1, 0], [.999, .0447], [0, 1]]); v /= np.linalg.norm(v, axis=1, keepdims=True)
+    v = np.array([[1, 0], [1, 0], [0.999, 0.0447], [0, 1]])
+    v /= np.linalg.norm(v, axis=1, keepdims=True)
     groups = find_duplicates(['a b', 'A b', 'other words', 'far away'], vectors=v)
     assert [(g.rows, g.kind) for g in groups] == [([0, 1], 'exact'), ([0, 2], 'semantic')]
 
 
 # MinHash
 
+
 def test_minhash_estimates_jaccard():
     a, b = set(range(100)), set(range(20, 120))
     guesses = [(np.equal(*minhash([a, b], seed=s))).mean() for s in range(40)]
-    assert abs(np.mean(guesses) - jaccard(a, b)) < 3*np.sqrt(.25/128/40)
+    assert abs(np.mean(guesses) - jaccard(a, b)) < 3 * np.sqrt(0.25 / 128 / 40)
 
 
 def test_banding_follows_the_s_curve():
     rng = np.random.default_rng(0)
-    left = rng.integers(2**60, size=(3000, 32)); right = np.where(rng.random(left.shape) < .7, left, rng.integers(2**60, size=left.shape))
+    left = rng.integers(2**60, size=(3000, 32))
+    right = np.where(rng.random(left.shape) < 0.7, left, rng.integers(2**60, size=left.shape))
     hits = sum((i, i + 3000) in pairs_ for pairs_ in [lsh_pairs(np.concatenate([left, right]), 8)] for i in range(3000))
-    assert abs(hits/3000 - s_curve(.7, 8, 4)) < .04
+    assert abs(hits / 3000 - s_curve(0.7, 8, 4)) < 0.04
 
 
 # Leakage
+
 
 def test_contained_as_brute_force():
     rng = random.Random(0)
     word = lambda: rng.choice('abcdefgh')
     train = [' '.join(word() for _ in range(rng.randrange(40))) for _ in range(120)]
     test = [' '.join(word() for _ in range(rng.randrange(12))) for _ in range(60)] + [t[5:25] for t in train[:20]]
-    def runs(t, n): return {tuple(words(t)[i:i + n]) for i in range(len(words(t)) - n + 1)}
+
+    def runs(t, n):
+        return {tuple(words(t)[i : i + n]) for i in range(len(words(t)) - n + 1)}
+
     want = {}
     for j, t in enumerate(test):
         n = min(4, len(words(t)))
-        if n < 2: continue
+        if n < 2:
+            continue
         for i, r in enumerate(train):
-            share = len(runs(t, n) & runs(r, n))/len(runs(t, n))
-            if share >= .5: want[i, j] = share
+            share = len(runs(t, n) & runs(r, n)) / len(runs(t, n))
+            if share >= 0.5:
+                want[i, j] = share
     got = contained(test, train, n_words=4, shortest=2)
     assert pairs(got) == set(want) and got.skipped == sum(len(words(t)) < 2 for t in test)
     assert np.allclose(got.similarity, [want[p] for p in zip(got.a.tolist(), got.b.tolist())])
@@ -256,27 +322,40 @@ def test_leakage_names_the_rows_and_the_kind():
 
 def test_a_frame_around_every_test_is_no_leak():
     frame = 'please read the following question with care and answer it in one single word only thank you'
-    tests = [f'{frame} what is the {a} of {b}' for a in 'colour size age price weight'.split() for b in map(str, range(60))]
+    tests = [
+        f'{frame} what is the {a} of {b}' for a in 'colour size age price weight'.split() for b in map(str, range(60))
+    ]
     train = [f'{frame} who wrote the book number {i}' for i in range(50)]
-    assert len(contained(tests, train, threshold=.4)) == 0 and len(contained(tests[:20], train, threshold=.4)) > 0
-    assert {7} < set(contained(tests, [tests[7]]).b.tolist()) <= set(range(60)) # those with the same attribute
+    assert len(contained(tests, train, threshold=0.4)) == 0 and len(contained(tests[:20], train, threshold=0.4)) > 0
+    assert {7} < set(contained(tests, [tests[7]]).b.tolist()) <= set(range(60))  # those with the same attribute
 
 
 # datatrove
 
+
 def planted_rows(n=4000, seed=0):
-    "Sentences of three corpora, each with an edited copy of one to four words' difference; some copies besides, and rows with hardly a word."
-    from ftbook.data import load_corpus
+    """Sentences of three corpora, each with an edited copy of one to four words' difference; some copies besides, and
+    rows with hardly a word."""
+    from ftbook.data.corpora import load_corpus
+
     rng = random.Random(seed)
-    real = [t for name in ('movie', 'products', 'tweets') for t in (r['text'] for r in load_corpus(name)) if len(words(t)) > 12]
-    texts = distinct(rng.sample(real, n//2))
-    for t in texts[:n - len(texts)]:
+    real = [
+        t
+        for name in ('movie', 'products', 'tweets')
+        for t in (r['text'] for r in load_corpus(name))
+        if len(words(t)) > 12
+    ]
+    texts = distinct(rng.sample(real, n // 2))
+    for t in texts[: n - len(texts)]:
         w = t.split()
         for _ in range(rng.choice((1, 1, 2, 2, 3, 4))):
             at, kind = rng.randrange(len(w)), rng.random()
-            if kind < .4: w[at] = rng.choice(real).split()[0]
-            elif kind < .7: del w[at]
-            else: w.insert(at, rng.choice(real).split()[0])
+            if kind < 0.4:
+                w[at] = rng.choice(real).split()[0]
+            elif kind < 0.7:
+                del w[at]
+            else:
+                w.insert(at, rng.choice(real).split()[0])
         texts.append(' '.join(w))
     texts += [t.upper() for t in texts[:40]] + ['Yes', 'yes!', '?!', 'no', '']
     rng.shuffle(texts)
@@ -285,6 +364,7 @@ def planted_rows(n=4000, seed=0):
 
 def read_all(folder):
     import gzip
+
     return [json.loads(line) for f in sorted(folder.glob('*.gz')) for line in gzip.open(f, 'rt', encoding='utf-8')]
 
 
@@ -293,21 +373,22 @@ def datatrove_run(tmp_path_factory):
     "(texts, kept, removed): four files, four tasks, the script in a process of its own."
     pytest.importorskip('datatrove')
     folder, texts = tmp_path_factory.mktemp('datatrove'), planted_rows()
-    (folder/'rows').mkdir()
+    (folder / 'rows').mkdir()
     for k in range(4):
         lines = [json.dumps(dict(text=t, row=i)) for i, t in enumerate(texts) if i % 4 == k]
-        (folder/'rows'/f'{k}.jsonl').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    script = write_datatrove(folder/'dedup.py', folder/'rows', folder/'out', threshold=.8, tasks=4, workers=1)
+        (folder / 'rows' / f'{k}.jsonl').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    script = write_datatrove(folder / 'dedup.py', folder / 'rows', folder / 'out', threshold=0.8, tasks=4, workers=1)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return texts, *(read_all(folder/'out'/name) for name in ('kept', 'removed'))
+    return texts, *(read_all(folder / 'out' / name) for name in ('kept', 'removed'))
 
 
 @pytest.fixture(scope='module')
 def datatrove_clusters(datatrove_run):
     clusters = {}
     for r in sum(datatrove_run[1:], []):
-        if (c := r['metadata'].get('minhash_cluster_id', -1)) not in (-1, None): clusters.setdefault(c, []).append(r['metadata']['row'])
+        if (c := r['metadata'].get('minhash_cluster_id', -1)) not in (-1, None):
+            clusters.setdefault(c, []).append(r['metadata']['row'])
     return {c: rows for c, rows in clusters.items() if len(rows) > 1}
 
 
@@ -315,7 +396,9 @@ def test_datatrove_loses_no_row_and_keeps_one_of_each_cluster(datatrove_run, dat
     texts, kept, removed = datatrove_run
     assert sorted(r['metadata']['row'] for r in kept + removed) == list(range(len(texts)))
     gone = {r['metadata']['row'] for r in removed}
-    assert all(len(set(rows) - gone) == 1 for rows in datatrove_clusters.values()) and gone <= {i for rows in datatrove_clusters.values() for i in rows}
+    assert all(len(set(rows) - gone) == 1 for rows in datatrove_clusters.values()) and gone <= {
+        i for rows in datatrove_clusters.values() for i in rows
+    }
 
 
 def test_datatrove_finds_the_same_pairs(datatrove_run, datatrove_clusters):
@@ -324,39 +407,67 @@ def test_datatrove_finds_the_same_pairs(datatrove_run, datatrove_clusters):
     texts = datatrove_run[0]
     first, sets = {}, list(map(shingles, texts))
     same = [first.setdefault(tuple(words(t)), i) for i, t in enumerate(texts)]
-    verified = {(min(p), max(p)) for rows in datatrove_clusters.values() for i in rows for j in rows if i < j and jaccard(sets[i], sets[j]) >= .8 - 1e-9
-                if len(set(p := (same[i], same[j]))) == 2}
-    ours = {(same[a], same[b]) for a, b in pairs(near_duplicates(texts, .8)) if same[a] != same[b]}
+    verified = {
+        (min(p), max(p))
+        for rows in datatrove_clusters.values()
+        for i in rows
+        for j in rows
+        if i < j and jaccard(sets[i], sets[j]) >= 0.8 - 1e-9
+        if len(set(p := (same[i], same[j]))) == 2
+    }
+    ours = {(same[a], same[b]) for a, b in pairs(near_duplicates(texts, 0.8)) if same[a] != same[b]}
     ours = {(min(p), max(p)) for p in ours}
     assert len(ours) > 500 and verified <= ours
-    assert len(ours - verified) <= .02*len(ours)
+    assert len(ours - verified) <= 0.02 * len(ours)
     cluster = {i: c for c, rows in datatrove_clusters.items() for i in rows}
     assert all(cluster[i] == cluster[f] for i, f in enumerate(same) if i != f and sets[i])
 
 
 def test_datatrove_joins_what_lies_below_as_often_as_the_s_curve_says(datatrove_run, datatrove_clusters):
     texts = datatrove_run[0]
-    bands, rows = choose_bands(.8)
+    bands, rows = choose_bands(0.8)
     sets, cluster = list(map(shingles, texts)), {i: c for c, rows in datatrove_clusters.items() for i in rows}
-    below = near_duplicates(texts, .5)
-    alone = np.bincount(np.r_[below.a, below.b], minlength=len(texts)) == 1 # one near text only: nothing else can have joined the two
-    below = [(i, j, s) for i, j, s in zip(below.a.tolist(), below.b.tolist(), below.similarity) if s < .8 and alone[i] and alone[j]]
+    below = near_duplicates(texts, 0.5)
+    # one near text only: nothing else can have joined the two
+    alone = np.bincount(np.r_[below.a, below.b], minlength=len(texts)) == 1
+    below = [
+        (i, j, s)
+        for i, j, s in zip(below.a.tolist(), below.b.tolist(), below.similarity)
+        if s < 0.8 and alone[i] and alone[j]
+    ]
     chance = s_curve(np.array([s for _, _, s in below]), bands, rows)
     joined = sum(cluster.get(i, -1) == cluster.get(j, -2) for i, j, _ in below)
-    assert len(below) > 200 and abs(joined - chance.sum()) < 4*np.sqrt((chance*(1 - chance)).sum())
+    assert len(below) > 200 and abs(joined - chance.sum()) < 4 * np.sqrt((chance * (1 - chance)).sum())
 
 
 @pytest.mark.parametrize('executor', ['local', 'slurm', 'ray'])
 def test_every_executor_gets_a_script_that_compiles(tmp_path, executor):
-    script = write_datatrove(tmp_path/'dedup.py', 's3://bucket/rows', "a folder's name", text='body', tasks=1000, workers=50, executor=executor)
+    script = write_datatrove(
+        tmp_path / 'dedup.py',
+        's3://bucket/rows',
+        "a folder's name",
+        text='body',
+        tasks=1000,
+        workers=50,
+        executor=executor,
+    )
     names = {}
-    exec(compile(script.read_text(encoding='utf-8').split('# how a stage runs')[0].split('\n\n')[1], script, 'exec'), names)
+    exec(
+        compile(script.read_text(encoding='utf-8').split('# how a stage runs')[0].split('\n\n')[1], script, 'exec'),
+        names,
+    )
     compile(script.read_text(encoding='utf-8'), script, 'exec')
-    assert (names['EXECUTOR'], names['OUTPUT'], names['TEXT'], names['TASKS'], names['WORKERS']) == (executor, "a folder's name", 'body', 1000, 50)
-    assert (names['BANDS'], names['ROWS']) == choose_bands(.8)
+    assert (names['EXECUTOR'], names['OUTPUT'], names['TEXT'], names['TASKS'], names['WORKERS']) == (
+        executor,
+        "a folder's name",
+        'body',
+        1000,
+        50,
+    )
+    assert (names['BANDS'], names['ROWS']) == choose_bands(0.8)
 
 
 def test_bands_keep_the_recall():
-    for threshold in (.5, .7, .8, .9):
+    for threshold in (0.5, 0.7, 0.8, 0.9):
         bands, rows = choose_bands(threshold)
-        assert s_curve(threshold, bands, rows) >= .98 and bands*rows <= 256
+        assert s_curve(threshold, bands, rows) >= 0.98 and bands * rows <= 256

@@ -1,4 +1,5 @@
 "Few labels: losses against setfit's and sentence-transformers', files across the border, and rows that are not as they should be."
+
 import csv, json, math, os, pickle, random, subprocess, sys, warnings
 from collections import Counter
 from dataclasses import asdict
@@ -8,40 +9,73 @@ import torch.nn.functional as F
 from torch import nn
 
 from book import nbs
-from ftbook import fewshot as S
-from ftbook.fewshot import (HEADS, Body, Checked, Decks, Evaluation, FewShotClassifier, Head, Shots, Tuning, calibration_error, choose_shots, contrastive_loss, count_pairs, cross_validate,
-    export_setfit, fewshot_report, fit_head, fit_temperature, load_body, load_classifier, load_setfit, make_shots, most_uncertain, pair_loss, pick_columns, read_states, read_vectors,
-    reliability, same_class, similarity_loss, suited_tuning, tune_)
-from ftbook.lora import LoRA
+from ftbook.fewshot import check as fewshot_check
+from ftbook.fewshot import classifier as fewshot_classifier
+from ftbook.fewshot import contrast as fewshot_contrast
+from ftbook.fewshot import encoder as fewshot_encoder
+from ftbook.fewshot import files as fewshot_files
+from ftbook.fewshot import tuning as fewshot_tuning
+from ftbook.fewshot.head import HEADS, Head, fit_head
+from ftbook.fewshot.encoder import Body, load_body, read_states, read_vectors
+from ftbook.fewshot.check import Checked, cross_validate, fit_temperature
+from ftbook.fewshot.pairs import Decks, count_pairs
+from ftbook.fewshot.evaluation import Evaluation, calibration_error, reliability
+from ftbook.fewshot.classifier import FewShotClassifier
+from ftbook.fewshot.rows import Shots, make_shots
+from ftbook.fewshot.tuning import Tuning, suited_tuning
+from ftbook.fewshot.report import choose_shots, fewshot_report, pick_columns
+from ftbook.fewshot.contrast import contrastive_loss, pair_loss, same_class, similarity_loss, tune_
+from ftbook.fewshot.exchange import export_setfit, load_classifier, load_setfit
+from ftbook.fewshot.next import most_uncertain
+from ftbook.methods.lora_method import LoRA
 
-WORDS = {"sea": "ship boat sail harbour wave captain tide anchor".split(), "kitchen": "bread butter oven flour spoon kettle salt sugar".split(), "garden": "rose spade hedge lawn seed flower tree soil".split()}
+WORDS = {
+    "sea": "ship boat sail harbour wave captain tide anchor".split(),
+    "kitchen": "bread butter oven flour spoon kettle salt sugar".split(),
+    "garden": "rose spade hedge lawn seed flower tree soil".split(),
+}
 
 
 def sentences(n, seed=0, classes=("garden", "kitchen", "sea")):
     "n sentences of each class; every one holds three words of its class."
     rng, found = random.Random(seed), []
-    for c in classes: found += [(f"the {' and the '.join(rng.sample(WORDS[c], 3))} number {i} of {seed}", c) for i in range(n)]
+    for c in classes:
+        found += [(f"the {' and the '.join(rng.sample(WORDS[c], 3))} number {i} of {seed}", c) for i in range(n)]
     return list(map(list, zip(*found)))
 
 
 def save_tiny_encoder(folder, pooling="mean", normalise=True, layers=4):
     "A small random BERT with the tokenizer of MiniLM, as sentence-transformers keeps it."
     from transformers import AutoTokenizer, BertConfig, BertModel
-    from ftbook.models import model_folder
+    from ftbook.models.shipped import model_folder
+
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm-l6"))
     tokenizer.model_max_length = 32
-    encoder = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)).eval()
-    with torch.no_grad(): encoder.embeddings.word_embeddings.weight.mul_(30)   # what it says of a text is which words are in it
-    S.save_body(Body(encoder, tokenizer, pooling, normalise), folder)
+    encoder = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        )
+    ).eval()
+    # what it says of a text is which words are in it
+    with torch.no_grad():
+        encoder.embeddings.word_embeddings.weight.mul_(30)
+    fewshot_files.save_body(Body(encoder, tokenizer, pooling, normalise), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory): return save_tiny_encoder(tmp_path_factory.mktemp("tiny"))
+def tiny(tmp_path_factory):
+    return save_tiny_encoder(tmp_path_factory.mktemp("tiny"))
 
 
-def classifier(tiny, **kw): return FewShotClassifier(tiny, device="cpu", dtype=torch.float32, **kw)
+def classifier(tiny, **kw):
+    return FewShotClassifier(tiny, device="cpu", dtype=torch.float32, **kw)
 
 
 @pytest.fixture(scope="session")
@@ -52,33 +86,41 @@ def fitted(tiny):
 
 # Pairs and losses
 
+
 def random_batch(n=12, d=8, k=3, seed=0):
     torch.manual_seed(seed)
     return F.normalize(torch.randn(n, d), dim=1).requires_grad_(), F.one_hot(torch.arange(n) % k, k).float()
 
 
-@pytest.mark.parametrize("counts", [[2, 2], [8]*5, [1, 7, 3], [64]*130])
+@pytest.mark.parametrize("counts", [[2, 2], [8] * 5, [1, 7, 3], [64] * 130])
 def test_pairs_are_counted_without_a_list(counts):
     found = count_pairs(counts)
     n = sum(counts)
     assert found["alike"] + found["apart"] == math.comb(n, 2)
-    if n > 100: return
+    if n > 100:
+        return
     labels = [c for c, k in enumerate(counts) for _ in range(k)]
     assert found["alike"] == sum(labels[i] == labels[j] for i in range(n) for j in range(i))
-    assert found["setfit_steps"] == math.ceil(found["setfit_pairs"]/16)
+    assert found["setfit_steps"] == math.ceil(found["setfit_pairs"] / 16)
 
 
 class AsIs(nn.Module):
-    def forward(self, features): return features
+    def forward(self, features):
+        return features
 
 
 def test_pair_loss_is_the_one_of_sentence_transformers():
     from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+
     a, b = torch.randn(20, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     same = torch.randint(2, (20,)).float()
-    ours, theirs = pair_loss(a, b, same), CosineSimilarityLoss(AsIs())([{"sentence_embedding": a}, {"sentence_embedding": b}], same)
+    ours, theirs = (
+        pair_loss(a, b, same),
+        CosineSimilarityLoss(AsIs())([{"sentence_embedding": a}, {"sentence_embedding": b}], same),
+    )
     assert abs(ours - theirs) < 1e-5
-    for p, q in zip(torch.autograd.grad(ours, (a, b)), torch.autograd.grad(theirs, (a, b))): assert (p - q).abs().max() < 1e-5
+    for p, q in zip(torch.autograd.grad(ours, (a, b)), torch.autograd.grad(theirs, (a, b))):
+        assert (p - q).abs().max() < 1e-5
 
 
 def test_one_matrix_holds_all_pairs_of_a_batch():
@@ -87,53 +129,79 @@ def test_one_matrix_holds_all_pairs_of_a_batch():
     same = same_class(y)
     i, j = torch.triu_indices(12, 12, 1)
     on = same[i, j]
-    listed = (pair_loss(v[i[on]], v[j[on]], torch.ones(on.sum())) + pair_loss(v[i[~on]], v[j[~on]], torch.zeros((~on).sum())))/2
+    listed = (
+        pair_loss(v[i[on]], v[j[on]], torch.ones(on.sum())) + pair_loss(v[i[~on]], v[j[~on]], torch.zeros((~on).sum()))
+    ) / 2
     ours = similarity_loss(v, same)
     assert abs(ours - listed) < 1e-6
-    tangent = torch.autograd.grad(listed, v)[0]   # the cosine's own gradient has no part along the vector
+    tangent = torch.autograd.grad(listed, v)[0]  # the cosine's own gradient has no part along the vector
     plain = torch.autograd.grad(ours, v)[0]
-    assert ((plain - (plain*v).sum(1, keepdim=True)*v) - tangent).abs().max() < 1e-5
+    assert ((plain - (plain * v).sum(1, keepdim=True) * v) - tangent).abs().max() < 1e-5
 
 
 def test_a_batch_of_one_kind():
     v, _ = random_batch()
-    assert abs(similarity_loss(v, torch.ones(12, 12, dtype=torch.bool)) - (1 - (v @ v.t())[tuple(torch.triu_indices(12, 12, 1))]).square().mean()) < 1e-6
-    with pytest.raises(ValueError, match="share a class"): contrastive_loss(v, torch.eye(12, dtype=torch.bool))
+    assert (
+        abs(
+            similarity_loss(v, torch.ones(12, 12, dtype=torch.bool))
+            - (1 - (v @ v.t())[tuple(torch.triu_indices(12, 12, 1))]).square().mean()
+        )
+        < 1e-6
+    )
+    with pytest.raises(ValueError, match="share a class"):
+        contrastive_loss(v, torch.eye(12, dtype=torch.bool))
     assert similarity_loss(v, torch.eye(12, dtype=torch.bool)).isfinite()
 
 
 def test_contrastive_loss_leaves_out_what_has_no_mate():
     v, y = random_batch(5, k=2)
     same = same_class(torch.cat([y, torch.zeros(5, 1)], 1)) & torch.ones(5, 5, dtype=torch.bool)
-    alone = same.clone(); alone[4], alone[:, 4] = False, False; alone[4, 4] = True
+    alone = same.clone()
+    alone[4], alone[:, 4] = False, False
+    alone[4, 4] = True
     loss = contrastive_loss(v, alone)
     loss.backward()
-    assert loss.isfinite() and v.grad.isfinite().all() and v.grad[4].abs().sum() > 0   # it still is among those that the others look at
+    # it still is among those that the others look at
+    assert loss.isfinite() and v.grad.isfinite().all() and v.grad[4].abs().sum() > 0
 
 
 def test_rows_with_several_classes_are_alike_if_they_share_one():
-    assert same_class(torch.tensor([[1., 1, 0], [0, 1, 0], [0, 0, 1]])).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    assert same_class(torch.tensor([[1.0, 1, 0], [0, 1, 0], [0, 0, 1]])).tolist() == [
+        [True, True, False],
+        [True, True, False],
+        [False, False, True],
+    ]
 
 
 # Setfit, in its own environment where this one lacks it
 
-SETFIT = os.environ.get("SETFIT_PYTHON") or (sys.executable if __import__("importlib.util").util.find_spec("setfit") else None)
-with_setfit = pytest.mark.skipif(not SETFIT, reason="setfit is not here, and SETFIT_PYTHON names no interpreter that has it")
+SETFIT = os.environ.get("SETFIT_PYTHON") or (
+    sys.executable if __import__("importlib.util").util.find_spec("setfit") else None
+)
+with_setfit = pytest.mark.skipif(
+    not SETFIT, reason="setfit is not here, and SETFIT_PYTHON names no interpreter that has it"
+)
 
 
 def ask_setfit(code, *args, stdin=None):
-    done = subprocess.run([SETFIT, "-c", code, *map(str, args)], input=json.dumps(stdin), capture_output=True, text=True)
+    done = subprocess.run(
+        [SETFIT, "-c", code, *map(str, args)], input=json.dumps(stdin), capture_output=True, text=True
+    )
     assert not done.returncode, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @with_setfit
-@pytest.mark.parametrize("temperature", [.07, .1, .5])
+@pytest.mark.parametrize("temperature", [0.07, 0.1, 0.5])
 def test_contrastive_loss_is_the_one_of_setfit(temperature):
     v, y = random_batch()
-    code = ("import json, sys, torch\nfrom setfit.losses import SupConLoss\nd = json.load(sys.stdin)\nclass M(torch.nn.Module):\n    def forward(self, f): return f\n"
-            "v = torch.tensor(d['v']).requires_grad_()\nloss = SupConLoss(M(), temperature=d['t'], base_temperature=d['t'])([{'sentence_embedding': v}], torch.tensor(d['y']))\n"
-            "loss.backward()\nprint(json.dumps([loss.item(), v.grad.tolist()]))")
+    code = (
+        "import json, sys, torch\nfrom setfit.losses import SupConLoss\nd = json.load(sys.stdin)\nclass "
+        "M(torch.nn.Module):\n    def forward(self, f): return f\n"
+        "v = torch.tensor(d['v']).requires_grad_()\nloss = SupConLoss(M(), temperature=d['t'], "
+        "base_temperature=d['t'])([{'sentence_embedding': v}], torch.tensor(d['y']))\n"
+        "loss.backward()\nprint(json.dumps([loss.item(), v.grad.tolist()]))"
+    )
     theirs, gradient = ask_setfit(code, stdin=dict(v=v.tolist(), y=y.argmax(1).tolist(), t=temperature))
     ours = contrastive_loss(F.normalize(v, dim=1), same_class(y), temperature)
     assert abs(ours.item() - theirs) < 1e-5
@@ -142,14 +210,22 @@ def test_contrastive_loss_is_the_one_of_setfit(temperature):
 
 @with_setfit
 def test_pairs_are_counted_as_setfit_counts_them():
-    code = ("import json, sys\nfrom setfit.sampler import ContrastiveDataset\nout = []\nfor counts in json.load(sys.stdin):\n    y = [c for c, n in enumerate(counts) for _ in range(n)]\n"
-            "    out.append(len(list(ContrastiveDataset([str(i) for i in range(len(y))], y, False))))\nprint(json.dumps(out))")
-    many = [[8, 8], [8]*5, [1, 7, 3], [2, 30]]
+    code = (
+        "import json, sys\nfrom setfit.sampler import ContrastiveDataset\nout = []\nfor counts in "
+        "json.load(sys.stdin):\n    y = [c for c, n in enumerate(counts) for _ in range(n)]\n"
+        "    out.append(len(list(ContrastiveDataset([str(i) for i in range(len(y))], y, "
+        "False))))\nprint(json.dumps(out))"
+    )
+    many = [[8, 8], [8] * 5, [1, 7, 3], [2, 30]]
     assert ask_setfit(code, stdin=many) == [count_pairs(c)["setfit_pairs"] for c in many]
 
 
-READ = ("import json, sys\nfrom setfit import SetFitModel\nm = SetFitModel.from_pretrained(sys.argv[1], device='cpu')\nt = json.load(sys.stdin)\n"
-        "print(json.dumps([[str(x) for x in m.predict(t)] if m.labels and getattr(m.model_head, 'estimators_', None) is None else [], m.predict_proba(t, as_numpy=True).tolist()]))")
+READ = (
+    "import json, sys\nfrom setfit import SetFitModel\nm = SetFitModel.from_pretrained(sys.argv[1], "
+    "device='cpu')\nt = json.load(sys.stdin)\n"
+    "print(json.dumps([[str(x) for x in m.predict(t)] if m.labels and getattr(m.model_head, 'estimators_', "
+    "None) is None else [], m.predict_proba(t, as_numpy=True).tolist()]))"
+)
 
 
 @with_setfit
@@ -158,7 +234,7 @@ def test_setfit_loads_ours(tiny, tmp_path, classes):
     texts, labels = sentences(6, classes=classes)
     model = classifier(tiny, tuning=Tuning(steps=3, lr=2e-3)).fit(texts, labels)
     new = sentences(5, seed=1, classes=classes)[0]
-    said, p = ask_setfit(READ, export_setfit(model, tmp_path/"m"), stdin=new)
+    said, p = ask_setfit(READ, export_setfit(model, tmp_path / "m"), stdin=new)
     assert said == model.predict(new)
     assert np.abs(np.array(p) - model.predict_proba(new)).max() < 1e-5
 
@@ -166,43 +242,67 @@ def test_setfit_loads_ours(tiny, tmp_path, classes):
 @with_setfit
 def test_setfit_loads_several_labels(tiny, tmp_path):
     texts, labels = sentences(6)
-    model = classifier(tiny, tuning=Tuning(steps=3)).fit(texts, [[c, "odd"] if i % 2 else [c] for i, c in enumerate(labels)], check=False)
-    _, p = ask_setfit(READ, export_setfit(model, tmp_path/"m"), stdin=texts[:5])
+    model = classifier(tiny, tuning=Tuning(steps=3)).fit(
+        texts, [[c, "odd"] if i % 2 else [c] for i, c in enumerate(labels)], check=False
+    )
+    _, p = ask_setfit(READ, export_setfit(model, tmp_path / "m"), stdin=texts[:5])
     ours = model.predict_proba(texts[:5])
-    assert np.abs(np.array(p) - ours/1).max() < 1e-5
+    assert np.abs(np.array(p) - ours / 1).max() < 1e-5
 
 
 @with_setfit
 @pytest.mark.parametrize("how", ["words", "numbers", "several"])
 def test_ours_loads_what_setfit_saved(tiny, tmp_path, how):
     texts, labels = sentences(6)
-    code = ("import json, sys\nimport numpy as np\nfrom sentence_transformers import SentenceTransformer\nfrom setfit import SetFitModel\nfrom sklearn.linear_model import LogisticRegression\n"
-            "from sklearn.multiclass import OneVsRestClassifier\nd = json.load(sys.stdin)\nhead = OneVsRestClassifier(LogisticRegression()) if d['several'] else LogisticRegression()\n"
-            "m = SetFitModel(model_body=SentenceTransformer(d['encoder'], device='cpu'), model_head=head, labels=d['labels'])\nm.fit(d['texts'], d['y'], num_epochs=1)\n"
-            "m.save_pretrained(sys.argv[1])\nprint(json.dumps(m.predict_proba(d['texts'], as_numpy=True).tolist()))")
+    code = (
+        "import json, sys\nimport numpy as np\nfrom sentence_transformers import SentenceTransformer\nfrom "
+        "setfit import SetFitModel\nfrom sklearn.linear_model import LogisticRegression\n"
+        "from sklearn.multiclass import OneVsRestClassifier\nd = json.load(sys.stdin)\nhead = "
+        "OneVsRestClassifier(LogisticRegression()) if d['several'] else LogisticRegression()\n"
+        "m = SetFitModel(model_body=SentenceTransformer(d['encoder'], device='cpu'), model_head=head, "
+        "labels=d['labels'])\nm.fit(d['texts'], d['y'], num_epochs=1)\n"
+        "m.save_pretrained(sys.argv[1])\nprint(json.dumps(m.predict_proba(d['texts'], as_numpy=True).tolist()))"
+    )
     names = sorted(set(labels))
-    y = labels if how == "words" else [names.index(c) for c in labels] if how == "numbers" else [[int(c == n), int(i % 2), 0 + (c != n)][:3] for i, c in enumerate(labels) for n in names[:1]]
-    theirs = ask_setfit(code, tmp_path/"m", stdin=dict(encoder=str(tiny), texts=texts, y=y, labels=names, several=how == "several"))
-    with pytest.raises(ValueError, match="can run code"): load_setfit(tmp_path/"m")
-    with pytest.raises(ValueError, match="trust_pickle"): load_classifier(tmp_path/"m")
-    model = load_setfit(tmp_path/"m", trust_pickle=True, device="cpu", dtype=torch.float32)
+    y = (
+        labels
+        if how == "words"
+        else [names.index(c) for c in labels]
+        if how == "numbers"
+        else [[int(c == n), int(i % 2), 0 + (c != n)][:3] for i, c in enumerate(labels) for n in names[:1]]
+    )
+    theirs = ask_setfit(
+        code, tmp_path / "m", stdin=dict(encoder=str(tiny), texts=texts, y=y, labels=names, several=how == "several")
+    )
+    with pytest.raises(ValueError, match="can run code"):
+        load_setfit(tmp_path / "m")
+    with pytest.raises(ValueError, match="trust_pickle"):
+        load_classifier(tmp_path / "m")
+    model = load_setfit(tmp_path / "m", trust_pickle=True, device="cpu", dtype=torch.float32)
     assert model.classes == names
     assert np.abs(model.predict_proba(texts) - np.array(theirs)).max() < 1e-5
 
 
 # Heads
 
+
 def test_heads_against_scikit_learn():
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.neighbors import NearestCentroid
+
     torch.manual_seed(0)
     x, codes = F.normalize(torch.randn(60, 10), dim=1), torch.arange(60) % 4
     y, new = F.one_hot(codes).float(), F.normalize(torch.randn(20, 10), dim=1)
     for some, k in ((codes < 2, 2), (codes < 9, 4)):
-        fit = LogisticRegression(C=3., max_iter=1000).fit(x[some].numpy(), codes[some].numpy())
-        assert np.abs(fit_head(x[some], y[some][:, :k], C=3.).probabilities(new).numpy() - fit.predict_proba(new.numpy())).max() < 1e-5
-    ridge = Ridge(alpha=.5).fit(x.double().numpy(), (2*y - 1).numpy())
-    assert np.abs(fit_head(x, y, "ridge", C=2.).scores(new).numpy() - ridge.predict(new.double().numpy())).max() < 1e-5
+        fit = LogisticRegression(C=3.0, max_iter=1000).fit(x[some].numpy(), codes[some].numpy())
+        assert (
+            np.abs(
+                fit_head(x[some], y[some][:, :k], C=3.0).probabilities(new).numpy() - fit.predict_proba(new.numpy())
+            ).max()
+            < 1e-5
+        )
+    ridge = Ridge(alpha=0.5).fit(x.double().numpy(), (2 * y - 1).numpy())
+    assert np.abs(fit_head(x, y, "ridge", C=2.0).scores(new).numpy() - ridge.predict(new.double().numpy())).max() < 1e-5
     means = F.normalize(torch.stack([x[codes == c].mean(0) for c in range(4)]), dim=1)
     assert torch.equal(fit_head(x, y, "mean").scores(new).argmax(1), (new @ means.t()).argmax(1))
 
@@ -218,25 +318,30 @@ def test_a_class_without_rows_is_never_said(kind):
 def test_several_classes_a_row_are_separate_questions(kind):
     torch.manual_seed(0)
     x = torch.randn(40, 6)
-    y = torch.stack([x[:, 0] > 0, x[:, 1] > 0, torch.zeros(40, dtype=torch.bool), torch.ones(40, dtype=torch.bool)], 1).float()
+    y = torch.stack(
+        [x[:, 0] > 0, x[:, 1] > 0, torch.zeros(40, dtype=torch.bool), torch.ones(40, dtype=torch.bool)], 1
+    ).float()
     head = fit_head(x, y, kind, exclusive=False)
-    said = (head.probabilities(x) >= .5).float()
-    assert (said == y).float().mean() > .95 and not said[:, 2].any() and said[:, 3].all()
+    said = (head.probabilities(x) >= 0.5).float()
+    assert (said == y).float().mean() > 0.95 and not said[:, 2].any() and said[:, 3].all()
     alone = fit_head(x, y[:, :1], kind, exclusive=False)
     assert (head.scores(x)[:, 0] - alone.scores(x)[:, 0]).abs().max() < 1e-4
 
 
 # Reading
 
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_vectors_are_those_of_sentence_transformers(tmp_path, pooling, normalise):
     from sentence_transformers import SentenceTransformer
-    folder = save_tiny_encoder(tmp_path/"m", pooling, normalise)
-    texts = sentences(4)[0] + ["", "word "*80, "A"]
+
+    folder = save_tiny_encoder(tmp_path / "m", pooling, normalise)
+    texts = sentences(4)[0] + ["", "word " * 80, "A"]
     body = load_body(folder, "cpu", torch.float32)
     assert (body.pooling, body.normalise) == (pooling, normalise)
-    with torch.no_grad(): ours = read_vectors(body, body.ids(texts)[0], batch_size=3)
+    with torch.no_grad():
+        ours = read_vectors(body, body.ids(texts)[0], batch_size=3)
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
     assert (ours - theirs).abs().max() < 1e-5
 
@@ -245,54 +350,91 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, pooling, normalise
 def test_layers_that_stay_run_once(tiny, start):
     body, texts = load_body(tiny, "cpu", torch.float32), sentences(4)[0] + ["A"]
     ids = body.ids(texts)[0]
-    with torch.no_grad(): assert (read_vectors(body, read_states(body, ids, start, 3), start, 5) - read_vectors(body, ids)).abs().max() < 1e-5
+    with torch.no_grad():
+        assert (
+            read_vectors(body, read_states(body, ids, start, 3), start, 5) - read_vectors(body, ids)
+        ).abs().max() < 1e-5
 
 
 def test_gradients_from_kept_states_are_those_of_the_whole_encoder(tiny):
     body, (texts, labels) = load_body(tiny, "cpu", torch.float32), sentences(4)
     targets, ids = make_shots(texts, labels).targets, body.ids(texts)[0]
-    params = S.trained_(body, Tuning(layers=2))
+    params = fewshot_tuning.trained_(body, Tuning(layers=2))
     states = read_states(body, ids, 2)
-    one = torch.autograd.grad(S.batch_loss(body, states, targets, Tuning(layers=2)), params)
+    one = torch.autograd.grad(fewshot_contrast.batch_loss(body, states, targets, Tuning(layers=2)), params)
     other = torch.autograd.grad(similarity_loss(read_vectors(body, ids), same_class(targets)), params)
     assert all((p - q).abs().max() < 1e-5 for p, q in zip(one, other))
 
 
 def test_portions_of_a_batch_change_only_its_padding(tiny, monkeypatch):
     texts, labels = sentences(12)
+
     def learnt(size):
-        monkeypatch.setattr(S, "_portion", lambda n, device: asked.append(n) or size)
+        monkeypatch.setattr(fewshot_contrast, "_portion", lambda n, device: asked.append(n) or size)
         body = load_body(tiny, "cpu", torch.float32)
-        params = list(S.trained_(body, Tuning(layers=2)))
-        loss = S.batch_loss(body, body.ids(texts)[0], make_shots(texts, labels).targets, Tuning(layers=0))
+        params = list(fewshot_tuning.trained_(body, Tuning(layers=2)))
+        loss = fewshot_contrast.batch_loss(
+            body, body.ids(texts)[0], make_shots(texts, labels).targets, Tuning(layers=0)
+        )
         return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
-    assert [S._portion(n, "cpu") for n in (2, 16, 17, 32, 33)] == [4, 4, 8, 8, 16] and S._portion(8, "cuda") == 16
+
+    assert [fewshot_encoder._portion(n, "cpu") for n in (2, 16, 17, 32, 33)] == [
+        4,
+        4,
+        8,
+        8,
+        16,
+    ] and fewshot_encoder._portion(8, "cuda") == 16
     asked = []
     (loss, gradient), (other, another) = learnt(len(texts)), learnt(3)
-    assert asked == [len(texts)]*2 and (loss - other).abs() < 1e-6 and (gradient - another).abs().max() < 1e-5 < gradient.abs().max()
+    assert (
+        asked == [len(texts)] * 2
+        and (loss - other).abs() < 1e-6
+        and (gradient - another).abs().max() < 1e-5 < gradient.abs().max()
+    )
 
 
 def test_attention_in_float32_changes_the_gradient_by_less_than_bfloat16_does(tiny):
     texts, labels = sentences(6)
+
     def gradient(dtype, attention):
         body = load_body(tiny, "cpu", dtype)
-        if body.encoder.config._attn_implementation == "ftbook_float" and not attention: body.encoder.set_attn_implementation("sdpa")
-        params = S.trained_(body, Tuning(layers=0))
-        loss = S.batch_loss(body, body.ids(texts)[0], make_shots(texts, labels).targets, Tuning(layers=0))
+        if body.encoder.config._attn_implementation == "ftbook_float" and not attention:
+            body.encoder.set_attn_implementation("sdpa")
+        params = fewshot_tuning.trained_(body, Tuning(layers=0))
+        loss = fewshot_contrast.batch_loss(
+            body, body.ids(texts)[0], make_shots(texts, labels).targets, Tuning(layers=0)
+        )
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, allow_unused=True) if g is not None])
+
     assert load_body(tiny, "cpu", torch.bfloat16).encoder.config._attn_implementation == "ftbook_float"
-    exact, mended, plain = gradient(torch.float32, False), gradient(torch.bfloat16, True), gradient(torch.bfloat16, False)
+    exact, mended, plain = (
+        gradient(torch.float32, False),
+        gradient(torch.bfloat16, True),
+        gradient(torch.bfloat16, False),
+    )
     assert torch.equal(exact, gradient(torch.float32, True))
-    assert 0 < (mended - plain).norm() < (plain - exact).norm() and max((g - exact).norm() for g in (mended, plain)) < .2*exact.norm()
+    assert (
+        0 < (mended - plain).norm() < (plain - exact).norm()
+        and max((g - exact).norm() for g in (mended, plain)) < 0.2 * exact.norm()
+    )
 
 
 def test_attention_computes_in_float32_where_gradients_are_wanted(tiny, monkeypatch):
     import transformers.integrations.sdpa_attention as sdpa
+
     seen, real = [], sdpa.sdpa_attention_forward
-    monkeypatch.setattr(sdpa, "sdpa_attention_forward", lambda m, q, k, v, *a, **kw: seen.append((q.dtype, torch.is_autocast_enabled("cpu"))) or real(m, q, k, v, *a, **kw))
+    monkeypatch.setattr(
+        sdpa,
+        "sdpa_attention_forward",
+        lambda m, q, k, v, *a, **kw: (
+            seen.append((q.dtype, torch.is_autocast_enabled("cpu"))) or real(m, q, k, v, *a, **kw)
+        ),
+    )
     body = load_body(tiny, "cpu", torch.bfloat16)
     ids = body.ids(sentences(2)[0])[0]
-    with torch.no_grad(): read_vectors(body, ids)
+    with torch.no_grad():
+        read_vectors(body, ids)
     assert set(seen) == {(torch.bfloat16, True)}
     seen.clear()
     body.encoder.requires_grad_(True)
@@ -301,34 +443,43 @@ def test_attention_computes_in_float32_where_gradients_are_wanted(tiny, monkeypa
 
 
 def test_a_saved_encoder_does_not_name_our_attention(tiny, tmp_path):
-    S.save_body(load_body(tiny, "cpu", torch.bfloat16), tmp_path/"a")
-    assert "ftbook" not in (tmp_path/"a"/"config.json").read_text()
+    fewshot_files.save_body(load_body(tiny, "cpu", torch.bfloat16), tmp_path / "a")
+    assert "ftbook" not in (tmp_path / "a" / "config.json").read_text()
 
 
 def test_another_family_attends_in_float32_too(tmp_path):
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
-    from ftbook.models import model_folder
+    from ftbook.models.shipped import model_folder
+
     tokenizer = AutoTokenizer.from_pretrained(model_folder("minilm-l6"))
     torch.manual_seed(0)
-    DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64)).save_pretrained(tmp_path)
+    DistilBertModel(
+        DistilBertConfig(
+            vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64
+        )
+    ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     texts, labels = sentences(6)
     bodies = [load_body(tmp_path, "cpu", d) for d in (torch.bfloat16, torch.float32)]
     assert bodies[0].encoder.config._attn_implementation == "ftbook_float"
-    with torch.no_grad(): a, b = (read_vectors(body, body.ids(texts)[0]) for body in bodies)
-    assert (a*b).sum(1).min() > .999
-    model = FewShotClassifier(tmp_path, device="cpu", dtype=torch.bfloat16, tuning=Tuning(steps=8, lr=1e-3)).fit(texts, labels, check=False)
+    with torch.no_grad():
+        a, b = (read_vectors(body, body.ids(texts)[0]) for body in bodies)
+    assert (a * b).sum(1).min() > 0.999
+    model = FewShotClassifier(tmp_path, device="cpu", dtype=torch.bfloat16, tuning=Tuning(steps=8, lr=1e-3)).fit(
+        texts, labels, check=False
+    )
     assert model.losses[-1] < model.losses[0]
 
 
 def test_what_is_cut_is_counted(tiny):
     body = load_body(tiny, "cpu", torch.float32)
-    ids, n, lost = body.ids(["word "*100, "short", "word "*30])
+    ids, n, lost = body.ids(["word " * 100, "short", "word " * 30])
     assert (n, lost, [len(i) for i in ids]) == (1, 70, [32, 3, 32])
-    assert ids == body.tokenizer(["word "*100, "short", "word "*30], truncation=True)["input_ids"]
+    assert ids == body.tokenizer(["word " * 100, "short", "word " * 30], truncation=True)["input_ids"]
 
 
 # Batches
+
 
 @pytest.mark.parametrize("classes, shots, size", [(2, 8, 40), (5, 8, 20), (130, 8, 64), (3, 1, 40), (2, 1000, 32)])
 def test_batches_hold_several_of_several_classes(classes, shots, size):
@@ -337,7 +488,7 @@ def test_batches_hold_several_of_several_classes(classes, shots, size):
     for _ in range(20):
         rows = decks.batch(size)
         counts = Counter(codes[rows].tolist())
-        assert len(set(rows)) == len(rows) <= max(size, 2*2) and len(counts) >= min(2, classes)
+        assert len(set(rows)) == len(rows) <= max(size, 2 * 2) and len(counts) >= min(2, classes)
         assert shots == 1 or min(counts.values()) >= 2
 
 
@@ -357,10 +508,13 @@ def test_batches_follow_the_seed():
 
 # Tuning
 
+
 def test_tuning_moves_the_upper_layers_only(tiny):
     body, (texts, labels) = load_body(tiny, "cpu", torch.float32), sentences(6)
     before = {n: p.clone() for n, p in body.encoder.named_parameters()}
-    losses = tune_(body, read_states(body, body.ids(texts)[0], 2), make_shots(texts, labels).targets, Tuning(steps=8, lr=2e-3))
+    losses = tune_(
+        body, read_states(body, body.ids(texts)[0], 2), make_shots(texts, labels).targets, Tuning(steps=8, lr=2e-3)
+    )
     moved = {n for n, p in body.encoder.named_parameters() if not torch.equal(p, before[n])}
     assert losses[-1] < losses[0] and moved and all(".layer.2." in f".{n}" or ".layer.3." in f".{n}" for n in moved)
     assert not any(p.requires_grad for p in body.encoder.parameters())
@@ -379,23 +533,32 @@ def test_lora_is_merged_and_gone(tiny):
     model = classifier(tiny, tuning=Tuning(steps=8, lr=1e-2, lora=LoRA(rank=4))).fit(texts, labels)
     assert model.checked is not None and model.losses[-1] < model.losses[0] or not model.tuned
     assert not hasattr(model.body.encoder, "ftbook_method")
-    assert {n for n, _ in model.body.encoder.named_parameters()} == {n for n, _ in load_body(tiny, "cpu").encoder.named_parameters()}
+    assert {n for n, _ in model.body.encoder.named_parameters()} == {
+        n for n, _ in load_body(tiny, "cpu").encoder.named_parameters()
+    }
 
 
 def test_the_check_leaves_the_encoder_as_it_was(tiny):
     texts, labels = sentences(6)
-    for tuning in (Tuning(steps=3, lr=5e-3), Tuning(steps=3, lr=5e-3, layers=0), Tuning(steps=3, lr=5e-3, lora=LoRA(rank=2))):
+    for tuning in (
+        Tuning(steps=3, lr=5e-3),
+        Tuning(steps=3, lr=5e-3, layers=0),
+        Tuning(steps=3, lr=5e-3, lora=LoRA(rank=2)),
+    ):
         body = load_body(tiny, "cpu", torch.float32)
         before = {n: p.clone() for n, p in body.encoder.named_parameters()}
         start, ids = tuning.start(body), body.ids(texts)[0]
-        cross_validate(body, read_states(body, ids, start) if start else ids, make_shots(texts, labels), tuning, n_folds=3)
+        cross_validate(
+            body, read_states(body, ids, start) if start else ids, make_shots(texts, labels), tuning, n_folds=3
+        )
         assert all(torch.equal(p, before[n]) for n, p in body.encoder.named_parameters())
 
 
 def test_where_tuning_hurts_the_encoder_stays_and_it_is_said(tiny):
     texts, labels = sentences(20)
-    wrecking = Tuning(steps=10, lr=.5)                       # destroys what the encoder knew
-    with pytest.warns(UserWarning, match="tuning hurts"): model = classifier(tiny, tuning=wrecking).fit(texts, labels)
+    wrecking = Tuning(steps=10, lr=0.5)  # destroys what the encoder knew
+    with pytest.warns(UserWarning, match="tuning hurts"):
+        model = classifier(tiny, tuning=wrecking).fit(texts, labels)
     assert not model.tuned and not model.losses and model.checked.right("frozen") > model.checked.right("tuned")
     plain = classifier(tiny, tuning=None).fit(texts, labels)
     new = sentences(5, seed=3)[0]
@@ -405,16 +568,28 @@ def test_where_tuning_hurts_the_encoder_stays_and_it_is_said(tiny):
 @pytest.mark.parametrize("wrong, kept", [(1, True), (4, False)])
 def test_one_row_less_is_no_reason_to_drop_the_tuning(wrong, kept):
     y = torch.eye(2).repeat(8, 1)
-    tuned = torch.cat([y[:-wrong], 1 - y[-wrong:]])*4
-    c = Checked(y, dict(frozen=y*4, tuned=tuned))
-    assert c.gain[0] < 0 and c.change[0] == -wrong/16 and c.helps == kept
-    assert Checked(torch.cat([y, y], 1), dict(frozen=torch.cat([y, y], 1)*8 - 4, tuned=torch.cat([tuned, tuned], 1)*2 - 4), exclusive=False).helps == kept
+    tuned = torch.cat([y[:-wrong], 1 - y[-wrong:]]) * 4
+    c = Checked(y, dict(frozen=y * 4, tuned=tuned))
+    assert c.gain[0] < 0 and c.change[0] == -wrong / 16 and c.helps == kept
+    assert (
+        Checked(
+            torch.cat([y, y], 1),
+            dict(frozen=torch.cat([y, y], 1) * 8 - 4, tuned=torch.cat([tuned, tuned], 1) * 2 - 4),
+            exclusive=False,
+        ).helps
+        == kept
+    )
 
 
 def test_a_report_says_its_verdict_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Checked, "helps", property(lambda self: False))
     texts, labels = sentences(4)
-    report = fewshot_report(write_csv(tmp_path/"rows.csv", [("text", "label"), *zip(texts, labels)]), out=tmp_path/"out", encoder=tiny, device="cpu")
+    report = fewshot_report(
+        write_csv(tmp_path / "rows.csv", [("text", "label"), *zip(texts, labels)]),
+        out=tmp_path / "out",
+        encoder=tiny,
+        device="cpu",
+    )
     assert str(report).count("tuning hurts") == 1 and not [w for w in report.facts["warnings"] if "hurts" in w]
 
 
@@ -424,42 +599,51 @@ def test_the_check_sees_no_held_out_row(tiny):
     texts, _ = sentences(20)
     labels = [rng.choice("ab") for _ in texts]
     body = load_body(tiny, "cpu", torch.float32)
-    found = cross_validate(body, read_states(body, body.ids(texts)[0], 2), make_shots(texts, labels), Tuning(steps=20, lr=2e-3), n_folds=4)
-    assert found.right("tuned") < .7
+    found = cross_validate(
+        body, read_states(body, body.ids(texts)[0], 2), make_shots(texts, labels), Tuning(steps=20, lr=2e-3), n_folds=4
+    )
+    assert found.right("tuned") < 0.7
 
 
 def test_temperature_and_its_edges():
     torch.manual_seed(0)
-    scores = torch.randn(3000, 3)*2
+    scores = torch.randn(3000, 3) * 2
     y = F.one_hot(torch.distributions.Categorical(logits=scores).sample(), 3).float()
-    for t in (.3, 1, 4): assert abs(fit_temperature(scores*t, y)/t - 1) < .1
-    sure = torch.eye(3)*9
-    assert .02 <= fit_temperature(sure, torch.eye(3)) <= 50
-    several = (torch.rand(3000, 3) < (scores/2).sigmoid()).float()
-    assert abs(fit_temperature(scores, several, False)/2 - 1) < .1
+    for t in (0.3, 1, 4):
+        assert abs(fit_temperature(scores * t, y) / t - 1) < 0.1
+    sure = torch.eye(3) * 9
+    assert 0.02 <= fit_temperature(sure, torch.eye(3)) <= 50
+    several = (torch.rand(3000, 3) < (scores / 2).sigmoid()).float()
+    assert abs(fit_temperature(scores, several, False) / 2 - 1) < 0.1
 
 
 def test_calibration_error_is_measured():
     rng = np.random.default_rng(0)
     p = rng.dirichlet([1, 1, 1], 5000)
     y = np.eye(3)[[rng.choice(3, p=q) for q in p]]
-    sharp = p**4/(p**4).sum(1, keepdims=True)
-    assert calibration_error(Evaluation(list("abc"), p, y)) < .03 < .1 < calibration_error(Evaluation(list("abc"), sharp, y))
+    sharp = p**4 / (p**4).sum(1, keepdims=True)
+    assert (
+        calibration_error(Evaluation(list("abc"), p, y))
+        < 0.03
+        < 0.1
+        < calibration_error(Evaluation(list("abc"), sharp, y))
+    )
     assert sum(g["n"] for g in reliability(Evaluation(list("abc"), p, y))) == 5000
 
 
 # The classifier
 
+
 def test_fit_and_predict(fitted):
     texts, labels = sentences(10, seed=5)
     judged = fitted.evaluate(texts, labels)
-    assert judged.accuracy > .6 and judged.confusion.sum() == 30 and 0 <= judged.f1 <= 1
+    assert judged.accuracy > 0.6 and judged.confusion.sum() == 30 and 0 <= judged.f1 <= 1
     assert fitted.predict(texts) == [fitted.classes[k] for k in fitted.predict_proba(texts).argmax(1)]
     assert "3 classes" in repr(fitted)
 
 
 def test_order_and_company_do_not_matter(fitted):
-    texts = sentences(10, seed=6)[0] + ["A", "word "*50]
+    texts = sentences(10, seed=6)[0] + ["A", "word " * 50]
     p = fitted.predict_proba(texts)
     assert np.abs(fitted.predict_proba(texts[::-1])[::-1] - p).max() < 1e-5
     assert np.abs(np.concatenate([fitted.predict_proba([t]) for t in texts]) - p).max() < 1e-5
@@ -468,117 +652,176 @@ def test_order_and_company_do_not_matter(fitted):
 def test_several_labels(tiny):
     texts, labels = sentences(8)
     tags = [[c, "odd"] if i % 2 else {c} for i, c in enumerate(labels)]
-    tags[0] = "garden"                                       # a single label is a list of one
+    tags[0] = "garden"  # a single label is a list of one
     model = classifier(tiny, tuning=Tuning(steps=6, lr=2e-3)).fit(texts, tags)
     assert model.classes == ["garden", "kitchen", "odd", "sea"] and model.calibrated
     said = model.predict(texts)
     assert all(isinstance(s, list) for s in said) and any(len(s) for s in said)
     judged = model.evaluate(texts, tags)
     assert 0 <= judged.accuracy <= 1 and 0 < judged.f1 <= 1
-    with pytest.raises(ValueError, match="no confusion"): judged.confusion
+    with pytest.raises(ValueError, match="no confusion"):
+        judged.confusion
 
 
 def test_labels_that_are_numbers(tiny, tmp_path):
     texts, labels = sentences(4)
     model = classifier(tiny, tuning=None).fit(texts, [len(c) for c in labels])
     assert set(model.predict(texts)) <= {3, 6, 7}
-    model.save(tmp_path/"m")
-    assert load_classifier(tmp_path/"m", "cpu").classes == [3, 6, 7]
+    model.save(tmp_path / "m")
+    assert load_classifier(tmp_path / "m", "cpu").classes == [3, 6, 7]
 
 
 def test_descriptions_are_examples(tiny):
     texts, labels = sentences(6, classes=("garden", "kitchen"))
     said = dict(sea=["the ship and the sail", "the wave and the tide and the captain"])
-    model = classifier(tiny, tuning=None).fit(texts, labels, classes=["garden", "kitchen", "sea"], descriptions=said, check=False)
+    model = classifier(tiny, tuning=None).fit(
+        texts, labels, classes=["garden", "kitchen", "sea"], descriptions=said, check=False
+    )
     assert "sea" in model.predict(["the ship and the sail"])
-    with pytest.raises(ValueError, match="none of the classes"): classifier(tiny).fit(texts, labels, descriptions=said)
+    with pytest.raises(ValueError, match="none of the classes"):
+        classifier(tiny).fit(texts, labels, descriptions=said)
 
 
 # Rows that are not as they should be
 
+
 def test_one_class(tiny):
-    with pytest.raises(ValueError, match="needs two or more"): classifier(tiny).fit(["a", "b"], ["x", "x"])
+    with pytest.raises(ValueError, match="needs two or more"):
+        classifier(tiny).fit(["a", "b"], ["x", "x"])
 
 
 def test_one_example_in_a_class(tiny):
     texts, labels = sentences(4, classes=("garden", "kitchen"))
-    with pytest.warns(UserWarning) as said: model = classifier(tiny, tuning=Tuning(steps=2)).fit(texts + ["the ship and the sail"], labels + ["sea"])
+    with pytest.warns(UserWarning) as said:
+        model = classifier(tiny, tuning=Tuning(steps=2)).fit(texts + ["the ship and the sail"], labels + ["sea"])
     text = " ".join(str(w.message) for w in said)
     assert "one example" in text and "not calibrated" in text
     assert model.checked is None and not model.calibrated and len(model.classes) == 3
 
 
 def test_one_example_in_every_class(tiny):
-    with pytest.warns(UserWarning, match="one example"): model = classifier(tiny, tuning=Tuning(steps=2)).fit(["the ship", "the oven"], ["sea", "kitchen"])
+    with pytest.warns(UserWarning, match="one example"):
+        model = classifier(tiny, tuning=Tuning(steps=2)).fit(["the ship", "the oven"], ["sea", "kitchen"])
     assert len(model.predict(["the boat"])) == 1
 
 
-@pytest.mark.parametrize("text, said", [("", "text 1 is empty"), ("  \n", "text 1 is empty"), (None, "text 1 is NoneType"), (3.5, "text 1 is float"), (float("nan"), "text 1 is float")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "text 1 is empty"),
+        ("  \n", "text 1 is empty"),
+        (None, "text 1 is NoneType"),
+        (3.5, "text 1 is float"),
+        (float("nan"), "text 1 is float"),
+    ],
+)
 def test_what_is_no_text(tiny, text, said):
-    with pytest.raises(ValueError, match=said): classifier(tiny).fit(["a", text], ["x", "y"])
+    with pytest.raises(ValueError, match=said):
+        classifier(tiny).fit(["a", text], ["x", "y"])
 
 
 def test_an_empty_text_is_no_reason_to_stop_predicting(fitted):
     assert len(fitted.predict(["", "the ship"])) == 2
-    with pytest.raises(ValueError, match="text 1 is NoneType"): fitted.predict(["a", None])
-    with pytest.raises(ValueError, match="not one string"): fitted.predict("a text")
+    with pytest.raises(ValueError, match="text 1 is NoneType"):
+        fitted.predict(["a", None])
+    with pytest.raises(ValueError, match="not one string"):
+        fitted.predict("a text")
     assert fitted.predict([]) == [] and fitted.predict_proba([]).shape == (0, 3)
 
 
 def test_one_text_with_two_labels():
-    with pytest.warns(UserWarning, match="2 rows are left out, since their text has two labels; the first is row 0"): shots = make_shots(["a", "b", "A ", "c"], ["x", "y", "y", "x"])
+    with pytest.warns(UserWarning, match="2 rows are left out, since their text has two labels; the first is row 0"):
+        shots = make_shots(["a", "b", "A ", "c"], ["x", "y", "y", "x"])
     assert shots.texts == ["b", "c"]
-    with pytest.raises(ValueError, match="no row is left; 2 rows were left out, since their text has two labels, the first 'a'"), pytest.warns(UserWarning): make_shots(["a", "a"], ["x", "y"])
+    with (
+        pytest.raises(
+            ValueError, match="no row is left; 2 rows were left out, since their text has two labels, the first 'a'"
+        ),
+        pytest.warns(UserWarning),
+    ):
+        make_shots(["a", "a"], ["x", "y"])
 
 
 def test_labels_that_differ_by_case_or_blanks():
     texts = list("abcd")
-    with pytest.raises(ValueError, match="'Spam' and 'spam '|'spam ' and 'Spam'"): make_shots(texts, ["spam ", "ham", "Spam", "ham"])
+    with pytest.raises(ValueError, match="'Spam' and 'spam '|'spam ' and 'Spam'"):
+        make_shots(texts, ["spam ", "ham", "Spam", "ham"])
     assert make_shots(texts, ["spam ", "ham", "Spam", "ham"], same_labels="merge").targets.sum(0).tolist() == [2, 2]
-    with pytest.warns(UserWarning): assert len(make_shots(texts, ["spam ", "ham", "Spam", "ham"], same_labels="keep").classes) == 3
-    with pytest.raises(ValueError, match="differ by case"): make_shots(texts, [["a", "b"], ["A"], ["b"], ["b"]])
+    with pytest.warns(UserWarning):
+        assert len(make_shots(texts, ["spam ", "ham", "Spam", "ham"], same_labels="keep").classes) == 3
+    with pytest.raises(ValueError, match="differ by case"):
+        make_shots(texts, [["a", "b"], ["A"], ["b"], ["b"]])
 
 
-@pytest.mark.parametrize("labels, said", [(["x", None], "row 1 has the label None"), (["x", 3], "row 1 has the label 3"), (["x", ""], "row 1 has the label ''"), (["x"], "2 texts but 1 labels"), (["x", 1.5], "row 1")])
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        (["x", None], "row 1 has the label None"),
+        (["x", 3], "row 1 has the label 3"),
+        (["x", ""], "row 1 has the label ''"),
+        (["x"], "2 texts but 1 labels"),
+        (["x", 1.5], "row 1"),
+    ],
+)
 def test_labels_that_cannot_be_used(labels, said):
-    with pytest.raises(ValueError, match=said): make_shots(["a", "b"], labels)
+    with pytest.raises(ValueError, match=said):
+        make_shots(["a", "b"], labels)
 
 
 def test_more_classes_than_are_shown(tiny):
     texts, labels = sentences(4, classes=("garden", "kitchen"))
-    with pytest.warns(UserWarning, match="1 classes have no example, the first 'sea'"): model = classifier(tiny, tuning=None).fit(texts, labels, classes=["garden", "kitchen", "sea"])
+    with pytest.warns(UserWarning, match="1 classes have no example, the first 'sea'"):
+        model = classifier(tiny, tuning=None).fit(texts, labels, classes=["garden", "kitchen", "sea"])
     assert "sea" not in model.predict(sentences(10)[0])
-    with pytest.raises(ValueError, match="'desert', which is none of the classes"): model.evaluate(["a"], ["desert"])
+    with pytest.raises(ValueError, match="'desert', which is none of the classes"):
+        model.evaluate(["a"], ["desert"])
 
 
 def test_texts_beyond_the_limit(tiny):
     texts, labels = sentences(4)
-    with pytest.warns(UserWarning, match=r"1 of 13 texts are longer than the 32 tokens .*; 70 tokens are cut"): classifier(tiny, tuning=None).fit(texts + ["word "*100], labels + ["sea"])
+    with pytest.warns(UserWarning, match=r"1 of 13 texts are longer than the 32 tokens .*; 70 tokens are cut"):
+        classifier(tiny, tuning=None).fit(texts + ["word " * 100], labels + ["sea"])
 
 
 def test_a_million_rows_stream(fitted):
     "The stream asks for one portion at a time, and holds no more."
     asked = 0
+
     def lines():
         nonlocal asked
-        for i in range(1_000_000): asked += 1; yield f"the ship number {i}"
+        for i in range(1_000_000):
+            asked += 1
+            yield f"the ship number {i}"
+
     stream = fitted.stream(lines(), portion=64)
-    for k in range(3): assert next(stream).shape == (64, 3) and asked == 64*(k + 1)
+    for k in range(3):
+        assert next(stream).shape == (64, 3) and asked == 64 * (k + 1)
 
 
-@pytest.mark.parametrize("kw, said", [(dict(head="forest"), "logistic, ridge, mean"), (dict(encoder="/no/such/encoder"), "cannot load"), (dict(tuning="whole"), "'auto', None or a Tuning")])
+@pytest.mark.parametrize(
+    "kw, said",
+    [
+        (dict(head="forest"), "logistic, ridge, mean"),
+        (dict(encoder="/no/such/encoder"), "cannot load"),
+        (dict(tuning="whole"), "'auto', None or a Tuning"),
+    ],
+)
 def test_what_cannot_be_built(tiny, kw, said):
-    with pytest.raises(ValueError, match=said): FewShotClassifier(kw.pop("encoder", tiny), device="cpu", **kw)
+    with pytest.raises(ValueError, match=said):
+        FewShotClassifier(kw.pop("encoder", tiny), device="cpu", **kw)
 
 
 @pytest.mark.parametrize("check", [1, 99, -2])
 def test_parts_that_make_no_sense(tiny, check):
-    with pytest.raises(ValueError, match="number of parts from 2 to 24"): classifier(tiny).fit(*sentences(8), check=check)
+    with pytest.raises(ValueError, match="number of parts from 2 to 24"):
+        classifier(tiny).fit(*sentences(8), check=check)
 
 
 def test_steps_grow_with_the_rows_and_not_with_their_square():
     steps = [Tuning().n_steps(n) for n in (16, 40, 320, 1040, 8320)]
-    assert steps[:2] == [15, 15] and all(b <= a*n/m + 1 for (a, m), (b, n) in zip(zip(steps[2:], (320, 1040)), zip(steps[3:], (1040, 8320))))
+    assert steps[:2] == [15, 15] and all(
+        b <= a * n / m + 1 for (a, m), (b, n) in zip(zip(steps[2:], (320, 1040)), zip(steps[3:], (1040, 8320)))
+    )
     assert Tuning(steps=4).n_steps(10**6) == 4
 
 
@@ -587,59 +830,93 @@ def test_more_rows_a_class_move_all_of_the_encoder(tiny, shots, layers):
     texts, labels = sentences(shots)
     before = load_body(tiny, "cpu", torch.float32).encoder
     model = classifier(tiny).fit(texts, labels, check=False)
-    moved = {int(n.split("layer.")[1].split(".")[0]) for n, p in model.body.encoder.named_parameters() if "layer." in n and not torch.equal(p, before.get_parameter(n))}
-    assert moved == layers and model.chosen == suited_tuning(len(texts), len(set(labels))) and len(model.losses) == model.chosen.n_steps(len(texts))
+    moved = {
+        int(n.split("layer.")[1].split(".")[0])
+        for n, p in model.body.encoder.named_parameters()
+        if "layer." in n and not torch.equal(p, before.get_parameter(n))
+    }
+    assert (
+        moved == layers
+        and model.chosen == suited_tuning(len(texts), len(set(labels)))
+        and len(model.losses) == model.chosen.n_steps(len(texts))
+    )
 
 
 def test_the_choice_follows_the_rows_a_class_and_not_the_rows():
-    assert suited_tuning(15*130, 130) == Tuning() and suited_tuning(32, 2) != Tuning() == suited_tuning(31, 2)
+    assert suited_tuning(15 * 130, 130) == Tuning() and suited_tuning(32, 2) != Tuning() == suited_tuning(31, 2)
     assert suited_tuning(32, 2, seed=5).seed == suited_tuning(8, 2, seed=5).seed == 5
-    with pytest.raises(ValueError, match="rows and n_classes must be 1 or more, not 10 and 0"): suited_tuning(10, 0)
+    with pytest.raises(ValueError, match="rows and n_classes must be 1 or more, not 10 and 0"):
+        suited_tuning(10, 0)
 
 
 def test_the_seed_is_that_of_the_batches(tiny):
-    texts, labels = sentences(15)                         # more than a batch, or the seed would not matter
+    texts, labels = sentences(15)  # more than a batch, or the seed would not matter
     a, b, c = (classifier(tiny, seed=s).fit(texts, labels, check=False).losses for s in (0, 0, 1))
     d = classifier(tiny, tuning=Tuning(seed=1)).fit(texts, labels, check=False).losses
     assert a == b != c == d
 
 
-@pytest.mark.parametrize("kw", [dict(loss="triplet"), dict(steps=0), dict(least=0), dict(least=None), dict(batch_size=1), dict(batch_size=None), dict(lr=0), dict(temperature=-1)])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(loss="triplet"),
+        dict(steps=0),
+        dict(least=0),
+        dict(least=None),
+        dict(batch_size=1),
+        dict(batch_size=None),
+        dict(lr=0),
+        dict(temperature=-1),
+    ],
+)
 def test_tuning_that_makes_no_sense(kw):
-    with pytest.raises(ValueError): Tuning(**kw)
+    with pytest.raises(ValueError):
+        Tuning(**kw)
 
 
 def test_a_second_fit_begins_with_the_encoder_as_it_came(tiny, tmp_path):
     texts, labels = sentences(8)
     model = classifier(tiny, tuning=Tuning(steps=4, lr=2e-3))
     first, checked = model.fit(texts, labels).losses, model.checked.scores
-    assert model.fit(texts, labels).losses == first and all(torch.equal(model.checked.scores[k], checked[k]) for k in checked)
-    again = load_classifier(model.save(tmp_path/"m"), "cpu", torch.float32)
-    assert again.fit(texts, labels, check=False).losses[0] < first[0]                # what was saved is where it begins
+    assert model.fit(texts, labels).losses == first and all(
+        torch.equal(model.checked.scores[k], checked[k]) for k in checked
+    )
+    again = load_classifier(model.save(tmp_path / "m"), "cpu", torch.float32)
+    # what was saved is where it begins
+    assert again.fit(texts, labels, check=False).losses[0] < first[0]
 
 
 def test_an_interrupted_fit_leaves_nothing_half_learnt(tiny, monkeypatch):
     texts, labels = sentences(8)
     model = classifier(tiny, tuning=Tuning(steps=4, lr=2e-3))
-    first, (real, calls) = model.fit(texts, labels).losses, (S.batch_loss, [])
+    first, (real, calls) = model.fit(texts, labels).losses, (fewshot_contrast.batch_loss, [])
+
     def stopped(*args):
         calls.append(1)
-        if len(calls) == at: raise KeyboardInterrupt
+        if len(calls) == at:
+            raise KeyboardInterrupt
         return real(*args)
-    for at in (2, 7, 11):                                                            # in both folds of the check, and in the tuning
+
+    # in both folds of the check, and in the tuning
+    for at in (2, 7, 11):
         calls.clear()
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            m.setattr(S, "batch_loss", stopped)
+            m.setattr(fewshot_contrast, "batch_loss", stopped)
             model.fit(texts, labels)
-        with pytest.raises(ValueError, match="not fitted"): model.predict(["the ship"])
+        with pytest.raises(ValueError, match="not fitted"):
+            model.predict(["the ship"])
         assert model.fit(texts, labels).losses == first
 
 
 def test_the_bar_counts_the_steps_of_check_and_tuning(tiny, monkeypatch):
     made = []
-    class Bar(S.tqdm):
-        def __init__(self, *args, **kw): super().__init__(*args, **kw | dict(delay=0, disable=kw["disable"], file=open("/dev/null", "w"))); made.append(self)
-    monkeypatch.setattr(S, "tqdm", Bar)
+
+    class Bar(fewshot_classifier.tqdm):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw | dict(delay=0, disable=kw["disable"], file=open("/dev/null", "w")))
+            made.append(self)
+
+    monkeypatch.setattr(fewshot_classifier, "tqdm", Bar)
     texts, labels = sentences(8)
     for check, n in ((True, 12), (3, 16), (False, 4)):
         classifier(tiny, tuning=Tuning(steps=4, lr=2e-3)).fit(texts, labels, check=check)
@@ -651,123 +928,160 @@ def test_the_bar_counts_the_steps_of_check_and_tuning(tiny, monkeypatch):
 
 # Files
 
+
 def test_saved_and_read_again(fitted, tmp_path):
-    new, folder = sentences(5, seed=8)[0], fitted.save(tmp_path/"a"/"model")
+    new, folder = sentences(5, seed=8)[0], fitted.save(tmp_path / "a" / "model")
     again = load_classifier(folder, "cpu", torch.float32)
     assert np.abs(again.predict_proba(new) - fitted.predict_proba(new)).max() < 1e-6
     assert (again.tuned, again.calibrated, again.classes) == (fitted.tuned, fitted.calibrated, fitted.classes)
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".txt"}
-    again.save(tmp_path/"b")
-    assert np.abs(load_classifier(tmp_path/"b", "cpu", torch.float32).predict_proba(new) - fitted.predict_proba(new)).max() < 1e-6
+    again.save(tmp_path / "b")
+    assert (
+        np.abs(
+            load_classifier(tmp_path / "b", "cpu", torch.float32).predict_proba(new) - fitted.predict_proba(new)
+        ).max()
+        < 1e-6
+    )
 
 
 def test_sentence_transformers_loads_it(fitted, tmp_path):
     from sentence_transformers import SentenceTransformer
+
     texts = sentences(5, seed=9)[0]
-    theirs = SentenceTransformer(str(fitted.save(tmp_path/"m")), device="cpu").encode(texts, convert_to_tensor=True)
-    assert (S._vectors(fitted.body, fitted.body.ids(texts)[0], 0) - theirs).abs().max() < 1e-5
+    theirs = SentenceTransformer(str(fitted.save(tmp_path / "m")), device="cpu").encode(texts, convert_to_tensor=True)
+    assert (fewshot_check._vectors(fitted.body, fitted.body.ids(texts)[0], 0) - theirs).abs().max() < 1e-5
 
 
 def test_a_folder_of_another_version(fitted, tmp_path):
-    folder = fitted.save(tmp_path/"m")
-    facts = json.loads((folder/"fewshot.json").read_text())
-    (folder/"fewshot.json").write_text(json.dumps(facts | dict(format=2)))
-    with pytest.raises(ValueError, match="format 2, this version reads 1"): load_classifier(folder)
-    (folder/"fewshot.json").write_text(json.dumps(facts | dict(classes=["a", "b"])))
-    with pytest.raises(ValueError, match="3 classes, fewshot.json 2"): load_classifier(folder)
-    with pytest.raises(ValueError, match="no folder"): load_classifier(tmp_path/"nowhere")
+    folder = fitted.save(tmp_path / "m")
+    facts = json.loads((folder / "fewshot.json").read_text())
+    (folder / "fewshot.json").write_text(json.dumps(facts | dict(format=2)))
+    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+        load_classifier(folder)
+    (folder / "fewshot.json").write_text(json.dumps(facts | dict(classes=["a", "b"])))
+    with pytest.raises(ValueError, match="3 classes, fewshot.json 2"):
+        load_classifier(folder)
+    with pytest.raises(ValueError, match="no folder"):
+        load_classifier(tmp_path / "nowhere")
 
 
 class Trap:
-    def __reduce__(self): return os.system, ("touch trapped",)
+    def __reduce__(self):
+        return os.system, ("touch trapped",)
 
 
 def test_a_pickle_is_never_opened(fitted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = fitted.save(tmp_path/"m")
-    (folder/"head.safetensors").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match="is not opened"): load_classifier(folder)
-    (folder/"model_head.pkl").write_bytes(pickle.dumps(Trap()))
-    (folder/"fewshot.json").unlink()
-    with pytest.raises(ValueError, match="can run code"): load_classifier(folder)
-    with pytest.raises(ValueError, match="can run code"): load_setfit(folder)
-    assert not (tmp_path/"trapped").exists()
-    with pytest.raises(ValueError, match="linear"): load_setfit(folder, trust_pickle=True)   # whoever says so has it opened
-    assert (tmp_path/"trapped").exists()
+    folder = fitted.save(tmp_path / "m")
+    (folder / "head.safetensors").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match="is not opened"):
+        load_classifier(folder)
+    (folder / "model_head.pkl").write_bytes(pickle.dumps(Trap()))
+    (folder / "fewshot.json").unlink()
+    with pytest.raises(ValueError, match="can run code"):
+        load_classifier(folder)
+    with pytest.raises(ValueError, match="can run code"):
+        load_setfit(folder)
+    assert not (tmp_path / "trapped").exists()
+    # whoever says so has it opened
+    with pytest.raises(ValueError, match="linear"):
+        load_setfit(folder, trust_pickle=True)
+    assert (tmp_path / "trapped").exists()
 
 
 def test_an_unfitted_one_is_not_saved(tiny, tmp_path):
-    with pytest.raises(ValueError, match="not fitted"): classifier(tiny).save(tmp_path/"m")
-    with pytest.raises(ValueError, match="no model_head"): load_setfit(tmp_path, trust_pickle=True)
+    with pytest.raises(ValueError, match="not fitted"):
+        classifier(tiny).save(tmp_path / "m")
+    with pytest.raises(ValueError, match="no model_head"):
+        load_setfit(tmp_path, trust_pickle=True)
 
 
 # From a file
 
+
 def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows(rows)
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows(rows)
     return path
 
 
 def test_a_report_of_sixteen_rows(tiny, tmp_path):
     texts, labels = sentences(8, classes=("kitchen", "sea"))
-    file = write_csv(tmp_path/"rows.csv", [("text", "label"), *zip(texts, labels), ("the ship and the oven", "")])
-    report = fewshot_report(file, out=tmp_path/"out", encoder=tiny, device="cpu")
-    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == ["model", "next.csv", "report.html", "report.json"]
-    facts = json.loads((tmp_path/"out"/"report.json").read_text())
+    file = write_csv(tmp_path / "rows.csv", [("text", "label"), *zip(texts, labels), ("the ship and the oven", "")])
+    report = fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "next.csv", "report.html", "report.json"]
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
     assert facts["n_train"] == 16 and "cross-validation" in facts["judge"] and facts["n_judged"] == 16
     assert facts["tuning"] == (asdict(suited_tuning(16, 2)) if facts["tuned"] else None)
     assert [r["text"] for r in report.next_rows] == ["the ship and the oven"]
-    page = (tmp_path/"out"/"report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
     assert "Label these next" in page and "said kitchen" in page and "http" not in page.replace("http://www.w3.org", "")
-    assert load_classifier(tmp_path/"out"/"model", "cpu").predict(["the ship"]) == report.model.predict(["the ship"])
+    assert load_classifier(tmp_path / "out" / "model", "cpu").predict(["the ship"]) == report.model.predict(
+        ["the ship"]
+    )
 
 
 def test_shots_and_other_judges(tiny, tmp_path):
     texts, labels = sentences(10)
-    file = write_csv(tmp_path/"rows.csv", [("body", "kind"), *zip(texts, labels)])
-    rest = fewshot_report(file, out=tmp_path/"a", encoder=tiny, device="cpu", shots=4)
-    assert rest.facts["n_train"] == 12 and rest.facts["n_judged"] == 18 and "not trained on" in rest.facts["judge"] and len(rest.next_rows) == 10
-    test = write_csv(tmp_path/"test.csv", [("kind", "body"), *((c, t) for t, c in zip(*sentences(5, seed=4)))])
-    tested = fewshot_report(file, out=tmp_path/"b", encoder=tiny, device="cpu", shots=4, test=test)
+    file = write_csv(tmp_path / "rows.csv", [("body", "kind"), *zip(texts, labels)])
+    rest = fewshot_report(file, out=tmp_path / "a", encoder=tiny, device="cpu", shots=4)
+    assert (
+        rest.facts["n_train"] == 12
+        and rest.facts["n_judged"] == 18
+        and "not trained on" in rest.facts["judge"]
+        and len(rest.next_rows) == 10
+    )
+    test = write_csv(tmp_path / "test.csv", [("kind", "body"), *((c, t) for t, c in zip(*sentences(5, seed=4)))])
+    tested = fewshot_report(file, out=tmp_path / "b", encoder=tiny, device="cpu", shots=4, test=test)
     assert tested.facts["judge"] == "the test file" and tested.facts["n_judged"] == 15
 
 
 def test_a_report_says_what_was_warned(tiny, tmp_path):
     texts, labels = sentences(4)
-    file = write_csv(tmp_path/"rows.csv", [("text", "label"), *zip(texts, labels), ("word "*99, "sea"), (texts[0], "sea")])
-    report = fewshot_report(file, out=tmp_path/"out", encoder=tiny, device="cpu")
+    file = write_csv(
+        tmp_path / "rows.csv", [("text", "label"), *zip(texts, labels), ("word " * 99, "sea"), (texts[0], "sea")]
+    )
+    report = fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu")
     said = " ".join(report.facts["warnings"])
     assert "two labels" in said and "tokens are cut" in said and "tokens are cut" in report.html()
 
 
-@pytest.mark.parametrize("rows, kw, said", [
-    ([("text", "label"), ("1.5", "a"), ("2", "b")], {}, "no text but numbers"),
-    ([("text", "label"), ("a", "x"), ("b", "y")], dict(text_column="body"), "there are 'text', 'label'"),
-    ([("text",), ("a",), ("b",)], {}, "a label is needed"),
-    ([("text", "label"), ("a", ""), ("b", "")], {}, "no row of"),
-    ([("text", "label"), ("a", "x"), ("b", "x")], {}, "needs two or more"),
-    ([("text", "label"), ("a", "x"), ("b", "X")], {}, "differ by case"),
-    ([("text", "label"), ("a", "x"), ("", "y")], {}, "text 1 is empty"),
-    ([("text", "label"), ("a", "x"), ("b", "y")], dict(shots=0), "shots must be 1 or more"),
-    ([("text", "label"), ("a", "x"), ("b", "y")], {}, "no row can be held out")])
+@pytest.mark.parametrize(
+    "rows, kw, said",
+    [
+        ([("text", "label"), ("1.5", "a"), ("2", "b")], {}, "no text but numbers"),
+        ([("text", "label"), ("a", "x"), ("b", "y")], dict(text_column="body"), "there are 'text', 'label'"),
+        ([("text",), ("a",), ("b",)], {}, "a label is needed"),
+        ([("text", "label"), ("a", ""), ("b", "")], {}, "no row of"),
+        ([("text", "label"), ("a", "x"), ("b", "x")], {}, "needs two or more"),
+        ([("text", "label"), ("a", "x"), ("b", "X")], {}, "differ by case"),
+        ([("text", "label"), ("a", "x"), ("", "y")], {}, "text 1 is empty"),
+        ([("text", "label"), ("a", "x"), ("b", "y")], dict(shots=0), "shots must be 1 or more"),
+        ([("text", "label"), ("a", "x"), ("b", "y")], {}, "no row can be held out"),
+    ],
+)
 def test_a_file_that_cannot_be_used(tiny, tmp_path, rows, kw, said):
     with pytest.raises(ValueError, match=said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fewshot_report(write_csv(tmp_path/"rows.csv", rows), out=tmp_path/"out", encoder=tiny, device="cpu", **kw)
+        fewshot_report(write_csv(tmp_path / "rows.csv", rows), out=tmp_path / "out", encoder=tiny, device="cpu", **kw)
 
 
 def test_uncertain_rows():
-    p = np.array([[.9, .05, .05], [.4, .35, .25], [.5, .5, 0], [.6, .2, .2]])
+    p = np.array([[0.9, 0.05, 0.05], [0.4, 0.35, 0.25], [0.5, 0.5, 0], [0.6, 0.2, 0.2]])
     assert most_uncertain(p, 2) == [2, 1] and most_uncertain(p, 99) == [2, 1, 3, 0]
 
 
 # The bench
 
+
 def test_the_bench_has_its_rows(monkeypatch):
-    monkeypatch.syspath_prepend(nbs/"bench")
+    monkeypatch.syspath_prepend(nbs / "bench")
     import fewshot_worker as W
+
     assert set(W.WAYS) <= set(vars(W)) and len(W.TASKS) == 6 and W.SEEDS >= 10
     train, test = W.split("news", 8, 0)
     more, same = W.split("news", 16, 0)
-    assert [r["text"] for r in test] == [r["text"] for r in same] and {r["text"] for r in train} <= {r["text"] for r in more}
+    assert [r["text"] for r in test] == [r["text"] for r in same] and {r["text"] for r in train} <= {
+        r["text"] for r in more
+    }
     assert not {r["text"] for r in W.split("news", 64, 0)[0]} & {r["text"] for r in test}

@@ -1,4 +1,5 @@
 "The runs on real tasks: what the worker does to tensors, and that its results are what they say."
+
 import itertools, json, os, sys
 from pathlib import Path
 
@@ -6,10 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-bench = Path(__file__).parents[1]/'nbs'/'bench'
+bench = Path(__file__).parents[1] / 'nbs' / 'bench'
 sys.path.insert(0, str(bench))
 import merge_tasks_worker as worker
-from ftbook.merge import RECIPES, between, between_shares, conflicts, merge_states
+from ftbook.merging.recipes import RECIPES
+from ftbook.merging.between import between, between_shares
+from ftbook.merging.vectors import conflicts
+from ftbook.merging.states import merge_states
 
 
 @pytest.fixture
@@ -18,40 +22,44 @@ def small(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     draw = lambda: {'a': torch.randn(40, 30, generator=rng), 'b': torch.randn(50, generator=rng)}
     base = draw()
-    states = dict(base=base) | {t: {k: base[k] + .1*v for k, v in draw().items()} for t in worker.THREE}
+    states = dict(base=base) | {t: {k: base[k] + 0.1 * v for k, v in draw().items()} for t in worker.THREE}
     monkeypatch.setattr(worker, 'state', states.__getitem__)
     worker.trimmed.cache_clear()
     yield states
     worker.trimmed.cache_clear()
 
 
-@pytest.mark.parametrize('density, normalize', list(itertools.product((.2, .5), (True, False))))
+@pytest.mark.parametrize('density, normalize', list(itertools.product((0.2, 0.5), (True, False))))
 def test_trimming_first_is_ties(small, density, normalize):
-    weights = [.5, 1., .25]
-    want = merge_states('ties', small['base'], [small[t] for t in worker.THREE], weight=weights, density=density, normalize=normalize)
+    weights = [0.5, 1.0, 0.25]
+    want = merge_states(
+        'ties', small['base'], [small[t] for t in worker.THREE], weight=weights, density=density, normalize=normalize
+    )
     got = worker.merged('ties', worker.THREE, weights, density=density, normalize=normalize)
-    for k in want: torch.testing.assert_close(got[k], want[k], atol=1e-6, rtol=0)
+    for k in want:
+        torch.testing.assert_close(got[k], want[k], atol=1e-6, rtol=0)
 
 
 def test_thinning_is_that_of_the_merge(small):
     "A merge with one weight of 1 has the entries of that model alone, grown."
     for i, t in enumerate(worker.THREE):
-        thin, density = worker.thinned(t, i, .5), .5
+        thin, density = worker.thinned(t, i, 0.5), 0.5
         got = worker.merged('dare_linear_paper', worker.THREE, [float(j == i) for j in range(3)], density=density)
-        for k, b in small['base'].items(): torch.testing.assert_close(got[k] - b, (thin[k] - b)/density, atol=1e-6, rtol=0)
+        for k, b in small['base'].items():
+            torch.testing.assert_close(got[k] - b, (thin[k] - b) / density, atol=1e-6, rtol=0)
 
 
 def test_counts_are_those_of_conflicts(small):
     models = [small[t] for t in worker.THREE]
     n, moved, against = worker.entry_counts(models)
     flat = torch.stack([torch.cat([(m[k] - b).flatten() for k, b in small['base'].items()]) for m in models])
-    assert n == flat.shape[1] and against/moved == pytest.approx(conflicts(flat))
+    assert n == flat.shape[1] and against / moved == pytest.approx(conflicts(flat))
     cosine = torch.nn.functional.cosine_similarity(flat[0].double(), flat[1].double(), dim=0)
-    assert worker.clash(worker.THREE[:2], 'ties', 1.)['cosine'] == pytest.approx(float(cosine), abs=2e-5)
+    assert worker.clash(worker.THREE[:2], 'ties', 1.0)['cosine'] == pytest.approx(float(cosine), abs=2e-5)
 
 
 def test_a_run_that_was_written_is_not_planned_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, 'RESULTS', tmp_path/'runs.json')
+    monkeypatch.setattr(worker, 'RESULTS', tmp_path / 'runs.json')
     first, *_ = plan = list(dict.fromkeys(worker.plan()))
     part, tasks, method, settings, weights = plan[-20]
     run = dict(part=part, tasks=list(tasks), method=method, settings=dict(settings), weights=list(weights))
@@ -76,19 +84,25 @@ weight = st.floats(0, 1)
 @given(weight, weight, st.lists(st.floats(0, 1), min_size=9, max_size=9))
 def test_a_value_between_neighbours(a, b, values):
     "It stands between the values of its neighbours, whose shares add up to one and whose mean place is the point."
-    grid = dict(zip(itertools.product((0, .5, 1), repeat=2), values))
+    grid = dict(zip(itertools.product((0, 0.5, 1), repeat=2), values))
     value, shares = between(grid, (a, b))
     near = [grid[p] for p in shares]
-    assert len(shares) <= 3 and min(near) - 1e-9 <= value <= max(near) + 1e-9 and sum(shares.values()) == pytest.approx(1)
-    for i, x in enumerate((a, b)): assert sum(s*p[i] for p, s in shares.items()) == pytest.approx(x, abs=1e-6)
+    assert (
+        len(shares) <= 3 and min(near) - 1e-9 <= value <= max(near) + 1e-9 and sum(shares.values()) == pytest.approx(1)
+    )
+    for i, x in enumerate((a, b)):
+        assert sum(s * p[i] for p, s in shares.items()) == pytest.approx(x, abs=1e-6)
 
 
 def test_a_neighbour_that_lacks_is_named():
-    grid = {p: 0. for p in itertools.product((0, 1), repeat=2) if p != (1, 1)}
-    assert between(grid, (.25, .5))[1] == {(0, 0): .25, (1, 0): .25, (0, 1): .5}
-    with pytest.raises(ValueError, match=r'\(1, 1\) was not measured'): between(grid, (.75, .5))
-    with pytest.raises(ValueError, match='outside'): between(grid, (0, 1.1))
-    with pytest.raises(ValueError, match='outside'): between({}, (0, 0))
+    grid = {p: 0.0 for p in itertools.product((0, 1), repeat=2) if p != (1, 1)}
+    assert between(grid, (0.25, 0.5))[1] == {(0, 0): 0.25, (1, 0): 0.25, (0, 1): 0.5}
+    with pytest.raises(ValueError, match=r'\(1, 1\) was not measured'):
+        between(grid, (0.75, 0.5))
+    with pytest.raises(ValueError, match='outside'):
+        between(grid, (0, 1.1))
+    with pytest.raises(ValueError, match='outside'):
+        between({}, (0, 0))
 
 
 proportion = st.integers(0, 12)
@@ -102,14 +116,20 @@ def test_a_value_between_shares(at, steps, data):
     grid = dict(zip(places, data.draw(st.lists(st.floats(0, 1), min_size=len(places), max_size=len(places)))))
     value, shares = between_shares(grid, at)
     near = [grid[p] for p in shares]
-    assert 1 <= len(shares) <= 3 and min(near) - 1e-9 <= value <= max(near) + 1e-9 and sum(shares.values()) == pytest.approx(1)
-    for i, x in enumerate(at): assert sum(s*p[i] for p, s in shares.items()) == pytest.approx(steps*x/sum(at), abs=1e-6)
+    assert (
+        1 <= len(shares) <= 3
+        and min(near) - 1e-9 <= value <= max(near) + 1e-9
+        and sum(shares.values()) == pytest.approx(1)
+    )
+    for i, x in enumerate(at):
+        assert sum(s * p[i] for p, s in shares.items()) == pytest.approx(steps * x / sum(at), abs=1e-6)
     assert max(abs(p[i] - q[i]) for p in shares for q in shares for i in range(3)) <= 1
 
 
 @pytest.mark.parametrize('at', [(0, 0, 0), (-1, 1, 1)])
 def test_no_shares(at):
-    with pytest.raises(ValueError, match='has no shares'): between_shares({(1, 0, 0): 1.}, at)
+    with pytest.raises(ValueError, match='has no shares'):
+        between_shares({(1, 0, 0): 1.0}, at)
 
 
 def test_methods_of_no_grid(small):
@@ -117,8 +137,10 @@ def test_methods_of_no_grid(small):
     for tasks, method, given, weights in worker.others():
         found = worker.merged(method, tasks, weights, **given)
         assert all(t.isfinite().all() and not torch.equal(t, small['base'][k]) for k, t in found.items())
-    halfway = worker.merged('slerp', worker.PAIR, (.5, .5))
-    torch.testing.assert_close(halfway['b'], merge_states('karcher', None, [small[t] for t in worker.PAIR])['b'], atol=.02, rtol=0)
+    halfway = worker.merged('slerp', worker.PAIR, (0.5, 0.5))
+    torch.testing.assert_close(
+        halfway['b'], merge_states('karcher', None, [small[t] for t in worker.PAIR])['b'], atol=0.02, rtol=0
+    )
 
 
 def test_every_method_is_planned():
@@ -136,24 +158,29 @@ def test_trainings_are_noted_once():
 
 # The page
 
+
 @pytest.fixture(scope='module')
 def section():
     "The names of the chapter's section on real tasks, as a reader who has run it has them."
-    import ftbook.merge
-    from ftbook.explore import table
+    from ftbook.show.tables import table
+
     names, on = {**vars(ftbook.merge), 'table': table}, False
     here = Path.cwd()
     os.chdir(bench.parent)
     try:
-        for c in json.loads((bench.parent/'14_merging.ipynb').read_text(encoding='utf-8'))['cells']:
+        for c in json.loads((bench.parent / '14_merging.ipynb').read_text(encoding='utf-8'))['cells']:
             source = ''.join(c['source'])
-            if c['cell_type'] == 'markdown': on = source.startswith('## On real tasks') or on and not source.startswith('## ')
-            elif on or source.startswith('import inspect'): exec(source, names)
-    finally: os.chdir(here)
+            if c['cell_type'] == 'markdown':
+                on = source.startswith('## On real tasks') or on and not source.startswith('## ')
+            elif on or source.startswith('import inspect'):
+                exec(source, names)
+    finally:
+        os.chdir(here)
     return names
 
 
 EXPLORERS = 'by_task', 'merge_weights', 'merge_three'
+
 
 @pytest.mark.parametrize('name', EXPLORERS)
 def test_every_control_moves_something(section, name):
@@ -161,7 +188,7 @@ def test_every_control_moves_something(section, name):
     shown = section[name]
     start = shown._key()
     for i, control in enumerate(shown.controls):
-        others = [start[:i] + (k,) + start[i + 1:] for k in range(len(control.options)) if k != start[i]]
+        others = [start[:i] + (k,) + start[i + 1 :] for k in range(len(control.options)) if k != start[i]]
         assert others and all(shown.frame(k) != shown.picture for k in others), control.name
 
 
@@ -172,27 +199,38 @@ def test_points_say_what_they_are(section, name, part):
     runs = {(r['method'], str(r['settings']), tuple(r['weights'])): right(r) for r in section['of_part'](part)}
     for key in itertools.product(*(range(len(c.options)) for c in shown.controls)):
         f = shown.result(key)
-        if not f['scores']: assert 'was not measured at density' in section['origin'](f)
+        if not f['scores']:
+            assert 'was not measured at density' in section['origin'](f)
         elif len(f['shares']) == 1 and any(f['at']):
             method, given, weights = job_of(f)
-            assert f['scores'] == runs[method, str(given), tuple(round(w, 4) for w in weights)] and section['origin'](f).startswith('measured')
-        elif len(f['shares']) > 1: assert section['origin'](f).startswith('not measured: between') and sum(f['shares'].values()) == pytest.approx(1)
+            assert f['scores'] == runs[method, str(given), tuple(round(w, 4) for w in weights)] and section['origin'](
+                f
+            ).startswith('measured')
+        elif len(f['shares']) > 1:
+            assert section['origin'](f).startswith('not measured: between') and sum(
+                f['shares'].values()
+            ) == pytest.approx(1)
 
 
 def test_the_button(section):
     "It merges at the point where the sliders stand, says what it does, and says what went wrong."
     pytest.importorskip('ipywidgets')
     calls = []
+
     def made(tasks, job, say):
         calls.append((tasks, job))
         say('merging, and asking')
-        return dict.fromkeys(tasks, .5)
+        return dict.fromkeys(tasks, 0.5)
+
     button = section['MergeButton'](section['merge_three'], made)
     assert 'model_id' in button._repr_mimebundle_()['application/vnd.jupyter.widget-view+json']
     button.button.click()
     assert calls == [(worker.THREE, section['job_of'](section['merge_three'].value))]
     assert button.said.value.startswith('made just now: products 0.500') and not button.button.disabled
-    def failed(*given): raise ValueError('<no such model>')
+
+    def failed(*given):
+        raise ValueError('<no such model>')
+
     button.made = failed
     button.button.click()
     assert button.said.value == '&lt;no such model&gt;' and not button.button.disabled

@@ -1,4 +1,5 @@
 "The protocol: targets, files, errors, and models left as they were."
+
 import json, os, stat
 from dataclasses import dataclass
 
@@ -6,62 +7,105 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ftbook import methods as M
-from ftbook.lora import LoRA
+from ftbook.methods import files as methods_files
+from ftbook.methods import fold as methods_fold
+from ftbook.methods import parts as methods_parts
+from ftbook.methods import protocol as methods_protocol
+from ftbook.methods import summary as methods_summary
+from ftbook.methods import targets as methods_targets
+from ftbook.methods.lora_method import LoRA
 
 
 def small(vocab=50, width=32, layers=2):
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=vocab, tie_word_embeddings=True))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=vocab,
+            tie_word_embeddings=True,
+        )
+    )
 
 
-def snapshot(model): return {k: v.clone() for k, v in model.state_dict().items()}, [n for n, p in model.named_parameters() if p.requires_grad]
+def snapshot(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}, [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
 
 
-def untouched(model, before): return list(model.state_dict()) == list(before[0]) and all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items()) \
-    and [n for n, p in model.named_parameters() if p.requires_grad] == before[1] and not hasattr(model, "ftbook_method")
+def untouched(model, before):
+    return (
+        list(model.state_dict()) == list(before[0])
+        and all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+        and [n for n, p in model.named_parameters() if p.requires_grad] == before[1]
+        and not hasattr(model, "ftbook_method")
+    )
 
 
 @pytest.fixture
 def saved(tmp_path):
     model = LoRA(rank=2).apply(small())
     for p in model.parameters():
-        if p.requires_grad: nn.init.normal_(p, std=.1)
-    M.save_adapter(model, tmp_path/"a")
-    return model, tmp_path/"a"
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+    methods_files.save_adapter(model, tmp_path / "a")
+    return model, tmp_path / "a"
 
 
 # Targets
 
+
 def test_targets():
     model = small()
-    every = M.find_modules(model)
-    assert len(every) == 14 and "lm_head" not in every and M.find_modules(model, "ALL-LINEAR") == every
-    assert M.find_modules(model, ["lm_head"]) == ["lm_head"]
-    assert M.find_modules(model, ("v_proj", "model.layers.0.mlp.up_proj")) == [n for n in every if n.endswith("v_proj") or n == "model.layers.0.mlp.up_proj"]
-    assert M.find_modules(model, r".*\.1\..*") == [n for n in every if ".1." in n]
+    every = methods_targets.find_modules(model)
+    assert len(every) == 14 and "lm_head" not in every and methods_targets.find_modules(model, "ALL-LINEAR") == every
+    assert methods_targets.find_modules(model, ["lm_head"]) == ["lm_head"]
+    assert methods_targets.find_modules(model, ("v_proj", "model.layers.0.mlp.up_proj")) == [
+        n for n in every if n.endswith("v_proj") or n == "model.layers.0.mlp.up_proj"
+    ]
+    assert methods_targets.find_modules(model, r".*\.1\..*") == [n for n in every if ".1." in n]
 
 
-@pytest.mark.parametrize("targets, said", [(["qproj"], "q_proj (2)"), ("q_proj", "matches nothing"), (["q_proj", "embed_tokens"], "Embedding"), (r".*norm", "LlamaRMSNorm")])
+@pytest.mark.parametrize(
+    "targets, said",
+    [
+        (["qproj"], "q_proj (2)"),
+        ("q_proj", "matches nothing"),
+        (["q_proj", "embed_tokens"], "Embedding"),
+        (r".*norm", "LlamaRMSNorm"),
+    ],
+)
 def test_targets_that_match_nothing(targets, said):
-    with pytest.raises(ValueError, match="target_modules") as e: M.find_modules(small(), targets)
+    with pytest.raises(ValueError, match="target_modules") as e:
+        methods_targets.find_modules(small(), targets)
     assert said in str(e.value) and "all-linear" in str(e.value)
 
 
-def test_nothing_to_match(): 
-    with pytest.raises(ValueError, match="no linear layer at all"): M.find_modules(nn.Embedding(2, 2))
+def test_nothing_to_match():
+    with pytest.raises(ValueError, match="no linear layer at all"):
+        methods_targets.find_modules(nn.Embedding(2, 2))
 
 
 def test_heads_of_classifiers_are_left_out():
     from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=30)
-    assert "classifier" not in M.find_modules(BertForSequenceClassification(BertConfig(**sizes)))
-    assert not [n for n in M.find_modules(RobertaForSequenceClassification(RobertaConfig(**sizes))) if n.startswith("classifier")]
+    assert "classifier" not in methods_targets.find_modules(BertForSequenceClassification(BertConfig(**sizes)))
+    assert not [
+        n
+        for n in methods_targets.find_modules(RobertaForSequenceClassification(RobertaConfig(**sizes)))
+        if n.startswith("classifier")
+    ]
 
 
 # Apply, remove
+
 
 def test_apply_and_remove_leave_no_trace():
     model = small()
@@ -72,7 +116,7 @@ def test_apply_and_remove_leave_no_trace():
     LoRA(rank=2).apply(model)
     assert torch.equal(model(ids).logits, logits)
     assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    M.remove_(model)
+    methods_fold.remove_(model)
     assert untouched(model, before) and not any(m._forward_hooks for m in model.modules())
 
 
@@ -80,125 +124,166 @@ def test_a_refused_method_changes_nothing():
     model = small()
     before = snapshot(model)
     for method in (LoRA(rank=20), LoRA(target_modules=["nope"])):
-        with pytest.raises(ValueError): method.apply(model)
+        with pytest.raises(ValueError):
+            method.apply(model)
         assert untouched(model, before)
 
 
 def test_twice():
     model = LoRA(rank=2).apply(small())
-    with pytest.raises(ValueError, match="already has a method.*remove_"): LoRA(rank=2).apply(model)
-    M.remove_(model)
+    with pytest.raises(ValueError, match="already has a method.*remove_"):
+        LoRA(rank=2).apply(model)
+    methods_fold.remove_(model)
     assert LoRA(rank=3).apply(model).ftbook_method.rank == 3
 
 
-@pytest.mark.parametrize("act", [lambda m, f: M.save_adapter(m, f), lambda m, f: M.merge_(m), lambda m, f: M.unmerge_(m), lambda m, f: M.remove_(m)])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda m, f: methods_files.save_adapter(m, f),
+        lambda m, f: methods_fold.merge_(m),
+        lambda m, f: methods_fold.unmerge_(m),
+        lambda m, f: methods_fold.remove_(m),
+    ],
+)
 def test_no_method(act, tmp_path):
-    with pytest.raises(ValueError, match="no method on it"): act(small(), tmp_path/"x")
-    assert not (tmp_path/"x").exists()
+    with pytest.raises(ValueError, match="no method on it"):
+        act(small(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_summary():
     model = small()
-    total = sum(p.numel() for p in model.parameters())      # the tied head once
-    assert M.trainable_summary(model).share == 1
-    s = M.trainable_summary(LoRA(rank=2, target_modules=["q_proj", "v_proj"]).apply(model))
-    assert (s.trained, s.total, s.n_bytes, s.by_module) == (2*2*(64 + 48), total + 448, 4*448, {"q_proj": 256, "v_proj": 192})
+    total = sum(p.numel() for p in model.parameters())  # the tied head once
+    assert methods_summary.trainable_summary(model).share == 1
+    s = methods_summary.trainable_summary(LoRA(rank=2, target_modules=["q_proj", "v_proj"]).apply(model))
+    assert (s.trained, s.total, s.n_bytes, s.by_module) == (
+        2 * 2 * (64 + 48),
+        total + 448,
+        4 * 448,
+        {"q_proj": 256, "v_proj": 192},
+    )
     assert "448 of" in repr(s) and "<table" in s._repr_html_()
-    assert "nothing" in repr(M.trainable_summary(nn.Linear(2, 2).requires_grad_(False)))
+    assert "nothing" in repr(methods_summary.trainable_summary(nn.Linear(2, 2).requires_grad_(False)))
 
 
 # Merging
+
 
 def test_merge_and_back(saved):
     model, _ = saved
     ids = torch.randint(0, 50, (2, 5))
     state, logits = snapshot(model)[0], model(ids).logits
-    merged = M.merge_(model)(ids).logits
-    assert (merged - logits).abs().max() < 1e-5 and any(not torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    with pytest.raises(ValueError, match="merged already"): M.merge_(model)
-    M.unmerge_(model)
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and torch.equal(model(ids).logits, logits)
-    with pytest.raises(ValueError, match="not merged"): M.unmerge_(model)
+    merged = methods_fold.merge_(model)(ids).logits
+    assert (merged - logits).abs().max() < 1e-5 and any(
+        not torch.equal(v, state[k]) for k, v in model.state_dict().items()
+    )
+    with pytest.raises(ValueError, match="merged already"):
+        methods_fold.merge_(model)
+    methods_fold.unmerge_(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and torch.equal(
+        model(ids).logits, logits
+    )
+    with pytest.raises(ValueError, match="not merged"):
+        methods_fold.unmerge_(model)
 
 
 def test_merged_model_is_plain_and_loads_without_ftbook(saved, tmp_path):
     from transformers import AutoModelForCausalLM
+
     model, _ = saved
     ids = torch.randint(0, 50, (2, 5))
     logits = model(ids).logits
-    M.remove_(M.merge_(model, keep=False))
-    assert not M.parts_of(model)
-    model.save_pretrained(tmp_path/"merged")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path/"merged")
+    methods_fold.remove_(methods_fold.merge_(model, keep=False))
+    assert not methods_parts.parts_of(model)
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (again(ids).logits - logits).abs().max() < 1e-5
 
 
 def test_without_originals_there_is_no_way_back(saved):
     model, _ = saved
-    M.merge_(model, keep=False)
-    with pytest.raises(ValueError, match="were not kept"): M.unmerge_(model)
+    methods_fold.merge_(model, keep=False)
+    with pytest.raises(ValueError, match="were not kept"):
+        methods_fold.unmerge_(model)
 
 
 def test_a_tied_weight_is_not_merged():
     model = LoRA(rank=2, target_modules=["q_proj", "lm_head"]).apply(small())
     before = snapshot(model)[0]
-    with pytest.raises(ValueError, match=r"lm_head\.weight is tied"): M.merge_(model)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied"):
+        methods_fold.merge_(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_a_method_that_changes_no_weights_cannot_be_merged():
     @dataclass
-    class Nothing(M.Method):
-        def shapes(self, model): return {}
-        def inject_(self, model): pass
-    with pytest.raises(ValueError, match="cannot be merged"): M.merge_(Nothing().apply(small()))
+    class Nothing(methods_protocol.Method):
+        def shapes(self, model):
+            return {}
+
+        def inject_(self, model):
+            pass
+
+    with pytest.raises(ValueError, match="cannot be merged"):
+        methods_fold.merge_(Nothing().apply(small()))
 
 
 # Files
+
 
 def test_round_trip(saved, tmp_path):
     model, folder = saved
     assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     ids = torch.randint(0, 50, (2, 5))
-    again = M.load_adapter(small(), folder)
+    again = methods_files.load_adapter(small(), folder)
     assert torch.equal(again(ids).logits, model(ids).logits) and again.ftbook_method.rank == 2
-    assert M.trainable_summary(again).trained == M.trainable_summary(model).trained
-    M.merge_(model)                                         # merged or not, the file is the same
-    M.save_adapter(model, tmp_path/"b")
-    assert all((tmp_path/"b"/p.name).read_bytes() == p.read_bytes() for p in folder.iterdir())
+    assert methods_summary.trainable_summary(again).trained == methods_summary.trainable_summary(model).trained
+    methods_fold.merge_(model)  # merged or not, the file is the same
+    methods_files.save_adapter(model, tmp_path / "b")
+    assert all((tmp_path / "b" / p.name).read_bytes() == p.read_bytes() for p in folder.iterdir())
 
 
 def test_saving_replaces_and_a_failure_does_not(saved, monkeypatch):
     model, folder = saved
     old = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with torch.no_grad(): next(p for p in model.parameters() if p.requires_grad).add_(1)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1)
+
     def full(tensors, path, metadata=None):
         path.write_bytes(b"half a fi")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(M, "save_file", full)
-    with pytest.raises(OSError, match="cannot save the adapter in .*No space left"): M.save_adapter(model, folder)
+
+    monkeypatch.setattr(methods_files, "save_file", full)
+    with pytest.raises(OSError, match="cannot save the adapter in .*No space left"):
+        methods_files.save_adapter(model, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
     monkeypatch.undo()
-    M.save_adapter(model, folder)
-    assert {p.name for p in folder.iterdir()} == set(old) and (folder/M.WEIGHTS).read_bytes() != old[M.WEIGHTS]
+    methods_files.save_adapter(model, folder)
+    assert {p.name for p in folder.iterdir()} == set(old) and (folder / M.WEIGHTS).read_bytes() != old[
+        methods_files.WEIGHTS
+    ]
 
 
 def test_a_folder_that_is_a_file(saved, tmp_path):
-    (tmp_path/"file").write_text("here")
-    with pytest.raises(OSError, match="cannot save the adapter"): M.save_adapter(saved[0], tmp_path/"file")
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(OSError, match="cannot save the adapter"):
+        methods_files.save_adapter(saved[0], tmp_path / "file")
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(saved, tmp_path):
-    (tmp_path/"ro").mkdir()
-    (tmp_path/"ro").chmod(stat.S_IREAD | stat.S_IEXEC)
-    with pytest.raises(OSError, match="cannot save the adapter"): M.save_adapter(saved[0], tmp_path/"ro"/"a")
+    (tmp_path / "ro").mkdir()
+    (tmp_path / "ro").chmod(stat.S_IREAD | stat.S_IEXEC)
+    with pytest.raises(OSError, match="cannot save the adapter"):
+        methods_files.save_adapter(saved[0], tmp_path / "ro" / "a")
 
 
 def refused(folder, said, model=None, error=ValueError):
     model = model or small()
     before = snapshot(model)
-    with pytest.raises(error) as e: M.load_adapter(model, folder)
+    with pytest.raises(error) as e:
+        methods_files.load_adapter(model, folder)
     assert all(o in str(e.value) for o in ([said] if isinstance(said, str) else said)), str(e.value)
     assert untouched(model, before)
 
@@ -206,105 +291,158 @@ def refused(folder, said, model=None, error=ValueError):
 def test_missing_and_broken_files(saved, tmp_path):
     folder = saved[1]
     refused(tmp_path, "no adapter_config.json", error=FileNotFoundError)
-    whole = (folder/M.WEIGHTS).read_bytes()
-    for n in (0, 4, 100, len(whole)//2, len(whole) - 1):
-        (folder/M.WEIGHTS).write_bytes(whole[:n])
+    whole = (folder / M.WEIGHTS).read_bytes()
+    for n in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        (folder / M.WEIGHTS).write_bytes(whole[:n])
         refused(folder, ["adapter_model.safetensors is damaged", f"{n:,} bytes"])
-    (folder/M.WEIGHTS).write_bytes(b"\xff"*len(whole))
+    (folder / M.WEIGHTS).write_bytes(b"\xff" * len(whole))
     refused(folder, "is damaged")
-    (folder/M.WEIGHTS).unlink()
-    (folder/"adapter_model.bin").write_bytes(b"x")
+    (folder / M.WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(b"x")
     refused(folder, ["no adapter_model.safetensors", "pickle"], error=FileNotFoundError)
-    (folder/M.CONFIG).write_text('{"peft_type": "LORA",')
+    (folder / M.CONFIG).write_text('{"peft_type": "LORA",')
     refused(folder, ["adapter_config.json is not valid JSON", "line 1"])
-    (folder/M.CONFIG).write_text("[]")
+    (folder / M.CONFIG).write_text("[]")
     refused(folder, "no peft_type")
-    (folder/M.CONFIG).write_text('{"peft_type": "VERA"}')
+    (folder / M.CONFIG).write_text('{"peft_type": "VERA"}')
     refused(folder, ["'VERA' is not known", "LORA"])
 
 
 def test_nan_is_named(saved):
     model, folder = saved
-    tensors = load_file(folder/M.WEIGHTS)
+    tensors = load_file(folder / M.WEIGHTS)
     name = list(tensors)[3]
     tensors[name][0, 0] = float("nan")
-    save_file(tensors, folder/M.WEIGHTS)
+    save_file(tensors, folder / M.WEIGHTS)
     refused(folder, [name, "1 values that are NaN"])
-    with torch.no_grad(): M.adapter_tensors(model)[name][0] = float("inf")
-    with pytest.raises(ValueError, match="not saved.*NaN or infinite"): M.save_adapter(model, folder)
+    with torch.no_grad():
+        methods_files.adapter_tensors(model)[name][0] = float("inf")
+    with pytest.raises(ValueError, match="not saved.*NaN or infinite"):
+        methods_files.save_adapter(model, folder)
 
 
 def test_another_architecture(saved):
     from transformers import GPT2Config, GPT2LMHeadModel
+
     folder = saved[1]
-    refused(folder, ["does not fit", "q_proj.lora_A.weight is (2, 32) in the file and (2, 48) in the model"], small(width=48))
+    refused(
+        folder,
+        ["does not fit", "q_proj.lora_A.weight is (2, 32) in the file and (2, 48) in the model"],
+        small(width=48),
+    )
     refused(folder, ["has no place for base_model.model.model.layers.1", "and 11 more"], small(layers=1))
     refused(folder, "q_proj", GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=30)))
-    config = json.loads((folder/M.CONFIG).read_text())
-    (folder/M.CONFIG).write_text(json.dumps({**config, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]}))
+    config = json.loads((folder / M.CONFIG).read_text())
+    (folder / M.CONFIG).write_text(
+        json.dumps(
+            {**config, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]}
+        )
+    )
     refused(folder, ["the file lacks base_model.model.model.layers.2", "and 11 more"], small(layers=3))
-    tensors = load_file(folder/M.WEIGHTS)
-    save_file({k: v for k, v in tensors.items() if "up_proj" not in k}, folder/M.WEIGHTS)
+    tensors = load_file(folder / M.WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if "up_proj" not in k}, folder / M.WEIGHTS)
     refused(folder, "the file lacks base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
 
 
 def test_a_list_may_name_more_than_is_there(saved):
     folder = saved[1]
-    config = json.loads((folder/M.CONFIG).read_text())
-    (folder/M.CONFIG).write_text(json.dumps({**config, "target_modules": config["target_modules"] + ["c_attn"]}))
+    config = json.loads((folder / M.CONFIG).read_text())
+    (folder / M.CONFIG).write_text(json.dumps({**config, "target_modules": config["target_modules"] + ["c_attn"]}))
     ids = torch.randint(0, 50, (2, 5))
-    assert torch.equal(M.load_adapter(small(), folder)(ids).logits, saved[0](ids).logits)
+    assert torch.equal(methods_files.load_adapter(small(), folder)(ids).logits, saved[0](ids).logits)
 
 
 def test_loading_onto_a_method(saved):
-    with pytest.raises(ValueError, match="already has a method"): M.load_adapter(saved[0], saved[1])
+    with pytest.raises(ValueError, match="already has a method"):
+        methods_files.load_adapter(saved[0], saved[1])
 
 
 # Merging is all or nothing
 
+
 def methods_that_stay():
-    from ftbook.bottleneck import Bottleneck
-    from ftbook.prompts import PrefixTuning, PromptTuning
-    return [Bottleneck(bottleneck_size=4, modules_to_save=["lm_head"]), PromptTuning(num_virtual_tokens=2, modules_to_save=["lm_head"]), PrefixTuning(num_virtual_tokens=2, modules_to_save=["lm_head"])]
+    from ftbook.methods.bottleneck_method import Bottleneck
+    from ftbook.methods.prefix_tuning import PrefixTuning
+    from ftbook.methods.prompt_tuning import PromptTuning
+
+    return [
+        Bottleneck(bottleneck_size=4, modules_to_save=["lm_head"]),
+        PromptTuning(num_virtual_tokens=2, modules_to_save=["lm_head"]),
+        PrefixTuning(num_virtual_tokens=2, modules_to_save=["lm_head"]),
+    ]
 
 
 @pytest.mark.parametrize("method", methods_that_stay(), ids=lambda m: type(m).__name__)
 def test_a_method_that_cannot_be_merged_leaves_its_whole_modules_alone(method):
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    model = method.apply(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)))
-    assert any(isinstance(p, M.Whole) for p in M.parts_of(model).values())
-    with pytest.raises(ValueError, match="cannot be merged"): M.merge_(model)
-    assert not any(p.merged or p.kept for p in M.parts_of(model).values())
+    model = method.apply(
+        LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=50,
+            )
+        )
+    )
+    assert any(isinstance(p, methods_parts.Whole) for p in methods_parts.parts_of(model).values())
+    with pytest.raises(ValueError, match="cannot be merged"):
+        methods_fold.merge_(model)
+    assert not any(p.merged or p.kept for p in methods_parts.parts_of(model).values())
 
 
 # The mode of the model: what a method puts in is in training mode only where the model is
 
-def modes(model): return {m.training for m in model.modules()}
+
+def modes(model):
+    return {m.training for m in model.modules()}
 
 
 def busy(model):
     "Give every trained tensor random numbers, so that no part does nothing."
     torch.manual_seed(5)
-    for n in model.ftbook_added: nn.init.normal_(model.get_parameter(n), std=.3)
+    for n in model.ftbook_added:
+        nn.init.normal_(model.get_parameter(n), std=0.3)
     return model
 
 
 def speaks(model):
     "Two calls on the same tokens."
     ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(): return [model(ids).logits for _ in range(2)]
+    with torch.no_grad():
+        return [model(ids).logits for _ in range(2)]
 
 
 def methods_of_every_kind():
-    from ftbook.bottleneck import KINDS, BitFit, Bottleneck, IA3
-    from ftbook.prompts import PrefixTuning, PromptTuning, PTuning
+    from ftbook.methods.bottleneck import KINDS
+    from ftbook.methods.bitfit import BitFit
+    from ftbook.methods.bottleneck_method import Bottleneck
+    from ftbook.methods.ia3 import IA3
+    from ftbook.methods.prefix_tuning import PrefixTuning
+    from ftbook.methods.prompt_tuning import PromptTuning
+    from ftbook.methods.p_tuning import PTuning
+
     head = dict(modules_to_save=["lm_head"])
-    found = {f"bottleneck-{k}": Bottleneck(k, 4, dropout=.5, **head) for k in KINDS}
-    return found | {"lora": LoRA(rank=2, dropout=.5), "lora-head": LoRA(rank=2, dropout=.5, **head), "dora": LoRA(rank=2, dropout=.5, use_dora=True),
-        "lora-bias": LoRA(rank=2, dropout=.5, lora_bias=True), "lora-embedding": LoRA(rank=2, dropout=.5, target_modules=["embed_tokens", "v_proj"]),
-        "pissa": LoRA(rank=2, dropout=.5, init="pissa"), "ia3": IA3(**head), "bitfit": BitFit(**head), "prompt": PromptTuning(2, **head), "p-tuning": PTuning(2),
-        "prefix": PrefixTuning(2), "prefix-text": PrefixTuning(2, init="text", text=[3, 4]), "prefix-network": PrefixTuning(2, projection=True)}
+    found = {f"bottleneck-{k}": Bottleneck(k, 4, dropout=0.5, **head) for k in KINDS}
+    return found | {
+        "lora": LoRA(rank=2, dropout=0.5),
+        "lora-head": LoRA(rank=2, dropout=0.5, **head),
+        "dora": LoRA(rank=2, dropout=0.5, use_dora=True),
+        "lora-bias": LoRA(rank=2, dropout=0.5, lora_bias=True),
+        "lora-embedding": LoRA(rank=2, dropout=0.5, target_modules=["embed_tokens", "v_proj"]),
+        "pissa": LoRA(rank=2, dropout=0.5, init="pissa"),
+        "ia3": IA3(**head),
+        "bitfit": BitFit(**head),
+        "prompt": PromptTuning(2, **head),
+        "p-tuning": PTuning(2),
+        "prefix": PrefixTuning(2),
+        "prefix-text": PrefixTuning(2, init="text", text=[3, 4]),
+        "prefix-network": PrefixTuning(2, projection=True),
+    }
 
 
 kinds_of_method = methods_of_every_kind()
@@ -324,14 +462,14 @@ def in_mode(model, method, training):
 def test_a_method_takes_over_the_mode(method, training):
     model = busy(method.apply(small().train(training)))
     assert in_mode(model, method, training) and in_mode(model.train(not training), method, not training)
-    assert modes(M.remove_(model)) == {not training}
+    assert modes(methods_fold.remove_(model)) == {not training}
 
 
 @either_mode
 @every_method
 def test_a_loaded_adapter_takes_over_the_mode(method, training, tmp_path):
     written = busy(method.apply(small().train(not training)))
-    model = M.load_adapter(small().train(training), M.save_adapter(written, tmp_path))
+    model = methods_files.load_adapter(small().train(training), methods_files.save_adapter(written, tmp_path))
     assert in_mode(model, model.ftbook_method, training)
     one, want = speaks(model.eval())[0], speaks(written.eval())[0]
     assert torch.allclose(one, want, atol=1e-5)
@@ -340,29 +478,38 @@ def test_a_loaded_adapter_takes_over_the_mode(method, training, tmp_path):
 def peft_adapter(model, folder, **config):
     "An adapter that peft wrote, and what peft makes of it in evaluation mode."
     import peft
+
     torch.manual_seed(2)
-    theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_dropout": .5, "target_modules": "all-linear", **config}))
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 4, "lora_dropout": 0.5, "target_modules": "all-linear", **config})
+    )
     for n, p in theirs.named_parameters():
-        if "lora" in n or "modules_to_save" in n: p.data.add_(.2*torch.randn_like(p))
+        if "lora" in n or "modules_to_save" in n:
+            p.data.add_(0.2 * torch.randn_like(p))
     theirs.save_pretrained(folder)
     return speaks(theirs.eval())[0]
 
 
-@pytest.mark.parametrize("config", [{}, dict(use_dora=True), dict(modules_to_save=["norm"]), dict(target_modules=["embed_tokens", "up_proj"])], ids=["LoRA", "DoRA", "whole", "embedding"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, dict(use_dora=True), dict(modules_to_save=["norm"]), dict(target_modules=["embed_tokens", "up_proj"])],
+    ids=["LoRA", "DoRA", "whole", "embedding"],
+)
 def test_an_adapter_of_peft_with_dropout_gives_its_logits(config, tmp_path):
     want = peft_adapter(small().eval(), tmp_path, **config)
-    model = M.load_adapter(small().eval(), tmp_path)
-    assert model.ftbook_method.dropout == .5 and modes(model) == {False}
+    model = methods_files.load_adapter(small().eval(), tmp_path)
+    assert model.ftbook_method.dropout == 0.5 and modes(model) == {False}
     one, two = speaks(model)
     assert torch.equal(one, two) and torch.allclose(one, want, atol=1e-5)
-    assert modes(M.load_adapter(small().train(), tmp_path)) == {True}
+    assert modes(methods_files.load_adapter(small().train(), tmp_path)) == {True}
 
 
 def test_switching_adapters_takes_over_the_mode():
-    from ftbook.lora import add_adapter_, use_adapter_
-    model = LoRA(rank=2, dropout=.5).apply(small().train())
+    from ftbook.methods.switching import add_adapter_, use_adapter_
+
+    model = LoRA(rank=2, dropout=0.5).apply(small().train())
     model.eval()
-    add_adapter_(model, "second", LoRA(rank=2, dropout=.5, seed=1))
+    add_adapter_(model, "second", LoRA(rank=2, dropout=0.5, seed=1))
     assert modes(busy(model)) == {False} and torch.equal(*speaks(model))
     model.train()
     assert modes(use_adapter_(model, "default")) == {True}
@@ -375,9 +522,10 @@ def test_one_frozen_layer_stays_as_it_is(kind):
     model.model.layers[0].eval()
     before = {m: m.training for m in model.modules()}
     kinds_of_method[kind].apply(model)
-    for name, m in model.named_modules(): assert m.training is (".layers.0" not in f".{name}"), name
+    for name, m in model.named_modules():
+        assert m.training is (".layers.0" not in f".{name}"), name
     assert all(m.training is was for m, was in before.items())
-    M.remove_(model)
+    methods_fold.remove_(model)
     assert {m: m.training for m in model.modules()} == before
 
 
@@ -386,31 +534,37 @@ def test_a_layer_put_in_after_eval_wakes_no_dropout():
     model = small().eval()
     model.lm_head = nn.Linear(32, 50)
     assert model.lm_head.training
-    busy(LoRA(rank=2, dropout=.5, target_modules=["lm_head"]).apply(model))
+    busy(LoRA(rank=2, dropout=0.5, target_modules=["lm_head"]).apply(model))
     assert not model.lm_head.training and torch.equal(*speaks(model))
 
 
 def test_a_whole_module_keeps_the_modes_inside_it():
-    model = nn.ModuleDict(dict(body=nn.Linear(2, 2), head=nn.Sequential(nn.Linear(2, 2), nn.Dropout(.5))))
+    model = nn.ModuleDict(dict(body=nn.Linear(2, 2), head=nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))))
     model["head"][1].eval()
     LoRA(rank=1, target_modules=["body"], modules_to_save=["head"]).apply(model)
     assert [m.training for m in model["head"].whole] == [True, False] and model["head"].training
 
 
-class Noisy(M.Part):
+class Noisy(methods_parts.Part):
     "Holds modules of its own."
+
     def __init__(self, base):
         super().__init__(base)
-        self.gain, self.deep = nn.Parameter(torch.ones(1)), nn.Sequential(nn.Sequential(nn.Dropout(.5)))
+        self.gain, self.deep = nn.Parameter(torch.ones(1)), nn.Sequential(nn.Sequential(nn.Dropout(0.5)))
 
-    def forward(self, x): return self.deep(self.base(x)*self.gain)
+    def forward(self, x):
+        return self.deep(self.base(x) * self.gain)
 
 
 @dataclass
-class ByItself(M.Method):
+class ByItself(methods_protocol.Method):
     "A method of somebody else, who puts parts in without `replace_`."
-    def shapes(self, model): return {"model.layers.1.mlp.down_proj.gain": (1,)}
-    def inject_(self, model): model.model.layers[1].mlp.down_proj = Noisy(model.model.layers[1].mlp.down_proj)
+
+    def shapes(self, model):
+        return {"model.layers.1.mlp.down_proj.gain": (1,)}
+
+    def inject_(self, model):
+        model.model.layers[1].mlp.down_proj = Noisy(model.model.layers[1].mlp.down_proj)
 
 
 @either_mode
@@ -422,9 +576,10 @@ def test_a_method_that_puts_parts_in_by_itself(training):
 @pytest.mark.parametrize("backend", ["ftbook", "bitsandbytes"])
 @either_mode
 def test_quantised_layers_take_over_the_mode(training, backend):
-    from ftbook.quant import dequantize_, quantize_
+    from ftbook.methods.quant import dequantize_, quantize_
+
     model = quantize_(small(width=64).train(training), backend=backend)
     assert modes(model) == {training}
-    busy(LoRA(rank=2, dropout=.5).apply(model))
+    busy(LoRA(rank=2, dropout=0.5).apply(model))
     assert modes(model) == {training} and torch.equal(*speaks(model)) is not training
-    assert modes(dequantize_(M.remove_(model))) == {training}
+    assert modes(dequantize_(methods_fold.remove_(model))) == {training}

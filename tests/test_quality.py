@@ -1,24 +1,36 @@
 "The audit on rows that nobody should have to see: what it says, and that every row is accounted for."
+
 import json, random
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from ftbook.data import read_rows
-from ftbook.quality import SAFE, audit, audit_report, check_form, clean, save_audit, view_rows, write_clean
+from ftbook.data.read import read_rows
+from ftbook.quality.audit import SAFE, audit
+from ftbook.quality.report import audit_report, save_audit
+from ftbook.quality.form import check_form
+from ftbook.quality.cleaning import clean, write_clean
+from ftbook.quality.findings import view_rows
 
-good = ["The film was long, and the plot had more holes than a sieve.", "A warm and patient portrait of two sisters.",
-        "Nothing in it is true, and nothing in it is funny.", "The songs are better than the story that holds them together."]
+good = [
+    "The film was long, and the plot had more holes than a sieve.",
+    "A warm and patient portrait of two sisters.",
+    "Nothing in it is true, and nothing in it is funny.",
+    "The songs are better than the story that holds them together.",
+]
 
 
-def labelled(texts, labels=None): return [dict(text=t, label=l) for t, l in zip(texts, labels or ['pos', 'neg']*len(texts))]
+def labelled(texts, labels=None):
+    return [dict(text=t, label=l) for t, l in zip(texts, labels or ['pos', 'neg'] * len(texts))]
 
 
-def quick(data, **more): return audit(data, encoder=None, progress=False, **more)
+def quick(data, **more):
+    return audit(data, encoder=None, progress=False, **more)
 
 
-def where(found): return [f.where for f in found.findings]
+def where(found):
+    return [f.where for f in found.findings]
 
 
 def adds_up(found, kinds=SAFE):
@@ -30,32 +42,54 @@ def adds_up(found, kinds=SAFE):
 
 
 def test_clean_rows_have_no_errors():
-    found = quick(labelled(good*1))
+    found = quick(labelled(good * 1))
     assert not found.findings.errors and not [f for f in found.findings if f.drop]
 
 
-values = st.one_of(st.none(), st.integers(-3, 3), st.floats(allow_nan=True), st.booleans(), st.text(max_size=30), st.lists(st.integers(), max_size=2))
+values = st.one_of(
+    st.none(),
+    st.integers(-3, 3),
+    st.floats(allow_nan=True),
+    st.booleans(),
+    st.text(max_size=30),
+    st.lists(st.integers(), max_size=2),
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.fixed_dictionaries(dict(text=values, label=values)), min_size=1, max_size=20))
 def test_any_rows_add_up(rows):
     found = quick(rows)
-    adds_up(found); adds_up(found, ('form', 'duplicates', 'labels'))
+    adds_up(found)
+    adds_up(found, ('form', 'duplicates', 'labels'))
     audit_report(found)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.one_of(st.fixed_dictionaries(dict(prompt=values, completion=values)), st.fixed_dictionaries(dict(messages=values)), st.fixed_dictionaries(dict(text=values))), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.one_of(
+            st.fixed_dictionaries(dict(prompt=values, completion=values)),
+            st.fixed_dictionaries(dict(messages=values)),
+            st.fixed_dictionaries(dict(text=values)),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_any_instructions_add_up(rows):
-    try: found = quick(rows)
-    except ValueError as e: assert 'column' in str(e); return
+    try:
+        found = quick(rows)
+    except ValueError as e:
+        assert 'column' in str(e)
+        return
     adds_up(found)
     audit_report(found)
 
 
 def test_a_missing_column_lists_those_there_are():
-    with pytest.raises(ValueError, match="no column 'text'; there are 'score', 'sentence'"): quick([dict(sentence=t, score=1) for t in good])
+    with pytest.raises(ValueError, match="no column 'text'; there are 'score', 'sentence'"):
+        quick([dict(sentence=t, score=1) for t in good])
 
 
 def test_labels_of_two_types_are_a_finding():
@@ -63,28 +97,39 @@ def test_labels_of_two_types_are_a_finding():
     assert found.finding('labels.types').rows == [1]
 
 
-@pytest.mark.parametrize('labels, kind', [(['pos']*8, 'labels.classes'), (['pos']*4 + ['neg']*4, None), (list('abcdefgh'), 'labels.classes')])
+@pytest.mark.parametrize(
+    'labels, kind',
+    [(['pos'] * 8, 'labels.classes'), (['pos'] * 4 + ['neg'] * 4, None), (list('abcdefgh'), 'labels.classes')],
+)
 def test_classes_that_cannot_be_learnt(labels, kind):
-    found = quick(labelled([f'{t} {i}' for i, t in enumerate(good*2)], labels))
+    found = quick(labelled([f'{t} {i}' for i, t in enumerate(good * 2)], labels))
     assert (kind in where(found)) if kind else 'labels.classes' not in where(found)
 
 
 def test_a_row_of_a_megabyte():
-    rows = labelled([*good, 'word '*200_000, 'x'*1_000_000, '1'*1_000_000, 'a.b@'*250_000])
+    rows = labelled([*good, 'word ' * 200_000, 'x' * 1_000_000, '1' * 1_000_000, 'a.b@' * 250_000])
     found = quick(rows)
     adds_up(found)
     assert 4 in found.finding('form.length').rows
 
 
 def test_very_many_identical_rows():
-    rows = labelled(['The same sentence again.']*100_000, ['pos']*100_000)
+    rows = labelled(['The same sentence again.'] * 100_000, ['pos'] * 100_000)
     found = quick(rows)
     kept, left = adds_up(found)
     assert kept == [0] and len(left) == 99_999
 
 
 def test_scripts_and_emoji_are_not_damage():
-    texts = ['שלום עולם, זה סרט טוב מאוד', 'هذا فيلم جيد', '👩‍👩‍👧 ♥', '映画はとても面白かった', 'naïve café', 'Ünïcödé', '‏مرحبا‎']
+    texts = [
+        'שלום עולם, זה סרט טוב מאוד',
+        'هذا فيلم جيد',
+        '👩‍👩‍👧 ♥',
+        '映画はとても面白かった',
+        'naïve café',
+        'Ünïcödé',
+        '‏مرحبا‎',
+    ]
     assert 'form.encoding' not in where(quick([dict(text=t) for t in texts]))
 
 
@@ -94,7 +139,7 @@ def test_damage_is():
 
 
 def test_secrets_are_not_repeated_in_the_report():
-    key = 'sk-' + 'a1b2c3d4'*5
+    key = 'sk-' + 'a1b2c3d4' * 5
     found = quick([dict(text=f'{t} {key} ann@example.org') for t in good])
     assert found.finding('form.personal').rows == [0, 1, 2, 3]
     evidence = json.dumps(found.finding('form.personal').evidence)
@@ -106,7 +151,7 @@ def test_secrets_are_not_repeated_in_the_report():
 @pytest.mark.parametrize('suffix', ['.csv', '.tsv', '.jsonl', '.json', '.parquet'])
 def test_the_cleaned_copy(tmp_path, suffix):
     rows = labelled([*good, good[0], '  ', 'comma, "quote"\nand a line'])
-    path = tmp_path/f'rows{suffix}'
+    path = tmp_path / f'rows{suffix}'
     write(path, rows)
     before = path.read_bytes()
     cleaned, left = write_clean(quick(path), path)
@@ -114,49 +159,71 @@ def test_the_cleaned_copy(tmp_path, suffix):
     assert list(read_rows(cleaned)) == [read_rows(path)[i] for i in (0, 1, 2, 3, 6)]
     assert [l['row'] for l in read_rows(left)] == [4, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, cleaned.name, left.name])
-    with pytest.raises(FileExistsError, match='is there already'): write_clean(quick(path), path)
+    with pytest.raises(FileExistsError, match='is there already'):
+        write_clean(quick(path), path)
 
 
 def write(path, rows):
     import csv, pyarrow as pa, pyarrow.parquet as pq
-    if path.suffix == '.parquet': return pq.write_table(pa.Table.from_pylist(rows), path)
-    if path.suffix == '.json': return path.write_text(json.dumps(rows))
-    if path.suffix == '.jsonl': return path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+
+    if path.suffix == '.parquet':
+        return pq.write_table(pa.Table.from_pylist(rows), path)
+    if path.suffix == '.json':
+        return path.write_text(json.dumps(rows))
+    if path.suffix == '.jsonl':
+        return path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     with path.open('w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]), delimiter='\t' if path.suffix == '.tsv' else ',')
-        writer.writeheader(); writer.writerows(rows)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    path = tmp_path/'rows.jsonl'
+    path = tmp_path / 'rows.jsonl'
     write(path, labelled(['', ' ', '\n']))
-    with pytest.raises(ValueError, match='nothing of .* would be left'): write_clean(quick(path), path)
+    with pytest.raises(ValueError, match='nothing of .* would be left'):
+        write_clean(quick(path), path)
     assert [p.name for p in tmp_path.iterdir()] == ['rows.jsonl']
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    import ftbook.quality as quality
-    path = tmp_path/'rows.jsonl'
+    from ftbook import files
+
+    path = tmp_path / 'rows.jsonl'
     write(path, labelled([*good, good[0]]))
     found = quick(path)
-    def full(*_): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(quality.os, 'replace', full)
-    with pytest.raises(OSError): write_clean(found, path)
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(files.os, 'replace', full)
+    with pytest.raises(OSError):
+        write_clean(found, path)
     assert [p.name for p in tmp_path.iterdir()] == ['rows.jsonl']
 
 
-@pytest.mark.parametrize('content, said', [(b'text,label\nfine,pos\nbroken\n', 'rows.csv:3'), (b'text,label\nfi\0ne,pos\n', 'NUL'), (b'PAR1....', 'is Parquet'), (b'text,label\nf\xe9,pos\n', 'UTF-8'), (b'', 'no rows')])
+@pytest.mark.parametrize(
+    'content, said',
+    [
+        (b'text,label\nfine,pos\nbroken\n', 'rows.csv:3'),
+        (b'text,label\nfi\0ne,pos\n', 'NUL'),
+        (b'PAR1....', 'is Parquet'),
+        (b'text,label\nf\xe9,pos\n', 'UTF-8'),
+        (b'', 'no rows'),
+    ],
+)
 def test_a_file_that_is_not_what_its_name_says(tmp_path, content, said):
-    (path := tmp_path/'rows.csv').write_bytes(content)
-    with pytest.raises(ValueError, match=said): quick(path)
+    (path := tmp_path / 'rows.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        quick(path)
 
 
 def test_the_report_is_whole(tmp_path):
     rows = labelled([*good, good[1], '<script>alert(1)</script> and a lot of words'])
-    folder = save_audit(quick(rows), tmp_path/'out')
-    html = (folder/'report.html').read_text()
+    folder = save_audit(quick(rows), tmp_path / 'out')
+    html = (folder / 'report.html').read_text()
     assert '<script>alert' not in html and 'http' not in html.replace('http://www.w3.org', '')
-    flat, told = read_rows(folder/'findings.parquet'), json.loads((folder/'findings.json').read_text())
+    flat, told = read_rows(folder / 'findings.parquet'), json.loads((folder / 'findings.json').read_text())
     assert len(flat) == sum(len(f['rows']) for f in told['findings']) and told['rows'] == 6
 
 
@@ -164,7 +231,8 @@ def test_the_audit_changes_nothing():
     rows = labelled([*good, good[0]])
     before = json.dumps(rows)
     found = quick(rows)
-    clean(found); audit_report(found)
+    clean(found)
+    audit_report(found)
     assert json.dumps(rows) == before
 
 
@@ -172,8 +240,14 @@ def test_leaks_and_benchmarks_are_found():
     rng = random.Random(0)
     words = [''.join(rng.choices('abcdefghij', k=6)) for _ in range(500)]
     texts = [' '.join(rng.choices(words, k=25)) for _ in range(60)]
-    test = [dict(text=texts[3], label='pos'), dict(text=texts[7].replace(' ', '  ').upper(), label='pos'), dict(text=' '.join(rng.choices(words, k=25)), label='neg')]
+    test = [
+        dict(text=texts[3], label='pos'),
+        dict(text=texts[7].replace(' ', '  ').upper(), label='pos'),
+        dict(text=' '.join(rng.choices(words, k=25)), label='neg'),
+    ]
     found = quick(labelled(texts), test=test, benchmarks=['so the question is: ' + texts[11]])
-    leaked = {i for f in found.findings if f.where in ('leakage.exact', 'leakage.near', 'leakage.contained') for i in f.rows}
+    leaked = {
+        i for f in found.findings if f.where in ('leakage.exact', 'leakage.near', 'leakage.contained') for i in f.rows
+    }
     assert leaked == {3, 7}
     assert list(found.finding('leakage.benchmark').rows) == [11]

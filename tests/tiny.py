@@ -1,9 +1,10 @@
 "A model, a file and a configuration so small that a whole run takes about a second."
+
 import json
 
 import torch, yaml
 
-from ftbook.models import model_folder
+from ftbook.models.shipped import model_folder
 
 
 def seeded(build, seed=0):
@@ -21,9 +22,24 @@ def random_batch(vocab, seed=1, n=2, length=12):
 def save_tiny_model(folder):
     "Save a small random model of the Llama family, with the tokenizer and the template of the shipped one."
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=.2, bos_token_id=1, eos_token_id=2, pad_token_id=2)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+    ).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder("smollm2-135m"))
     tokenizer.model_max_length = 256
     tokenizer.save_pretrained(folder)
@@ -38,15 +54,26 @@ def write_rows(path, rows):
 
 def good_rows(n=60):
     "Rows of a classification that can be learnt."
-    return [dict(text=f"the film number {i} was {'fine' if i % 2 else 'dull'}", label="good" if i % 2 else "bad") for i in range(n)]
+    return [
+        dict(text=f"the film number {i} was {'fine' if i % 2 else 'dull'}", label="good" if i % 2 else "bad")
+        for i in range(n)
+    ]
 
 
 def tiny_config(model, source, /, **sections):
     "A configuration for the tiny model, as nested dicts; sections given are merged into it."
-    base = dict(model=dict(name=str(model), dtype="float32", device="cpu"), data=dict(source=str(source), test_size=20), method=dict(rank=4),
-                train=dict(lr=1e-2, batch_size=4, save_every=2), evaluate=dict(samples=4, max_new_tokens=4), forgetting=dict(texts=["newspaper"], rows=8, prompts=2))
-    if "type" in sections.get("method", {}): base["method"] = {}   # a rank belongs to LoRA
-    for name, given in sections.items(): base[name] = base.get(name, {}) | given if isinstance(given, dict) else given
+    base = dict(
+        model=dict(name=str(model), dtype="float32", device="cpu"),
+        data=dict(source=str(source), test_size=20),
+        method=dict(rank=4),
+        train=dict(lr=1e-2, batch_size=4, save_every=2),
+        evaluate=dict(samples=4, max_new_tokens=4),
+        forgetting=dict(texts=["newspaper"], rows=8, prompts=2),
+    )
+    if "type" in sections.get("method", {}):
+        base["method"] = {}  # a rank belongs to LoRA
+    for name, given in sections.items():
+        base[name] = base.get(name, {}) | given if isinstance(given, dict) else given
     return base
 
 

@@ -10,6 +10,7 @@ A run is (sequence, variant, seed). All train SmolLM2-135M on 64 short rows a ta
 it is asked about held-out rows of all tasks (the most probable of a task's labels; of explanations, the loss), and reads two kinds of other text. The last model of some runs is also judged on the line back to the base.
 Neutral text, for the remedies that need some, is of the same kinds but never the text that is judged. The first seed tries every strength of a remedy; the other seeds run the better one (by learnt minus lost).
 """
+
 import copy, json, os, random, statistics, subprocess, sys, time
 from functools import cache
 from zlib import crc32
@@ -17,85 +18,143 @@ from zlib import crc32
 from domains_worker import HERE, append as append_to, read as read_from
 from methods_worker import fresh, half, interval, loaded
 
-RESULTS, MOVES, SUMMARY = (HERE/'results'/f'forgetting{part}.json' for part in ('', '_moves', '_summary'))
+RESULTS, MOVES, SUMMARY = (HERE / 'results' / f'forgetting{part}.json' for part in ('', '_moves', '_summary'))
 PACKAGES = 'torch', 'transformers'
 SEQUENCES = dict(domains=('movie', 'products', 'tweets', 'news'), explaining=('movie', 'jargon'))
 N_TRAIN, N_TEST, WORDS, BATCH, EPOCHS, SEEDS = 64, 48, 16, 8, 2, 3
-OTHER, NEUTRAL = dict(newspaper=16, foldoc=16), 16       # texts of each kind to judge by, and to train with
-LINE = 0., .2, .4, .6, .8
+OTHER, NEUTRAL = dict(newspaper=16, foldoc=16), 16  # texts of each kind to judge by, and to train with
+LINE = 0.0, 0.2, 0.4, 0.6, 0.8
 
 RATES = dict(full=(1e-5, 3e-5, 1e-4, 3e-4), lora=(1e-4, 3e-4, 1e-3, 3e-3))
-STEEP = dict(full=1e-4, lora=1e-3)                       # rates at which there is something to be lost
-def way(method, remedy='none', strength=0., lr=None, **more): return dict(method=method, remedy=remedy, strength=strength, lr=lr or STEEP[method], **more)
+STEEP = dict(full=1e-4, lora=1e-3)  # rates at which there is something to be lost
+
+
+def way(method, remedy='none', strength=0.0, lr=None, **more):
+    return dict(method=method, remedy=remedy, strength=strength, lr=lr or STEEP[method], **more)
+
+
 VARIANTS = {f'{m} {lr:g}': way(m, lr=lr) for m, rates in RATES.items() for lr in rates}
-VARIANTS |= {f'{m}, {r} {s:g}': way(m, r, s) for m in RATES for r, s in (('replay', .2), ('distill', 1.), ('replay', .5), ('distill', 10.), ('average', .5), ('half the steps', .5))}
-VARIANTS |= {f'full, {r} {s:g}': way('full', r, s) for r, s in (('L2-SP', 1.), ('L2-SP', 10.), ('EWC', 1e3), ('EWC', 1e5), ('freeze', 15))}
+VARIANTS |= {
+    f'{m}, {r} {s:g}': way(m, r, s)
+    for m in RATES
+    for r, s in (
+        ('replay', 0.2),
+        ('distill', 1.0),
+        ('replay', 0.5),
+        ('distill', 10.0),
+        ('average', 0.5),
+        ('half the steps', 0.5),
+    )
+}
+VARIANTS |= {
+    f'full, {r} {s:g}': way('full', r, s)
+    for r, s in (('L2-SP', 1.0), ('L2-SP', 10.0), ('EWC', 1e3), ('EWC', 1e5), ('freeze', 15))
+}
 VARIANTS |= {f'lora, rank {r}': way('lora', rank=r) for r in (2, 64)}
 RANK = 16
-MOVED = *(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates), 'lora, rank 2', 'lora, rank 64'        # whose way is measured
-FEW = tuple(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates[1:])     # variants of the short sequence
+# whose way is measured
+MOVED = *(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates), 'lora, rank 2', 'lora, rank 64'
+FEW = tuple(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates[1:])  # variants of the short sequence
 LINED = 'full 0.0001', 'full 0.0003', 'lora 0.001', 'lora 0.003'
 
 
 # Rows
 
+
 @cache
 def rows_of(task, seed):
     "(train, test): rows of ftbook.data, with their label where they have one."
     if task == 'jargon':
-        from ftbook.data import load_corpus
+        from ftbook.data.corpora import load_corpus
+
         rows = [r for r in load_corpus('jargon') if 60 < len(r['definition']) < 240]
-        rows = [dict(prompt=f"What does {r['term']} mean?\n", completion=' '.join(r['definition'].split()[:WORDS])) for r in random.Random(f'jargon {seed}').sample(rows, N_TRAIN + N_TEST)]
+        rows = [
+            dict(prompt=f"What does {r['term']} mean?\n", completion=' '.join(r['definition'].split()[:WORDS]))
+            for r in random.Random(f'jargon {seed}').sample(rows, N_TRAIN + N_TEST)
+        ]
         return rows[:N_TRAIN], rows[N_TRAIN:]
     from curves_worker import in_turn
     from fewshot_worker import split
     from merge_tasks_worker import TASKS
+
     end, words = TASKS[task]
-    def row(r): return dict(prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}", completion=f" {words[r['label']]}", label=words[r['label']])
+
+    def row(r):
+        return dict(
+            prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}",
+            completion=f" {words[r['label']]}",
+            label=words[r['label']],
+        )
+
     train, test = ([r for r in rows if r['label'] in words] for rows in split(task, 64, seed))
     train, test = (list(map(row, in_turn(rows, list(words)))) for rows in (train, test))
     return train[:N_TRAIN], test[:N_TEST]
 
-def examples(rows): return encoded([dict(prompt=r['prompt'], completion=r['completion']) for r in rows])
+
+def examples(rows):
+    return encoded([dict(prompt=r['prompt'], completion=r['completion']) for r in rows])
+
 
 def encoded(rows):
-    from ftbook.data import encode
+    from ftbook.data.encoding import encode
+
     return encode(rows, loaded(half())[1])
+
 
 @cache
 def other_text():
     "({kind: examples to judge by}, neutral examples)."
-    from ftbook.forgetting import forgetting_texts, plain_example
+    from ftbook.forgetting.battery import forgetting_texts, plain_example
+
     tokenizer, judged, neutral = loaded(half())[1], {}, []
     for kind, n in OTHER.items():
-        found = [plain_example(t, tokenizer, 48) for t in forgetting_texts(kind, n + NEUTRAL//len(OTHER), seed=0)]
+        found = [plain_example(t, tokenizer, 48) for t in forgetting_texts(kind, n + NEUTRAL // len(OTHER), seed=0)]
         judged[kind], neutral = found[:n], neutral + found[n:]
     return judged, neutral
 
 
 # Judging
 
+
 def score(model, task, seed):
     "(share right or None, loss): among the labels, or per token of the explanations."
     import torch
-    from ftbook.data import prompt_ids
-    from ftbook.forgetting import choice_ids, choice_scores
-    from ftbook.train import evaluate
+    from ftbook.data.examples import prompt_ids
+    from ftbook.forgetting.choices import choice_ids, choice_scores
+    from ftbook.training.evaluate import evaluate
+
     test = rows_of(task, seed)[1]
-    if task == 'jargon': return None, round(evaluate(model, examples(test)).loss, 5)
+    if task == 'jargon':
+        return None, round(evaluate(model, examples(test)).loss, 5)
     from merge_tasks_worker import labels_of
+
     tokenizer, names = loaded(half())[1], labels_of(task)
-    found = choice_scores(model, [prompt_ids(r, tokenizer) for r in test], choice_ids(dict(prompt=test[0]['prompt'], completion=test[0]['completion']), [f' {n}' for n in names], tokenizer))
+    found = choice_scores(
+        model,
+        [prompt_ids(r, tokenizer) for r in test],
+        choice_ids(
+            dict(prompt=test[0]['prompt'], completion=test[0]['completion']), [f' {n}' for n in names], tokenizer
+        ),
+    )
     right = torch.tensor([names.index(r['label']) for r in test])
-    return round((found.argmax(1) == right).float().mean().item(), 5), round(torch.nn.functional.cross_entropy(found, right).item(), 5)
+    return round((found.argmax(1) == right).float().mean().item(), 5), round(
+        torch.nn.functional.cross_entropy(found, right).item(), 5
+    )
+
 
 def judged(model, sequence, seed, precision):
     "What a model knows now. All are judged at the precision in which the model is used."
     import torch
-    from ftbook.train import evaluate
+    from ftbook.training.evaluate import evaluate
+
     ready = copy.deepcopy(model).to(getattr(torch, half())) if precision else model
     found = {t: score(ready, t, seed) for t in SEQUENCES[sequence]}
-    return dict(accuracy={t: a for t, (a, _) in found.items()}, loss={t: l for t, (_, l) in found.items()}, other={k: round(evaluate(ready, texts).loss, 5) for k, texts in other_text()[0].items()})
+    return dict(
+        accuracy={t: a for t, (a, _) in found.items()},
+        loss={t: l for t, (_, l) in found.items()},
+        other={k: round(evaluate(ready, texts).loss, 5) for k, texts in other_text()[0].items()},
+    )
+
 
 @cache
 def judged_base(method, sequence, seed):
@@ -106,52 +165,91 @@ def judged_base(method, sequence, seed):
 
 # Runs
 
+
 def remedied(way, model, past, stiffness):
     "(regularizer, callbacks, what else is trained on) of a task."
-    from ftbook.forgetting import AverageWeights, Distill, Spring
+    from ftbook.forgetting.holding_back import AverageWeights
+    from ftbook.forgetting.remedies import Distill, Spring
+
     name, strength, old = way['remedy'], way['strength'], past or other_text()[1]
-    if name == 'L2-SP': return Spring(model, strength), [], []
-    if name == 'EWC': return Spring(model, strength, stiffness), [], []
-    if name == 'distill': return Distill(model, other_text()[1] + past, strength), [], []
-    if name == 'average': return None, [AverageWeights(strength)], []
+    if name == 'L2-SP':
+        return Spring(model, strength), [], []
+    if name == 'EWC':
+        return Spring(model, strength, stiffness), [], []
+    if name == 'distill':
+        return Distill(model, other_text()[1] + past, strength), [], []
+    if name == 'average':
+        return None, [AverageWeights(strength)], []
     return None, [], old if name == 'replay' else []
+
 
 def learn(way, model, task, seed, past, stiffness, precision):
     "Train on a task, with the remedy."
-    from ftbook.forgetting import replay
-    from ftbook.train import finetune
+    from ftbook.forgetting.remedies import replay
+    from ftbook.training.tune import finetune
+
     regularizer, callbacks, old = remedied(way, model, past, stiffness)
     new = list(examples(rows_of(task, seed)[0]))
     data = replay(new, old, way['strength'], seed) if old else new
-    epochs = EPOCHS*(way['strength'] if way['remedy'] == 'half the steps' else 1)
-    run = finetune(model, data, lr=way['lr'], batch_size=BATCH, epochs=epochs, seed=seed, precision=precision, regularizer=regularizer, callbacks=callbacks, progress=False)
-    for average in callbacks: average.put_(model)
+    epochs = EPOCHS * (way['strength'] if way['remedy'] == 'half the steps' else 1)
+    run = finetune(
+        model,
+        data,
+        lr=way['lr'],
+        batch_size=BATCH,
+        epochs=epochs,
+        seed=seed,
+        precision=precision,
+        regularizer=regularizer,
+        callbacks=callbacks,
+        progress=False,
+    )
+    for average in callbacks:
+        average.put_(model)
     return len(run.history)
+
 
 def stiffer(stiffness, model, texts):
     "The Fisher information of what was learnt last, added to that of before."
-    from ftbook.forgetting import fisher
+    from ftbook.forgetting.remedies import fisher
+
     found = fisher(model, texts)
     return found if stiffness is None else {n: t + found[n] for n, t in stiffness.items()}
 
-def base_of(way): return 'full' if way['method'] == 'full' else 'LoRA 16'
+
+def base_of(way):
+    return 'full' if way['method'] == 'full' else 'LoRA 16'
+
 
 def begun_with(way, seed):
     "(model, precision): the base, ready to be trained."
     import torch
-    from ftbook.lora import LoRA
+    from ftbook.methods.lora_method import LoRA
+
     torch.manual_seed(seed)
     model, _, precision = fresh(base_of(way))
-    if way['method'] == 'lora': rank = way.get('rank', RANK); LoRA(rank=rank, alpha=2*rank, seed=seed).apply(model)
+    if way['method'] == 'lora':
+        rank = way.get('rank', RANK)
+        LoRA(rank=rank, alpha=2 * rank, seed=seed).apply(model)
     return model, precision
 
+
 def one(sequence, variant, seed):
-    from ftbook.forgetting import Interpolation, freeze_layers_, trained_weights
+    from ftbook.forgetting.remedies import Interpolation, trained_weights
+    from ftbook.forgetting.holding_back import freeze_layers_
+
     start, way = time.process_time(), VARIANTS[variant]
     first = judged_base(base_of(way), sequence, seed)
     model, precision = begun_with(way, seed)
-    if way['remedy'] == 'freeze': freeze_layers_(model, way['strength'])
-    before, stages, past, trained, steps = trained_weights(model) if variant in LINED and way['method'] == 'full' else None, [first], [], 0., []
+    if way['remedy'] == 'freeze':
+        freeze_layers_(model, way['strength'])
+    before, stages, past, trained, steps = (
+        trained_weights(model) if variant in LINED and way['method'] == 'full' else None,
+        [first],
+        [],
+        0.0,
+        [],
+    )
     stiffness = stiffer(None, model, other_text()[1]) if way['remedy'] == 'EWC' else None
     for task in SEQUENCES[sequence]:
         begun = time.process_time()
@@ -159,48 +257,74 @@ def one(sequence, variant, seed):
         trained += time.process_time() - begun
         stages.append(judged(model, sequence, seed, precision))
         past = past + list(examples(rows_of(task, seed)[0][:NEUTRAL]))
-        if way['remedy'] == 'EWC': stiffness = stiffer(stiffness, model, past[-NEUTRAL:])
+        if way['remedy'] == 'EWC':
+            stiffness = stiffer(stiffness, model, past[-NEUTRAL:])
     found = dict(stages=stages, steps=steps, train_cpu_seconds=round(trained, 1))
     if variant in LINED:
         line = Interpolation(model, before)
         found['line'] = [dict(x=x, **judged(line.put_(x), sequence, seed, precision)) for x in LINE]
-    return dict(sequence=sequence, variant=variant, seed=seed, **way, **found, cpu_seconds=round(time.process_time() - start, 1))
+    return dict(
+        sequence=sequence, variant=variant, seed=seed, **way, **found, cpu_seconds=round(time.process_time() - start, 1)
+    )
 
 
 def way_of_weights(variant):
     "How far the first task moves the matrices of the layers, and what other text pays: medians over the matrices."
-    from ftbook.forgetting import moved
-    from ftbook.train import evaluate
+    from ftbook.forgetting.moved import moved
+    from ftbook.training.evaluate import evaluate
+
     way, texts = VARIANTS[variant], sum(other_text()[0].values(), [])
     model, precision = begun_with(way, 0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()} if way['method'] == 'full' else None
     start = evaluate(model, texts).loss
     learn(way, model, SEQUENCES['domains'][0], 0, [], None, precision)
     found = [m for m in moved(model, before) if '.layers.' in m['name']]
-    middle = {k: statistics.median(m[k] for m in found) for k in ('norm', 'share', 'rank')} | dict(largest=statistics.median(m['norm']/m['rank']**.5 for m in found))
-    return dict(variant=variant, matrices=len(found), lost=round(evaluate(model, texts).loss - start, 5), **{k: round(v, 6) for k, v in middle.items()})
+    middle = {k: statistics.median(m[k] for m in found) for k in ('norm', 'share', 'rank')} | dict(
+        largest=statistics.median(m['norm'] / m['rank'] ** 0.5 for m in found)
+    )
+    return dict(
+        variant=variant,
+        matrices=len(found),
+        lost=round(evaluate(model, texts).loss - start, 5),
+        **{k: round(v, 6) for k, v in middle.items()},
+    )
+
 
 def moves():
     for v in MOVED:
-        if v not in [r['variant'] for r in read_from(MOVES)['runs']]: append_to([way_of_weights(v)], MOVES, PACKAGES)
+        if v not in [r['variant'] for r in read_from(MOVES)['runs']]:
+            append_to([way_of_weights(v)], MOVES, PACKAGES)
 
 
 # The plan
 
-def read(): return read_from(RESULTS)
+
+def read():
+    return read_from(RESULTS)
+
 
 def chosen(runs):
-    "Variants of the long sequence that are run with all seeds: of a remedy with several strengths, the better one; empty until the first seed is complete."
+    """Variants of the long sequence that are run with all seeds: of a remedy with several strengths, the better one;
+    empty until the first seed is complete."""
     first = {r['variant']: learnt(r) - lost(r) for r in runs if (r['sequence'], r['seed']) == ('domains', 0)}
-    if len(first) < len(VARIANTS): return []
+    if len(first) < len(VARIANTS):
+        return []
     rivals = {}
     for v, w in VARIANTS.items():
-        if w['remedy'] != 'none': rivals.setdefault((w['method'], w['remedy']), []).append(v)
+        if w['remedy'] != 'none':
+            rivals.setdefault((w['method'], w['remedy']), []).append(v)
     beaten = {v for some in rivals.values() for v in some if v != max(some, key=first.get)}
     return [v for v in VARIANTS if v not in beaten]
 
+
 def jobs(runs):
-    return [(s, v, seed) for seed in range(SEEDS) for s, some in (('domains', chosen(runs) if seed else VARIANTS), ('explaining', FEW)) for v in some]
+    return [
+        (s, v, seed)
+        for seed in range(SEEDS)
+        for s, some in (('domains', chosen(runs) if seed else VARIANTS), ('explaining', FEW))
+        for v in some
+    ]
+
 
 def missing(share='0/1'):
     "What is not in the file yet. A run belongs to one share, whatever else is on the list."
@@ -208,47 +332,78 @@ def missing(share='0/1'):
     done = {(r['sequence'], r['variant'], r['seed']) for r in runs}
     return [job for job in jobs(runs) if crc32(repr(job).encode()) % n == i and job not in done]
 
-def measure(job): append_to([one(*job)], RESULTS, PACKAGES)
+
+def measure(job):
+    append_to([one(*job)], RESULTS, PACKAGES)
 
 
 # What a run says
 
 UNITS = dict(domains='right answers, share', explaining='nats per token of the explanations')
 
-def task_loss(stage, sequence): return [stage['loss'][t] for t in SEQUENCES[sequence]]
-def other_loss(stage): return statistics.mean(stage['other'].values())
+
+def task_loss(stage, sequence):
+    return [stage['loss'][t] for t in SEQUENCES[sequence]]
+
+
+def other_loss(stage):
+    return statistics.mean(stage['other'].values())
+
 
 def scores(run):
-    "The table that `ftbook.forgetting.transfer` reads, a row for each stage: accuracy, or minus the loss where there is no accuracy."
-    return [[stage['loss'][t]*-1 if stage['accuracy'][t] is None else stage['accuracy'][t] for t in SEQUENCES[run['sequence']]] for stage in run['stages']]
+    """The table that `ftbook.forgetting.transfer` reads, a row for each stage: accuracy, or minus the loss where there
+    is no accuracy."""
+    return [
+        [
+            stage['loss'][t] * -1 if stage['accuracy'][t] is None else stage['accuracy'][t]
+            for t in SEQUENCES[run['sequence']]
+        ]
+        for stage in run['stages']
+    ]
 
-def counted(run): return [i for i, t in enumerate(SEQUENCES[run['sequence']]) if (t == 'jargon') == (run['sequence'] == 'explaining')]   # tasks in the unit of the sequence
+
+# tasks in the unit of the sequence
+def counted(run):
+    return [i for i, t in enumerate(SEQUENCES[run['sequence']]) if (t == 'jargon') == (run['sequence'] == 'explaining')]
+
 
 def learnt(run):
-    "How much better each task was right after its own training than before the sequence, the mean over the tasks, in `UNITS`."
+    """How much better each task was right after its own training than before the sequence, the mean over the tasks, in
+    `UNITS`."""
     table = scores(run)
     return statistics.mean(table[i + 1][i] - table[0][i] for i in counted(run))
+
 
 def kept(run):
     "The same at the end of the sequence."
     table = scores(run)
     return statistics.mean(table[-1][i] - table[0][i] for i in counted(run))
 
+
 def fell(run):
-    "Nats by which the loss on each task was lower right after its own training than before the sequence, the mean over all tasks."
+    """Nats by which the loss on each task was lower right after its own training than before the sequence, the mean
+    over all tasks."""
     losses = [task_loss(stage, run['sequence']) for stage in run['stages']]
     return statistics.mean(losses[0][i] - losses[i + 1][i] for i in range(len(losses[0])))
+
 
 def lost(run):
     "Nats per token by which other text got worse, the mean over its kinds."
     return other_loss(run['stages'][-1]) - other_loss(run['stages'][0])
 
+
 def line_of(run):
     "Points of the line from the base to the last model: x, task (mean loss of the tasks) and other."
-    ends = [dict(x=1., **run['stages'][-1])] if 'line' in run else []
-    return [dict(x=p['x'], task=statistics.mean(task_loss(p, run['sequence'])), other=other_loss(p)) for p in [*run.get('line', []), *ends]]
+    ends = [dict(x=1.0, **run['stages'][-1])] if 'line' in run else []
+    return [
+        dict(x=p['x'], task=statistics.mean(task_loss(p, run['sequence'])), other=other_loss(p))
+        for p in [*run.get('line', []), *ends]
+    ]
 
-def of(runs, sequence, variant): return sorted((r for r in runs if (r['sequence'], r['variant']) == (sequence, variant)), key=lambda r: r['seed'])
+
+def of(runs, sequence, variant):
+    return sorted((r for r in runs if (r['sequence'], r['variant']) == (sequence, variant)), key=lambda r: r['seed'])
+
 
 def measured(runs, sequence, n=SEEDS):
     "Variants of a sequence with so many seeds."
@@ -257,60 +412,112 @@ def measured(runs, sequence, n=SEEDS):
 
 # Methods at equal learning
 
-SLACKS, SLACK = (0., .01, .02, .03, .04), .02     # so many right answers, as a share, are not told apart; a standard error is about .03
+# so many right answers, as a share, are not told apart; a standard error is about .03
+SLACKS, SLACK = (0.0, 0.01, 0.02, 0.03, 0.04), 0.02
+
 
 def by_rate(runs, sequence, method, seed):
     "The curve of the rates with one seed, from the base on: (learnt, lost)."
-    return [(0., 0.), *((learnt(r), lost(r)) for lr in RATES[method] for r in of(runs, sequence, f'{method} {lr:g}') if r['seed'] == seed)]
+    return [
+        (0.0, 0.0),
+        *(
+            (learnt(r), lost(r))
+            for lr in RATES[method]
+            for r in of(runs, sequence, f'{method} {lr:g}')
+            if r['seed'] == seed
+        ),
+    ]
+
 
 def price(curve, level):
-    "The least that is lost where at least so much is learnt, on the straight lines between neighbours; None where nothing learns as much."
+    """The least that is lost where at least so much is learnt, on the straight lines between neighbours; None where
+    nothing learns as much."""
     paid = [c for a, c in curve if a >= level]
-    paid += [c + (d - c)*(level - a)/(b - a) for (a, c), (b, d) in zip(curve, curve[1:]) if min(a, b) < level < max(a, b)]
+    paid += [
+        c + (d - c) * (level - a) / (b - a) for (a, c), (b, d) in zip(curve, curve[1:]) if min(a, b) < level < max(a, b)
+    ]
     return min(paid, default=None)
 
-def reach(curve): return max(a for a, _ in curve)
+
+def reach(curve):
+    return max(a for a, _ in curve)
+
 
 def at_equal_learning(runs, sequence, share):
-    "Per seed, what full fine-tuning and LoRA lose where both have learnt the same: a share of the most that the less able of the two learns."
+    """Per seed, what full fine-tuning and LoRA lose where both have learnt the same: a share of the most that the less
+    able of the two learns."""
     found = []
     for seed in sorted({r['seed'] for r in runs if r['sequence'] == sequence}):
         curves = {m: by_rate(runs, sequence, m, seed) for m in RATES}
-        level = share*min(map(reach, curves.values()))
+        level = share * min(map(reach, curves.values()))
         found.append(dict(seed=seed, learnt=level) | {m: price(c, level) for m, c in curves.items()})
     return found
 
+
 def spared(runs, run, slack=SLACK):
-    "What a remedy lost less than its method alone would have with the same rows, at a rate that learns as much to `slack`, or the most where none learns as much."
+    """What a remedy lost less than its method alone would have with the same rows, at a rate that learns as much to
+    `slack`, or the most where none learns as much."""
     curve = by_rate(runs, run['sequence'], run['method'], run['seed'])
     return price(curve, min(learnt(run), reach(curve)) - slack) - lost(run)
 
 
 # The summary
 
+
 def row_of(runs, sequence, v):
     "One row: an interval is (mean, half its width)."
-    from ftbook.forgetting import transfer
+    from ftbook.forgetting.sequences import transfer
+
     here = of(runs, sequence, v)
     moved, gains = [transfer(scores(r)) for r in here], {}
-    values = {f.__name__: map(f, here) for f in (learnt, kept, fell, lost)} | {k: [m[k] for m in moved] for k in ('average', 'backward', 'forward')[sequence == 'explaining':]}       # right answers and nats have no average
+    # right answers and nats have no average
+    values = {f.__name__: map(f, here) for f in (learnt, kept, fell, lost)} | {
+        k: [m[k] for m in moved] for k in ('average', 'backward', 'forward')[sequence == 'explaining' :]
+    }
     if VARIANTS[v]['remedy'] != 'none' or 'rank' in VARIANTS[v]:
         values['spared'] = [spared(runs, r) for r in here]
         gains = dict(spared_at={f'{s:g}': [round(spared(runs, r, s), 5) for r in here] for s in SLACKS})
-    return dict(sequence=sequence, variant=v, **VARIANTS[v], seeds=len(here), **gains, **{k: [round(x, 5) for x in interval(list(o))] for k, o in values.items()}, cpu_seconds=statistics.median(r['train_cpu_seconds'] for r in here))
+    return dict(
+        sequence=sequence,
+        variant=v,
+        **VARIANTS[v],
+        seeds=len(here),
+        **gains,
+        **{k: [round(x, 5) for x in interval(list(o))] for k, o in values.items()},
+        cpu_seconds=statistics.median(r['train_cpu_seconds'] for r in here),
+    )
+
 
 def mean_line(runs, sequence, v):
     "The line from the base to the last model, the mean over the seeds: x, task and other."
     lines = [line_of(r) for r in of(runs, sequence, v)]
-    return [dict(x=points[0]['x'], **{k: round(statistics.mean(p[k] for p in points), 5) for k in ('task', 'other')}) for points in zip(*lines)]
+    return [
+        dict(x=points[0]['x'], **{k: round(statistics.mean(p[k] for p in points), 5) for k in ('task', 'other')})
+        for points in zip(*lines)
+    ]
 
-SHARES = .25, .5, .75, .9
+
+SHARES = 0.25, 0.5, 0.75, 0.9
+
 
 def summary():
     data = read()
     runs = data['runs']
-    equal = [dict(sequence=s, share=share, seeds=seeds, apart=interval([o['lora'] - o['full'] for o in seeds])) for s in SEQUENCES for share in SHARES for seeds in [at_equal_learning(runs, s, share)]]
-    return dict(machines=data['machines'], units=UNITS, moves=read_from(MOVES)['runs'], rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)], equal=equal, lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES})
+    equal = [
+        dict(sequence=s, share=share, seeds=seeds, apart=interval([o['lora'] - o['full'] for o in seeds]))
+        for s in SEQUENCES
+        for share in SHARES
+        for seeds in [at_equal_learning(runs, s, share)]
+    ]
+    return dict(
+        machines=data['machines'],
+        units=UNITS,
+        moves=read_from(MOVES)['runs'],
+        rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)],
+        equal=equal,
+        lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES},
+    )
+
 
 def write_summary():
     beside = SUMMARY.with_suffix('.writing')
@@ -321,8 +528,13 @@ def write_summary():
 if __name__ == '__main__':
     what = sys.argv[1:]
     if what[:1] == ['batch']:
-        for job in missing(*what[2:])[:int(what[1])]: measure(job)
-    elif what == ['summary']: write_summary()
-    elif what == ['moves']: moves()
+        for job in missing(*what[2:])[: int(what[1])]:
+            measure(job)
+    elif what == ['summary']:
+        write_summary()
+    elif what == ['moves']:
+        moves()
     else:
-        while missing(*what): subprocess.run([sys.executable, __file__, 'batch', '6', *what], check=True, cwd=HERE)   # a process ends before its memory grows
+        # a process ends before its memory grows
+        while missing(*what):
+            subprocess.run([sys.executable, __file__, 'batch', '6', *what], check=True, cwd=HERE)

@@ -5,58 +5,177 @@
 CONFIGURATION is JSON: model, method, tokens, rows, optimizer, dtype, precision, checkpointing, and for the ladder attention and in_backward. The plan is made first, from the name or the configuration alone.
 A causal model is then trained for two steps by `finetune` itself, any other by the same two steps with the loss that transformers gives it, while the profiler sees every allocation.
 """
+
 import contextlib, json, logging, os, sys, time, warnings
 from pathlib import Path
+
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
 logging.getLogger('bitsandbytes').setLevel('ERROR')
 import torch
 
-DEFAULT = dict(model='llama', method='full', tokens=512, rows=1, optimizer='adamw', dtype='float32', precision=None, checkpointing=False, attention=None, in_backward=False)
+DEFAULT = dict(
+    model='llama',
+    method='full',
+    tokens=512,
+    rows=1,
+    optimizer='adamw',
+    dtype='float32',
+    precision=None,
+    checkpointing=False,
+    attention=None,
+    in_backward=False,
+)
 
 
 def configurations():
     "What is measured: each differs from DEFAULT in what it names."
     small = 'llama', 'gpt2', 'bert', 't5'
     yield from (dict(model=m, tokens=n) for m in small for n in (128, 1024))
-    yield from (dict(model=m, tokens=n, checkpointing=True) for m, n in (('llama', 2048), ('llama', 4096), ('gpt2', 2048), ('bert', 1024), ('t5', 512)))
-    yield from (dict(model=m, method=k, tokens=256, rows=2) for m in small for k in ('lora', 'bottleneck', 'prompt') if (m, k) != ('gpt2', 'prompt'))
-    yield from (dict(model=m, optimizer=o, tokens=256) for m in ('llama', 't5') for o in ('adamw8bit', 'bitsandbytes', 'adafactor', 'sgd'))
+    yield from (
+        dict(model=m, tokens=n, checkpointing=True)
+        for m, n in (('llama', 2048), ('llama', 4096), ('gpt2', 2048), ('bert', 1024), ('t5', 512))
+    )
+    yield from (
+        dict(model=m, method=k, tokens=256, rows=2)
+        for m in small
+        for k in ('lora', 'bottleneck', 'prompt')
+        if (m, k) != ('gpt2', 'prompt')
+    )
+    yield from (
+        dict(model=m, optimizer=o, tokens=256)
+        for m in ('llama', 't5')
+        for o in ('adamw8bit', 'bitsandbytes', 'adafactor', 'sgd')
+    )
     yield from (dict(model=m, precision='bf16', tokens=512) for m in small)
-    yield from (dict(model='llama', method=k, dtype='bfloat16', tokens=n, checkpointing=c) for k, n, c in (('lora', 512, False), ('lora', 4096, False), ('lora', 1024, True), ('prompt', 512, False), ('bottleneck', 512, False)))
-    yield from (dict(model='smollm2-135m', **c) for c in (dict(tokens=128), dict(tokens=256, optimizer='adafactor'), dict(tokens=256, optimizer='bitsandbytes', checkpointing=True), dict(method='lora', tokens=256),
-                dict(method='lora', tokens=512, checkpointing=True), dict(method='lora', dtype='bfloat16', tokens=256), dict(method='bottleneck', tokens=128), dict(method='prompt', tokens=128), dict(tokens=128, precision='bf16', optimizer='sgd')))
-    yield from (dict(model='minilm-l6', **c) for c in (dict(tokens=128, rows=4), dict(tokens=256, rows=4, method='lora'), dict(tokens=256, rows=2, checkpointing=True, optimizer='adafactor'), dict(tokens=256, precision='bf16'), dict(tokens=512, method='bottleneck')))
-    yield from (dict(model='llama', method=k, tokens=256, rows=2) for k in ('prefix', 'ptuning', 'ia3', 'bitfit', 'dora'))
-    yield from (dict(model=m, method=k, tokens=256) for m, k in (('gpt2', 'prefix'), ('bert', 'bitfit'), ('t5', 'ia3'), ('t5', 'dora')))
-    yield from (dict(model='smollm2-135m', method=k, tokens=128) for k in ('prefix', 'ptuning', 'ia3', 'bitfit', 'dora'))
-    yield from (dict(model=m, method='qlora', tokens=n, dtype=d) for m, n, d in (('llama', 512, 'float32'), ('llama', 2048, 'bfloat16'), ('gpt2', 256, 'float32'), ('t5', 256, 'float32'), ('smollm2-135m', 256, 'bfloat16'), ('smollm2-135m', 128, 'float32')))
+    yield from (
+        dict(model='llama', method=k, dtype='bfloat16', tokens=n, checkpointing=c)
+        for k, n, c in (
+            ('lora', 512, False),
+            ('lora', 4096, False),
+            ('lora', 1024, True),
+            ('prompt', 512, False),
+            ('bottleneck', 512, False),
+        )
+    )
+    yield from (
+        dict(model='smollm2-135m', **c)
+        for c in (
+            dict(tokens=128),
+            dict(tokens=256, optimizer='adafactor'),
+            dict(tokens=256, optimizer='bitsandbytes', checkpointing=True),
+            dict(method='lora', tokens=256),
+            dict(method='lora', tokens=512, checkpointing=True),
+            dict(method='lora', dtype='bfloat16', tokens=256),
+            dict(method='bottleneck', tokens=128),
+            dict(method='prompt', tokens=128),
+            dict(tokens=128, precision='bf16', optimizer='sgd'),
+        )
+    )
+    yield from (
+        dict(model='minilm-l6', **c)
+        for c in (
+            dict(tokens=128, rows=4),
+            dict(tokens=256, rows=4, method='lora'),
+            dict(tokens=256, rows=2, checkpointing=True, optimizer='adafactor'),
+            dict(tokens=256, precision='bf16'),
+            dict(tokens=512, method='bottleneck'),
+        )
+    )
+    yield from (
+        dict(model='llama', method=k, tokens=256, rows=2) for k in ('prefix', 'ptuning', 'ia3', 'bitfit', 'dora')
+    )
+    yield from (
+        dict(model=m, method=k, tokens=256)
+        for m, k in (('gpt2', 'prefix'), ('bert', 'bitfit'), ('t5', 'ia3'), ('t5', 'dora'))
+    )
+    yield from (
+        dict(model='smollm2-135m', method=k, tokens=128) for k in ('prefix', 'ptuning', 'ia3', 'bitfit', 'dora')
+    )
+    yield from (
+        dict(model=m, method='qlora', tokens=n, dtype=d)
+        for m, n, d in (
+            ('llama', 512, 'float32'),
+            ('llama', 2048, 'bfloat16'),
+            ('gpt2', 256, 'float32'),
+            ('t5', 256, 'float32'),
+            ('smollm2-135m', 256, 'bfloat16'),
+            ('smollm2-135m', 128, 'float32'),
+        )
+    )
 
 
 def ladder():
     "One running example, a rung at a time: SmolLM2-135M at 256 tokens."
     whole = dict(model='smollm2-135m', tokens=256)
-    rungs = {'transformers, eager attention': dict(attention='eager'), 'SDPA': dict(attention='sdpa'), 'packs, loss in chunks, own operators': {}, 'checkpointing': dict(checkpointing=True),
-             'Adafactor': dict(checkpointing=True, optimizer='adafactor'), '8-bit AdamW': dict(checkpointing=True, optimizer='adamw8bit'),
-             '8-bit AdamW inside of backward': dict(checkpointing=True, optimizer='adamw8bit', in_backward=True),
-             'LoRA': dict(method='lora', checkpointing=True), 'LoRA on bfloat16': dict(method='lora', checkpointing=True, dtype='bfloat16'), 'QLoRA': dict(method='qlora', checkpointing=True, dtype='bfloat16')}
-    for rung, c in rungs.items(): yield dict(whole, **c, ladder=rung)
+    rungs = {
+        'transformers, eager attention': dict(attention='eager'),
+        'SDPA': dict(attention='sdpa'),
+        'packs, loss in chunks, own operators': {},
+        'checkpointing': dict(checkpointing=True),
+        'Adafactor': dict(checkpointing=True, optimizer='adafactor'),
+        '8-bit AdamW': dict(checkpointing=True, optimizer='adamw8bit'),
+        '8-bit AdamW inside of backward': dict(checkpointing=True, optimizer='adamw8bit', in_backward=True),
+        'LoRA': dict(method='lora', checkpointing=True),
+        'LoRA on bfloat16': dict(method='lora', checkpointing=True, dtype='bfloat16'),
+        'QLoRA': dict(method='qlora', checkpointing=True, dtype='bfloat16'),
+    }
+    for rung, c in rungs.items():
+        yield dict(whole, **c, ladder=rung)
 
 
 def shape_plans(done=()):
     "Plans of public shapes for the explorer of the chapter: rows that train on one GPU, nothing loaded."
     import itertools, transformers as t
-    from ftbook.lora import LoRA
-    from ftbook.memory import plan
-    from ftbook.quant import quantize_
-    def llama(width, layers, heads, hidden): return t.LlamaConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=hidden, vocab_size=32_000)
-    models = {'SmolLM2-135M': 'SmolLM2-135M', 'Llama-3.2-1B': 'Llama-3.2-1B', 'Llama-3.2-3B': 'Llama-3.2-3B', 'LLaMA-7B': llama(4096, 32, 32, 11_008), 'LLaMA-13B': llama(5120, 40, 40, 13_824), 'Llama-3.1-70B': 'Llama-3.1-70B'}
+    from ftbook.methods.lora_method import LoRA
+    from ftbook.memory.plan import plan
+    from ftbook.methods.quant import quantize_
+
+    def llama(width, layers, heads, hidden):
+        return t.LlamaConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=hidden,
+            vocab_size=32_000,
+        )
+
+    models = {
+        'SmolLM2-135M': 'SmolLM2-135M',
+        'Llama-3.2-1B': 'Llama-3.2-1B',
+        'Llama-3.2-3B': 'Llama-3.2-3B',
+        'LLaMA-7B': llama(4096, 32, 32, 11_008),
+        'LLaMA-13B': llama(5120, 40, 40, 13_824),
+        'Llama-3.1-70B': 'Llama-3.1-70B',
+    }
     ways = 'full', 'LoRA', 'QLoRA'
-    for name, method, n, rows, again in [*itertools.product(['LLaMA-7B'], ways, (512, 2048), (1, 4, 16), (True, False)), *itertools.product(models, ways, (512, 2048), (1,), (True, False))]:
-        if (name, method, n, rows, again) in done: continue
+    for name, method, n, rows, again in [
+        *itertools.product(['LLaMA-7B'], ways, (512, 2048), (1, 4, 16), (True, False)),
+        *itertools.product(models, ways, (512, 2048), (1,), (True, False)),
+    ]:
+        if (name, method, n, rows, again) in done:
+            continue
         start = time.perf_counter()
-        p = plan(models[name], None if method == 'full' else LoRA(), quantize=quantize_ if method == 'QLoRA' else None, dtype='bfloat16', seq_len=n, batch_size=rows, gradient_checkpointing=again, device='cuda')
-        yield dict(model=name, method=method, seq_len=n, batch_size=rows, gradient_checkpointing=again, items=p.groups(), when=p.when, seconds=round(time.perf_counter() - start, 2))
+        p = plan(
+            models[name],
+            None if method == 'full' else LoRA(),
+            quantize=quantize_ if method == 'QLoRA' else None,
+            dtype='bfloat16',
+            seq_len=n,
+            batch_size=rows,
+            gradient_checkpointing=again,
+            device='cuda',
+        )
+        yield dict(
+            model=name,
+            method=method,
+            seq_len=n,
+            batch_size=rows,
+            gradient_checkpointing=again,
+            items=p.groups(),
+            when=p.when,
+            seconds=round(time.perf_counter() - start, 2),
+        )
 
 
 def ladder_times(path, limit=330, rounds=3):
@@ -66,17 +185,23 @@ def ladder_times(path, limit=330, rounds=3):
     """
     import gc
     from domains_worker import append
+
     torch.set_num_threads(2)
     begun = time.perf_counter()
     for turn in range(rounds):
         for c in ladder():
-            if time.perf_counter() - begun > limit: return
+            if time.perf_counter() - begun > limit:
+                return
             c = DEFAULT | c
             gc.collect()
             with contextlib.ExitStack() as stack:
                 run, losses, _ = ready(c, stack)
                 run()
-            append([dict(ladder=c['ladder'], turn=turn, threads=2, seconds=round(losses[-1][1], 3))], path, ('torch', 'transformers', 'bitsandbytes'))
+            append(
+                [dict(ladder=c['ladder'], turn=turn, threads=2, seconds=round(losses[-1][1], 3))],
+                path,
+                ('torch', 'transformers', 'bitsandbytes'),
+            )
             del run
 
 
@@ -91,71 +216,166 @@ def ladder_plans(tokens=2048):
 def small(name):
     "Configurations of small random models."
     import transformers as t
+
     return dict(
-        llama=lambda: t.LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=768, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2),
-        gpt2=lambda: t.GPT2Config(vocab_size=8000, n_embd=256, n_layer=6, n_head=8, n_positions=4096, bos_token_id=1, eos_token_id=2, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.),
-        bert=lambda: t.BertConfig(vocab_size=8000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, max_position_embeddings=4096),
-        t5=lambda: t.T5Config(vocab_size=8000, d_model=256, d_ff=1024, num_layers=4, num_heads=8, d_kv=32, decoder_start_token_id=0))[name]()
+        llama=lambda: t.LlamaConfig(
+            vocab_size=8000,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=10,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        gpt2=lambda: t.GPT2Config(
+            vocab_size=8000,
+            n_embd=256,
+            n_layer=6,
+            n_head=8,
+            n_positions=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        ),
+        bert=lambda: t.BertConfig(
+            vocab_size=8000,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            max_position_embeddings=4096,
+        ),
+        t5=lambda: t.T5Config(
+            vocab_size=8000, d_model=256, d_ff=1024, num_layers=4, num_heads=8, d_kv=32, decoder_start_token_id=0
+        ),
+    )[name]()
 
 
-def source_of(name): return name if name in ('smollm2-135m', 'minilm-l6') else small(name)
+def source_of(name):
+    return name if name in ('smollm2-135m', 'minilm-l6') else small(name)
 
 
 def load(name, dtype, attention):
     "The real model."
-    from ftbook.memory import _auto_class, read_config
-    from ftbook.models import as_dtype, model_folder
+    from ftbook.memory.plan import _auto_class, read_config
+    from ftbook.models.load import as_dtype
+    from ftbook.models.shipped import model_folder
+
     torch.manual_seed(0)
-    if name not in ('smollm2-135m', 'minilm-l6'): return _auto_class(small(name)).from_config(small(name), dtype=as_dtype(dtype), attn_implementation=attention)
-    return _auto_class(read_config(name)).from_pretrained(model_folder(name), dtype=as_dtype(dtype), attn_implementation=attention)
+    if name not in ('smollm2-135m', 'minilm-l6'):
+        return _auto_class(small(name)).from_config(small(name), dtype=as_dtype(dtype), attn_implementation=attention)
+    return _auto_class(read_config(name)).from_pretrained(
+        model_folder(name), dtype=as_dtype(dtype), attn_implementation=attention
+    )
 
 
 def method_of(name):
     "(method, function that quantises)."
-    from ftbook.bottleneck import IA3, BitFit, Bottleneck
-    from ftbook.lora import LoRA
-    from ftbook.prompts import PrefixTuning, PromptTuning, PTuning
+    from ftbook.methods.ia3 import IA3
+    from ftbook.methods.bitfit import BitFit
+    from ftbook.methods.bottleneck_method import Bottleneck
+    from ftbook.methods.lora_method import LoRA
+    from ftbook.methods.prefix_tuning import PrefixTuning
+    from ftbook.methods.prompt_tuning import PromptTuning
+    from ftbook.methods.p_tuning import PTuning
+
     if name == 'qlora':
-        from ftbook.quant import quantize_
+        from ftbook.methods.quant import quantize_
+
         return LoRA(), quantize_
-    return dict(full=None, lora=LoRA(), dora=LoRA(use_dora=True), bottleneck=Bottleneck(), ia3=IA3(), bitfit=BitFit(), prompt=PromptTuning(num_virtual_tokens=20), prefix=PrefixTuning(num_virtual_tokens=20), ptuning=PTuning(num_virtual_tokens=20))[name], None
+    return dict(
+        full=None,
+        lora=LoRA(),
+        dora=LoRA(use_dora=True),
+        bottleneck=Bottleneck(),
+        ia3=IA3(),
+        bitfit=BitFit(),
+        prompt=PromptTuning(num_virtual_tokens=20),
+        prefix=PrefixTuning(num_virtual_tokens=20),
+        ptuning=PTuning(num_virtual_tokens=20),
+    )[name], None
 
 
 def optimizer_of(name, in_backward=False):
     "(what the plan is told, what really runs)."
-    from ftbook import memory
-    if in_backward: return memory.in_backward(name), memory.in_backward(name)
-    return name, memory.as_optimizer(name)
+    from ftbook.memory import measure as memory_measure
+    from ftbook.memory import step as memory_step
+    from ftbook.training import batches as training_batches
+    from ftbook.training import objective as training_objective
+    from ftbook.training import optimizers as training_optimizers
+    from ftbook.training import tune as training_tune
+
+    if in_backward:
+        return training_optimizers.in_backward(name), training_optimizers.in_backward(name)
+    return name, training_optimizers.as_optimizer(name)
 
 
 def planned(c, method, quantize, optimizer):
-    from ftbook.memory import plan
-    return plan(source_of(c['model']), method, quantize=quantize, dtype=c['dtype'], seq_len=c['tokens'], batch_size=c['rows'], optimizer=optimizer, precision=c['precision'],
-                gradient_checkpointing=c['checkpointing'], attention=c['attention'])
+    from ftbook.memory.plan import plan
+
+    return plan(
+        source_of(c['model']),
+        method,
+        quantize=quantize,
+        dtype=c['dtype'],
+        seq_len=c['tokens'],
+        batch_size=c['rows'],
+        optimizer=optimizer,
+        precision=c['precision'],
+        gradient_checkpointing=c['checkpointing'],
+        attention=c['attention'],
+    )
 
 
 def by_finetune(model, c, optimizer):
     "Two steps of `finetune`."
-    from ftbook import train
-    from ftbook.data import Example
+    from ftbook.memory import measure as memory_measure
+    from ftbook.memory import step as memory_step
+    from ftbook.training import batches as training_batches
+    from ftbook.training import objective as training_objective
+    from ftbook.training import optimizers as training_optimizers
+    from ftbook.training import tune as training_tune
+    from ftbook.data.examples import Example
+
     n, losses = c['tokens'], []
-    rows = [Example(ids.tolist(), [False] + [True]*(n - 1), index=i) for i, ids in enumerate(tokens(model, c))]
-    def run(): losses.extend((h['loss'], h['seconds']) for h in train.finetune(model, rows, max_steps=2, batch_size=c['rows'], max_tokens=n*c['rows'], lr=1e-4, precision=c['precision'],
-                                                                               gradient_checkpointing=c['checkpointing'], progress=False, optimizer=None if c['optimizer'] == 'adamw' else optimizer).history)
+    rows = [Example(ids.tolist(), [False] + [True] * (n - 1), index=i) for i, ids in enumerate(tokens(model, c))]
+
+    def run():
+        losses.extend(
+            (h['loss'], h['seconds'])
+            for h in training_tune.finetune(
+                model,
+                rows,
+                max_steps=2,
+                batch_size=c['rows'],
+                max_tokens=n * c['rows'],
+                lr=1e-4,
+                precision=c['precision'],
+                gradient_checkpointing=c['checkpointing'],
+                progress=False,
+                optimizer=None if c['optimizer'] == 'adamw' else optimizer,
+            ).history
+        )
+
     return run, losses
 
 
 def tokens(model, c):
     "Random rows for two steps; both steps see the same one where a step has one row."
     torch.manual_seed(1)
-    rows = torch.randint(3, model.config.vocab_size, (2*c['rows'], c['tokens']))
+    rows = torch.randint(3, model.config.vocab_size, (2 * c['rows'], c['tokens']))
     return rows if c['rows'] > 1 else rows[:1].expand(2, -1)
 
 
 def fill(batch, ids):
     "The batch with these tokens, asked for where it asked before."
     from dataclasses import replace
-    from ftbook.data import IGNORE
+    from ftbook.data.examples import IGNORE
+
     if isinstance(batch, dict):
         labels = batch['labels'] if batch['labels'].dim() == 1 else torch.where(batch['labels'] == IGNORE, IGNORE, ids)
         return dict(batch, input_ids=ids.clone(), labels=labels)
@@ -164,40 +384,73 @@ def fill(batch, ids):
 
 def by_steps(model, c, optimizer, stack):
     "The same two steps, with the loss of transformers or with an optimizer that runs inside of backward."
-    from ftbook import memory, train
+    from ftbook.memory import measure as memory_measure
+    from ftbook.memory import step as memory_step
+    from ftbook.training import batches as training_batches
+    from ftbook.training import objective as training_objective
+    from ftbook.training import optimizers as training_optimizers
+    from ftbook.training import tune as training_tune
+
     model.train().config.use_cache = False
-    own = not memory.is_causal(model) or c['attention'] is not None
-    packs = False if own else stack.enter_context(train.isolated(model, True))
-    if c['checkpointing']: getattr(model, ('activation' if hasattr(model, 'activation_checkpointing_enable') else 'gradient') + '_checkpointing_enable')(dict(use_reentrant=False)) # transformers renamed it in 5
-    batch = fill(memory.full_batch(model, packs, c['tokens'], c['rows']), tokens(model, c)[:c['rows']])
-    objective, found, started = memory.OwnLoss(model) if own else train.Objective(model), [], []
+    own = not memory_step.is_causal(model) or c['attention'] is not None
+    packs = False if own else stack.enter_context(training_batches.isolated(model, True))
+    # transformers renamed it in 5
+    if c['checkpointing']:
+        getattr(
+            model,
+            ('activation' if hasattr(model, 'activation_checkpointing_enable') else 'gradient')
+            + '_checkpointing_enable',
+        )(dict(use_reentrant=False))
+    batch = fill(memory_step.full_batch(model, packs, c['tokens'], c['rows']), tokens(model, c)[: c['rows']])
+    objective, found, started = memory_step.OwnLoss(model) if own else training_objective.Objective(model), [], []
+
     class Noted(torch.nn.Module):
         def forward(self, batch):
             started.append(time.perf_counter())
-            value = objective(batch)/(1 if own else c['rows']*(c['tokens'] - 1))
+            value = objective(batch) / (1 if own else c['rows'] * (c['tokens'] - 1))
             found.append(value.item())
             return value
-    opt, losses = optimizer(memory.parameter_groups([p for p in model.parameters() if p.requires_grad])), []
+
+    opt, losses = (
+        optimizer(training_optimizers.parameter_groups([p for p in model.parameters() if p.requires_grad])),
+        [],
+    )
+
     def run():
-        memory.run_steps(Noted(), batch, opt, c['precision'])
+        memory_step.run_steps(Noted(), batch, opt, c['precision'])
         losses.extend(zip(found, (b - a for a, b in zip(started, [*started[1:], time.perf_counter()]))))
+
     return run, losses
 
 
 def ready(c, stack):
     "(function that takes two steps, where it writes losses and seconds, does `finetune` run it?) with the real model."
-    from ftbook import memory
+    from ftbook.memory import measure as memory_measure
+    from ftbook.memory import step as memory_step
+    from ftbook.training import batches as training_batches
+    from ftbook.training import objective as training_objective
+    from ftbook.training import optimizers as training_optimizers
+    from ftbook.training import tune as training_tune
+
     method, quantize = method_of(c['method'])
     real = optimizer_of(c['optimizer'], c['in_backward'])[1]
     model = load(c['model'], c['dtype'], c['attention'])
-    if quantize: model = quantize(model) or model
-    if method: model = method.apply(model)
-    finetuned = memory.is_causal(model) and c['attention'] is None and not c['in_backward']
+    if quantize:
+        model = quantize(model) or model
+    if method:
+        model = method.apply(model)
+    finetuned = memory_step.is_causal(model) and c['attention'] is None and not c['in_backward']
     return *(by_finetune(model, c, real) if finetuned else by_steps(model, c, real, stack)), finetuned
 
 
 def main(c):
-    from ftbook import memory
+    from ftbook.memory import measure as memory_measure
+    from ftbook.memory import step as memory_step
+    from ftbook.training import batches as training_batches
+    from ftbook.training import objective as training_objective
+    from ftbook.training import optimizers as training_optimizers
+    from ftbook.training import tune as training_tune
+
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     method, quantize = method_of(c['method'])
     torch.manual_seed(0)
@@ -207,9 +460,19 @@ def main(c):
     seconds = time.perf_counter() - start
     with contextlib.ExitStack() as stack:
         run, losses, finetuned = ready(c, stack)
-        m = memory.measure_peak(run)
-    return c | dict(planned=p.peak, measured=m.peak, before=m.before, when=p.when, items={k: v for k, v in p.groups().items()}, plan_seconds=round(seconds, 2),
-                    finetune=finetuned, losses=[l for l, _ in losses], step_seconds=losses[-1][1])
+        m = memory_measure.measure_peak(run)
+    return c | dict(
+        planned=p.peak,
+        measured=m.peak,
+        before=m.before,
+        when=p.when,
+        items={k: v for k, v in p.groups().items()},
+        plan_seconds=round(seconds, 2),
+        finetune=finetuned,
+        losses=[l for l, _ in losses],
+        step_seconds=losses[-1][1],
+    )
 
 
-if __name__ == '__main__': print(json.dumps(main(DEFAULT | json.loads(sys.argv[1]))))
+if __name__ == '__main__':
+    print(json.dumps(main(DEFAULT | json.loads(sys.argv[1]))))

@@ -9,7 +9,9 @@ Forward and backward of SmolLM2-135M in NF4 (blocks of 64, double quantisation),
     finetune  what `ftbook.train.finetune` runs: these layers, the operators of `fast_` and the loss in chunks
     dense     the layers of `ftbook.lora` on full-precision layers that hold the same (unpacked) weights
 """
+
 import contextlib, json, logging, os, sys, time, warnings
+
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 warnings.filterwarnings('ignore')
 logging.getLogger('bitsandbytes').setLevel('ERROR')
@@ -29,43 +31,68 @@ def processor_seconds(model, loss):
 def adapted(dtype):
     "Name -> model with LoRA, all with the same A and B, none of them where they start."
     import peft
-    from ftbook.lora import LoRA
-    from ftbook.quant import dequantize_, quantize_
+    from ftbook.methods.lora_method import LoRA
+    from ftbook.methods.quant import dequantize_, quantize_
+
     lora = LoRA(rank=RANK, alpha=ALPHA)
-    ours = {k: lora.apply(quantize_(base(dtype))) for k in ('ours', 'finetune')} | {'dense': lora.apply(dequantize_(quantize_(base(dtype))))}
-    theirs = peft.get_peft_model(quantize_(base(dtype), backend='bitsandbytes'), peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules='all-linear'))
+    ours = {k: lora.apply(quantize_(base(dtype))) for k in ('ours', 'finetune')} | {
+        'dense': lora.apply(dequantize_(quantize_(base(dtype))))
+    }
+    theirs = peft.get_peft_model(
+        quantize_(base(dtype), backend='bitsandbytes'),
+        peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules='all-linear'),
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         for name in ours['ours'].ftbook_added:
             p = ours['ours'].get_parameter(name)
-            if name.endswith('lora_B'): nn.init.normal_(p, std=.01)
-            for k in ('finetune', 'dense'): ours[k].get_parameter(name).copy_(p)
+            if name.endswith('lora_B'):
+                nn.init.normal_(p, std=0.01)
+            for k in ('finetune', 'dense'):
+                ours[k].get_parameter(name).copy_(p)
             theirs.get_parameter(f'base_model.model.{name}.default.weight').copy_(p)
     return {k: m.train() for k, m in dict(peft=theirs, **ours).items()}
 
 
 def variants(dtype, n, stack):
     "name -> (model, function that gives the mean loss of the n tokens)."
-    from ftbook.data import Example, pack
-    from ftbook.train import Objective, isolated
+    from ftbook.data.examples import Example
+    from ftbook.data.packs import pack
+    from ftbook.training.objective import Objective
+    from ftbook.training.batches import isolated
+
     models, ids = adapted(dtype), tokens(n)
     stack.enter_context(isolated(models['finetune'], fast=True))
-    objective, row = Objective(models['finetune']), pack([Example(ids[0].tolist(), [False] + [True]*(n - 1))])[0].to(ids.device)
-    return {k: (m, (lambda m=m: m(ids, labels=ids, use_cache=False).loss)) for k, m in models.items()} | dict(finetune=(models['finetune'], lambda: objective(row)/(n - 1)))
+    objective, row = (
+        Objective(models['finetune']),
+        pack([Example(ids[0].tolist(), [False] + [True] * (n - 1))])[0].to(ids.device),
+    )
+    return {k: (m, (lambda m=m: m(ids, labels=ids, use_cache=False).loss)) for k, m in models.items()} | dict(
+        finetune=(models['finetune'], lambda: objective(row) / (n - 1))
+    )
 
 
 def main(dtype, n, threads, rounds):
     torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
         runs = variants(dtype, n, stack)
-        first = {k: weighed_step(*v) for k, v in runs.items()}             # warms up, is compared and weighed
+        first = {k: weighed_step(*v) for k, v in runs.items()}  # warms up, is compared and weighed
         peft = first['peft']
         assert all(f[2].keys() == peft[2].keys() for f in first.values())
         same = {k: dict(loss=abs(f[1] - peft[1]), gradient=gap(f[2], peft[2])) for k, f in first.items() if k != 'peft'}
         scale, saved = max(float(g.abs().max()) for g in peft[2].values()), {k: f[3] for k, f in first.items()}
         first = peft = None
         times = [{k: processor_seconds(*v) for k, v in runs.items()} for _ in range(rounds)]
-    return dict(dtype=dtype, tokens=n, threads=threads, seconds={k: [round(t[k], 4) for t in times] for k in runs}, saved=saved, same=same, largest_gradient=scale)
+    return dict(
+        dtype=dtype,
+        tokens=n,
+        threads=threads,
+        seconds={k: [round(t[k], 4) for t in times] for k in runs},
+        saved=saved,
+        same=same,
+        largest_gradient=scale,
+    )
 
 
-if __name__ == '__main__': print(json.dumps(main(sys.argv[1], *map(int, sys.argv[2:5]))))
+if __name__ == '__main__':
+    print(json.dumps(main(sys.argv[1], *map(int, sys.argv[2:5]))))

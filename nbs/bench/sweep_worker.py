@@ -9,229 +9,421 @@ Parts: 'base' (the untouched model), 'design' (a quasi-random design of the spac
 the same space on `HELD_OUT`) and 'recommended' (what `ftbook.choose.recommend` says there, knowing only 'design' and 'best', and how the untouched model does). Two processes may take two tasks side by side.
 All train SmolLM2-135M on 64 rows with one thread; the answer is the most probable of the labels. `cpu_seconds` is the processor time of the training alone, `peak_bytes` the memory above the loaded weights.
 """
+
 import copy, json, math, os, random, subprocess, sys, time
+
 os.environ['OMP_NUM_THREADS'] = '1'
 from functools import cache
 
 from domains_worker import HERE, append as append_to, read as read_from
 
-RESULTS, TABLE, ASSETS = HERE/'results'/'sweep.json', HERE/'results'/'sweep.parquet', HERE.parent.parent/'ftbook'/'assets'
+RESULTS, TABLE, ASSETS = (
+    HERE / 'results' / 'sweep.json',
+    HERE / 'results' / 'sweep.parquet',
+    HERE.parent.parent / 'ftbook' / 'assets',
+)
 PACKAGES = 'torch', 'transformers', 'scipy', 'ftbook'
 TASKS, HELD_OUT = ('movie', 'newsgroups'), ('r8', 'tweets', 'products')
 N_TRAIN, N_VALID, N_TEST, N_UNRELATED = 64, 48, 144, 12
-SEED, SEEDS, SEARCHED = 0, (1, 2, 3), 50        # of the design and the search; of the best again; runs of the search
-DESIGNED = 64                                   # points of the design that are run on each task, of 104; all methods have their share of them
+SEED, SEEDS, SEARCHED = 0, (1, 2, 3), 50  # of the design and the search; of the best again; runs of the search
+# points of the design that are run on each task, of 104; all methods have their share of them
+DESIGNED = 64
 
 
 # The space: method -> (points of the design, share of the search, middle of the learning rates, values of each setting)
 
-MODULES = {'attention': ['q_proj', 'k_proj', 'v_proj', 'o_proj'], 'mlp': ['gate_proj', 'up_proj', 'down_proj'], 'all-linear': 'all-linear'}
-COMMON = dict(batch_size=(4, 8, 16, 32), epochs=(1, 2, 4), warmup=(0., .03, .1, .3), precision=('bfloat16', 'bfloat16', 'bfloat16', 'float32'))
+MODULES = {
+    'attention': ['q_proj', 'k_proj', 'v_proj', 'o_proj'],
+    'mlp': ['gate_proj', 'up_proj', 'down_proj'],
+    'all-linear': 'all-linear',
+}
+COMMON = dict(
+    batch_size=(4, 8, 16, 32),
+    epochs=(1, 2, 4),
+    warmup=(0.0, 0.03, 0.1, 0.3),
+    precision=('bfloat16', 'bfloat16', 'bfloat16', 'float32'),
+)
 SPACE = {
-    'lora': (64, .6, 3e-4, dict(rank=(1, 2, 4, 8, 16, 32, 64), alpha_ratio=(.5, 1., 2., 4.), target_modules=tuple(MODULES), dropout=(0., .05, .1, .2), **COMMON)),
-    'full': (16, .15, 3e-5, COMMON),
-    'houlsby': (16, .15, 3e-4, dict(rank=(4, 8, 16, 32, 64, 128), dropout=(0., .05, .1, .2), **COMMON)),
-    'prompt': (8, .1, 3e-2, dict(rank=(4, 8, 16, 32), **COMMON))}       # rank: width of the bottleneck, or virtual tokens
-DECADES = 1.5                                   # that the learning rate may lie below or above the middle
-SETTINGS = 'method', 'lr', 'rank', 'alpha_ratio', 'target_modules', 'dropout', 'batch_size', 'epochs', 'warmup', 'precision'
-BEST = dict(lora=3, full=2, houlsby=1, prompt=1)   # configurations of each method that are run again
+    'lora': (
+        64,
+        0.6,
+        3e-4,
+        dict(
+            rank=(1, 2, 4, 8, 16, 32, 64),
+            alpha_ratio=(0.5, 1.0, 2.0, 4.0),
+            target_modules=tuple(MODULES),
+            dropout=(0.0, 0.05, 0.1, 0.2),
+            **COMMON,
+        ),
+    ),
+    'full': (16, 0.15, 3e-5, COMMON),
+    'houlsby': (16, 0.15, 3e-4, dict(rank=(4, 8, 16, 32, 64, 128), dropout=(0.0, 0.05, 0.1, 0.2), **COMMON)),
+    # rank: width of the bottleneck, or virtual tokens
+    'prompt': (8, 0.1, 3e-2, dict(rank=(4, 8, 16, 32), **COMMON)),
+}
+DECADES = 1.5  # that the learning rate may lie below or above the middle
+SETTINGS = (
+    'method',
+    'lr',
+    'rank',
+    'alpha_ratio',
+    'target_modules',
+    'dropout',
+    'batch_size',
+    'epochs',
+    'warmup',
+    'precision',
+)
+BEST = dict(lora=3, full=2, houlsby=1, prompt=1)  # configurations of each method that are run again
+
 
 def at(method, point):
     "The configuration at a point of the unit cube."
     _, _, middle, settings = SPACE[method]
-    lr = float(f'{middle*10**(DECADES*(2*point[0] - 1)):.2g}')
-    return dict.fromkeys(SETTINGS) | dict(method=method, lr=lr) | {name: values[min(int(u*len(values)), len(values) - 1)] for (name, values), u in zip(settings.items(), point[1:])}
+    lr = float(f'{middle * 10 ** (DECADES * (2 * point[0] - 1)):.2g}')
+    return (
+        dict.fromkeys(SETTINGS)
+        | dict(method=method, lr=lr)
+        | {
+            name: values[min(int(u * len(values)), len(values) - 1)]
+            for (name, values), u in zip(settings.items(), point[1:])
+        }
+    )
+
 
 @cache
 def design():
     "Sobol points of every method's space."
     from scipy.stats import qmc
+
     found = []
     for method, (n, _, _, settings) in SPACE.items():
         points = qmc.Sobol(1 + len(settings), seed=SEED).random_base2(n.bit_length() - 1)
         found += [at(method, p) for p in points.tolist()]
-    return sorted(found, key=lambda c: (found.index(c) % 16, found.index(c)))[:DESIGNED]   # all methods from the beginning
+    # all methods from the beginning
+    return sorted(found, key=lambda c: (found.index(c) % 16, found.index(c)))[:DESIGNED]
+
 
 @cache
 def searched(task):
     "Points of a random search, the method drawn by its share."
     rng = random.Random(f'search {task}')
+
     def draw():
         method = rng.choices(list(SPACE), [share for _, share, _, _ in SPACE.values()])[0]
         return at(method, [rng.random() for _ in range(1 + len(SPACE[method][3]))])
+
     return [draw() for _ in range(SEARCHED)]
 
 
 # Rows
 
+
 @cache
 def rows_of(task, seed):
-    "(train, validation, test) in the form of `merge_tasks_worker`, each a list of (row of ftbook.data, label); all labels in turn."
+    """(train, validation, test) in the form of `merge_tasks_worker`, each a list of (row of ftbook.data, label); all
+    labels in turn."""
     from curves_worker import in_turn
     from fewshot_worker import split
     from merge_tasks_worker import TASKS as FORMS, WORDS
+
     end, words = FORMS[task]
-    def row(r): return dict(prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}", completion=f" {words[r['label']]}"), words[r['label']]
-    def some(rows): return [row(r) for r in in_turn([r for r in rows if r['label'] in words], list(words))]
+
+    def row(r):
+        return dict(prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}", completion=f" {words[r['label']]}"), words[
+            r['label']
+        ]
+
+    def some(rows):
+        return [row(r) for r in in_turn([r for r in rows if r['label'] in words], list(words))]
+
     train, test = map(some, split(task, 64, seed))
     valid = (test[N_TEST:] + train[N_TRAIN:])[:N_VALID]
-    if (len(train[:N_TRAIN]), len(valid), len(test[:N_TEST])) != (N_TRAIN, N_VALID, N_TEST): raise ValueError(f'{task} has {len(train)} rows to train on and {len(test)} to test on')
+    if (len(train[:N_TRAIN]), len(valid), len(test[:N_TEST])) != (N_TRAIN, N_VALID, N_TEST):
+        raise ValueError(f'{task} has {len(train)} rows to train on and {len(test)} to test on')
     return train[:N_TRAIN], valid, test[:N_TEST]
+
 
 def text_of(task):
     "What a soft prompt begins as."
     from merge_tasks_worker import TASKS as FORMS, labels_of
+
     return f"Read the text and say which it is: {', '.join(labels_of(task))}. {FORMS[task][0]}"
+
 
 def judge(model, tokenizer, task, rows):
     "(share of right answers, mean cross-entropy of the right label among the labels)."
     import torch
-    from ftbook.data import prompt_ids
-    from ftbook.recipe import choice_ids, choice_scores
+    from ftbook.data.examples import prompt_ids
+    from ftbook.forgetting.choices import choice_ids, choice_scores
     from merge_tasks_worker import labels_of
+
     names, right = labels_of(task), [label for _, label in rows]
-    scores = choice_scores(model, [prompt_ids(r, tokenizer) for r, _ in rows], choice_ids(rows[0][0], [f' {name}' for name in names], tokenizer), max_tokens=1024)
+    scores = choice_scores(
+        model,
+        [prompt_ids(r, tokenizer) for r, _ in rows],
+        choice_ids(rows[0][0], [f' {name}' for name in names], tokenizer),
+        max_tokens=1024,
+    )
     y = torch.tensor([names.index(label) for label in right])
     return (scores.argmax(1) == y).float().mean().item(), torch.nn.functional.cross_entropy(scores.float(), y).item()
 
 
 # Runs
 
+
 def put(config, model, tokenizer, task, seed):
     "Put the method on the model."
-    from ftbook.bottleneck import Bottleneck
-    from ftbook.lora import LoRA
-    from ftbook.prompts import PromptTuning
+    from ftbook.methods.bottleneck_method import Bottleneck
+    from ftbook.methods.lora_method import LoRA
+    from ftbook.methods.prompt_tuning import PromptTuning
+
     method, rank = config['method'], config['rank']
-    if method == 'lora': LoRA(rank, config['alpha_ratio']*rank, config['dropout'], MODULES[config['target_modules']], seed=seed).apply(model)
-    elif method == 'houlsby': Bottleneck('houlsby', rank, dropout=config['dropout'], seed=seed).apply(model)
-    elif method == 'prompt': PromptTuning(rank, 'text', text=text_of(task), tokenizer=tokenizer, seed=seed).apply(model)
+    if method == 'lora':
+        LoRA(rank, config['alpha_ratio'] * rank, config['dropout'], MODULES[config['target_modules']], seed=seed).apply(
+            model
+        )
+    elif method == 'houlsby':
+        Bottleneck('houlsby', rank, dropout=config['dropout'], seed=seed).apply(model)
+    elif method == 'prompt':
+        PromptTuning(rank, 'text', text=text_of(task), tokenizer=tokenizer, seed=seed).apply(model)
+
 
 def fresh(config):
     "(model, tokenizer, precision of the autocast): full fine-tuning needs weights in float32."
     from methods_worker import loaded
+
     full, half = config['method'] == 'full', config['precision'] == 'bfloat16'
     model, tokenizer = loaded('float32' if full or not half else 'bfloat16')
     return copy.deepcopy(model), tokenizer, 'bf16' if full and half else None
 
+
 def halve_(model, full):
     "All are judged at the precision in which the model is used; what a method added stays as it is."
     import torch
+
     for p in model.parameters():
-        if full or not p.requires_grad: p.data = p.data.to(torch.bfloat16)
+        if full or not p.requires_grad:
+            p.data = p.data.to(torch.bfloat16)
+
 
 @cache
 def unrelated_texts():
     from methods_worker import loaded, unrelated
+
     return unrelated(loaded('bfloat16')[1], N_UNRELATED)
+
 
 @cache
 def before():
     "Loss of the untouched model on unrelated text."
-    from ftbook.train import evaluate
+    from ftbook.training.evaluate import evaluate
     from methods_worker import loaded
+
     return evaluate(loaded('bfloat16')[0], unrelated_texts()).loss
 
+
 def judged(model, tokenizer, task, seed):
-    from ftbook.data import encode
-    from ftbook.train import evaluate
+    from ftbook.data.encoding import encode
+    from ftbook.training.evaluate import evaluate
+
     _, valid, test = rows_of(task, seed)
     (valid_accuracy, valid_nats), (accuracy, nats) = (judge(model, tokenizer, task, rows) for rows in (valid, test))
-    return dict(valid_accuracy=valid_accuracy, valid_nats=valid_nats, valid_loss=evaluate(model, encode([r for r, _ in valid], tokenizer)).loss,
-                accuracy=accuracy, nats=nats, forgetting=evaluate(model, unrelated_texts()).loss - before())
+    return dict(
+        valid_accuracy=valid_accuracy,
+        valid_nats=valid_nats,
+        valid_loss=evaluate(model, encode([r for r, _ in valid], tokenizer)).loss,
+        accuracy=accuracy,
+        nats=nats,
+        forgetting=evaluate(model, unrelated_texts()).loss - before(),
+    )
+
 
 def trained(config, task, seed):
-    "One fine-tune: what it gave and what it cost; a run whose loss is no number any more has `diverged` and no measures."
+    """One fine-tune: what it gave and what it cost; a run whose loss is no number any more has `diverged` and no
+    measures."""
     import torch
-    from ftbook.data import encode
-    from ftbook.recipe import release_memory
-    from ftbook.train import NonFiniteLoss, finetune
+    from ftbook.data.encoding import encode
+    from ftbook.recipe.run import release_memory
+    from ftbook.training.settings import NonFiniteLoss
+    from ftbook.training.tune import finetune
     from training_worker import Memory
+
     torch.manual_seed(seed)
     model, tokenizer, precision = fresh(config)
     examples = encode([r for r, _ in rows_of(task, seed)[0]], tokenizer)
     put(config, model, tokenizer, task, seed)
     release_memory()
     memory, begun, curve = Memory(), time.process_time(), []
-    def note(state): curve.append(round(state.history[-1]['loss'], 4))
-    try: finetune(model, examples, lr=config['lr'], batch_size=config['batch_size'], epochs=config['epochs'], warmup=config['warmup'], precision=precision, seed=seed, callbacks=[note], progress=False)
-    except NonFiniteLoss: diverged = True
-    else: diverged = False
-    cost = dict(cpu_seconds=round(time.process_time() - begun, 2), peak_bytes=memory.stop(), trained=sum(p.numel() for p in model.parameters() if p.requires_grad), curve=curve, diverged=diverged)
+
+    def note(state):
+        curve.append(round(state.history[-1]['loss'], 4))
+
+    try:
+        finetune(
+            model,
+            examples,
+            lr=config['lr'],
+            batch_size=config['batch_size'],
+            epochs=config['epochs'],
+            warmup=config['warmup'],
+            precision=precision,
+            seed=seed,
+            callbacks=[note],
+            progress=False,
+        )
+    except NonFiniteLoss:
+        diverged = True
+    else:
+        diverged = False
+    cost = dict(
+        cpu_seconds=round(time.process_time() - begun, 2),
+        peak_bytes=memory.stop(),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        curve=curve,
+        diverged=diverged,
+    )
     halve_(model, config['method'] == 'full')
     return cost | ({} if diverged else judged(model, tokenizer, task, seed))
+
 
 def one(part, task, seed, number, config):
     import torch
     from methods_worker import loaded
+
     torch.set_num_threads(1)
     before()
     start = time.process_time()
-    found = judged(*loaded('bfloat16'), task, seed) if part == 'base' else few_shots(task, seed) if config['method'] == 'setfit' else trained(config, task, seed)
+    found = (
+        judged(*loaded('bfloat16'), task, seed)
+        if part == 'base'
+        else few_shots(task, seed)
+        if config['method'] == 'setfit'
+        else trained(config, task, seed)
+    )
     found = {k: (round(v, 5) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in found.items()}
-    return dict(part=part, task=task, seed=seed, number=number) | {k: v for k, v in config.items() if v is not None} | found | dict(all_seconds=round(time.process_time() - start, 1))
+    return (
+        dict(part=part, task=task, seed=seed, number=number)
+        | {k: v for k, v in config.items() if v is not None}
+        | found
+        | dict(all_seconds=round(time.process_time() - start, 1))
+    )
 
 
 # The plan
 
-def read(): return read_from(RESULTS)
 
-def config_of(run): return {name: run.get(name) for name in SETTINGS}
+def read():
+    return read_from(RESULTS)
+
+
+def config_of(run):
+    return {name: run.get(name) for name in SETTINGS}
+
 
 def best(runs, task):
-    "The configurations of each method with the lowest validation cross-entropy, with their number; none before the design is complete."
+    """The configurations of each method with the lowest validation cross-entropy, with their number; none before the
+    design is complete."""
     done = [r for r in runs if (r['part'], r['task']) == ('design', task)]
-    if len(done) < len(design()): return []
+    if len(done) < len(design()):
+        return []
     good = sorted((r for r in done if r.get('valid_nats') is not None), key=lambda r: r['valid_nats'])
-    return [(r['number'], config_of(r)) for method, n in BEST.items() for r in [r for r in good if r['method'] == method][:n]]
+    return [
+        (r['number'], config_of(r))
+        for method, n in BEST.items()
+        for r in [r for r in good if r['method'] == method][:n]
+    ]
+
 
 def knows(task):
     "Is the untouched model at least a third of the way from chance to perfect? A reader finds out by asking it."
     from statistics import mean
     from merge_tasks_worker import labels_of
-    right, chance = mean(r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', task)), 1/len(labels_of(task))
-    return (right - chance)/(1 - chance) > 1/3
+
+    right, chance = (
+        mean(r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', task)),
+        1 / len(labels_of(task)),
+    )
+    return (right - chance) / (1 - chance) > 1 / 3
+
 
 def recommended(task, seed):
-    "What the library says about the rows, given what the model needs in memory and no other knowledge than that of `TASKS`: settings of LoRA, and before them SetFit where it says so."
-    from ftbook.choose import recommend
+    """What the library says about the rows, given what the model needs in memory and no other knowledge than that of
+    `TASKS`: settings of LoRA, and before them SetFit where it says so."""
+    from ftbook.choose.recommend import recommend
+
     rows = [dict(text=r['prompt'].rpartition('\n')[0], label=label) for r, label in rows_of(task, seed)[0]]
     found = recommend(rows, memory=16, device='cpu', encoder=None, known=knows(task))
-    return [found.settings()] + [dict(method='setfit')]*(found.decision.choice == 'SetFit')
+    return [found.settings()] + [dict(method='setfit')] * (found.decision.choice == 'SetFit')
+
 
 def few_shots(task, seed):
     "A classifier of the same rows, with the defaults of chapter 13; the language model is left alone."
-    from ftbook.fewshot import FewShotClassifier
+    from ftbook.fewshot.classifier import FewShotClassifier
     from training_worker import Memory
-    train, valid, test = ([(r['prompt'].rpartition('\n')[0], label) for r, label in rows] for rows in rows_of(task, seed))
+
+    train, valid, test = (
+        [(r['prompt'].rpartition('\n')[0], label) for r, label in rows] for rows in rows_of(task, seed)
+    )
     model = FewShotClassifier(device='cpu')
     memory, begun = Memory(), time.process_time()
     model.fit(*map(list, zip(*train)))
-    cost = dict(cpu_seconds=round(time.process_time() - begun, 2), peak_bytes=memory.stop(), trained=0, curve=[], diverged=False)
-    def right(rows): return sum(said == label for said, (_, label) in zip(model.predict([text for text, _ in rows]), rows))/len(rows)
-    return cost | dict(valid_accuracy=right(valid), accuracy=right(test), forgetting=0.)
+    cost = dict(
+        cpu_seconds=round(time.process_time() - begun, 2), peak_bytes=memory.stop(), trained=0, curve=[], diverged=False
+    )
+
+    def right(rows):
+        return sum(said == label for said, (_, label) in zip(model.predict([text for text, _ in rows]), rows)) / len(
+            rows
+        )
+
+    return cost | dict(valid_accuracy=right(valid), accuracy=right(test), forgetting=0.0)
+
 
 def plan(part, tasks):
-    if part == 'base': yield from ((part, task, seed, 0, dict(method='none')) for seed in (SEED, *SEEDS) for task in tasks)
-    if part == 'design': yield from ((part, task, SEED, i, config) for i, config in enumerate(design()) for task in tasks)
-    if part == 'best': yield from ((part, task, seed, i, config) for seed in SEEDS for task in tasks for i, config in best(read()['runs'], task))
-    if part == 'search': yield from ((part, task, SEED, i, config) for i in range(SEARCHED) for task in tasks for config in [searched(task)[i]])
-    if part == 'recommended': yield from ((part, task, seed, i, config) for seed in (SEED, *SEEDS) for task in tasks for i, config in enumerate(recommended(task, seed)))
+    if part == 'base':
+        yield from ((part, task, seed, 0, dict(method='none')) for seed in (SEED, *SEEDS) for task in tasks)
+    if part == 'design':
+        yield from ((part, task, SEED, i, config) for i, config in enumerate(design()) for task in tasks)
+    if part == 'best':
+        yield from (
+            (part, task, seed, i, config)
+            for seed in SEEDS
+            for task in tasks
+            for i, config in best(read()['runs'], task)
+        )
+    if part == 'search':
+        yield from (
+            (part, task, SEED, i, config) for i in range(SEARCHED) for task in tasks for config in [searched(task)[i]]
+        )
+    if part == 'recommended':
+        yield from (
+            (part, task, seed, i, config)
+            for seed in (SEED, *SEEDS)
+            for task in tasks
+            for i, config in enumerate(recommended(task, seed))
+        )
+
 
 PARTS = {'base': (*TASKS, *HELD_OUT), 'design': TASKS, 'best': TASKS, 'search': HELD_OUT, 'recommended': HELD_OUT}
+
 
 def missing(part, task=None):
     done = {(r['part'], r['task'], r['seed'], r['number']) for r in read()['runs']}
     return [job for job in plan(part, [t for t in PARTS[part] if task in (None, t)]) if job[:4] not in done]
 
-def measure(job): append_to([one(*job)], RESULTS, PACKAGES)
+
+def measure(job):
+    append_to([one(*job)], RESULTS, PACKAGES)
 
 
 # The table
 
+
 def planned():
     "How many runs of each part there are to be on each task, of the parts that are numbered."
     return dict(design={t: len(design()) for t in TASKS}, search={t: SEARCHED for t in HELD_OUT})
+
 
 def written(path, write):
     "Write a file beside, then rename it."
@@ -239,47 +431,104 @@ def written(path, write):
     write(beside)
     os.replace(beside, path)
 
+
 def write_table():
     "All runs as Parquet, one a row, with the machines in the metadata of its schema."
     import pyarrow as pa, pyarrow.parquet as pq
+
     data, order = read(), {part: i for i, part in enumerate(PARTS)}
     runs = sorted(data['runs'], key=lambda r: (order[r['part']], r['task'], r['seed'], r['number']))
-    about = dict(machines=data['machines'], rows=dict(train=N_TRAIN, valid=N_VALID, test=N_TEST), planned=planned(), model='smollm2-135m')
+    about = dict(
+        machines=data['machines'],
+        rows=dict(train=N_TRAIN, valid=N_VALID, test=N_TEST),
+        planned=planned(),
+        model='smollm2-135m',
+    )
     columns = list(dict.fromkeys(['part', 'task', 'seed', 'number', *SETTINGS, *(k for r in runs for k in r)]))
-    table = pa.table({c: [r.get(c) for r in runs] for c in columns}).replace_schema_metadata({'ftbook': json.dumps(about)})
+    table = pa.table({c: [r.get(c) for r in runs] for c in columns}).replace_schema_metadata(
+        {'ftbook': json.dumps(about)}
+    )
     written(TABLE, lambda f: pq.write_table(table, f, compression='zstd'))
-    written(ASSETS/'sweep.parquet', lambda f: pq.write_table(table.drop_columns('curve'), f, compression='zstd'))
+    written(ASSETS / 'sweep.parquet', lambda f: pq.write_table(table.drop_columns('curve'), f, compression='zstd'))
+
 
 def evidence():
     "What `ftbook.choose` needs of other results: learning curves, the untouched model, methods side by side, merging."
     import statistics
-    def load(name): return json.loads((HERE/'results'/f'{name}.json').read_text()) if (HERE/'results'/f'{name}.json').exists() else dict(runs=[], rows=[])
+
+    def load(name):
+        return (
+            json.loads((HERE / 'results' / f'{name}.json').read_text())
+            if (HERE / 'results' / f'{name}.json').exists()
+            else dict(runs=[], rows=[])
+        )
+
     curves, mean = {}, lambda values: round(statistics.mean(values), 4)
     for r in load('curves')['runs']:
         if r['part'] == 'curve':
-            for n, accuracy in r['scores'].items(): curves.setdefault(r['task'], {}).setdefault(r['how'], {}).setdefault(int(n), []).append(accuracy)
+            for n, accuracy in r['scores'].items():
+                curves.setdefault(r['task'], {}).setdefault(r['how'], {}).setdefault(int(n), []).append(accuracy)
     for r in load('fewshot')['runs']:
-        if r.get('way') == 'checked' and r['task'] in curves and 'accuracy' in r: curves[r['task']].setdefault('setfit', {}).setdefault(r['shots']*(20 if r['task'] == 'newsgroups' else 2), []).append(r['accuracy'])
-    zero = {t: mean([r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', t)]) for t in ('movie', 'tweets') if any((r['part'], r['task']) == ('base', t) for r in read()['runs'])}
+        if r.get('way') == 'checked' and r['task'] in curves and 'accuracy' in r:
+            curves[r['task']].setdefault('setfit', {}).setdefault(
+                r['shots'] * (20 if r['task'] == 'newsgroups' else 2), []
+            ).append(r['accuracy'])
+    zero = {
+        t: mean([r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', t)])
+        for t in ('movie', 'tweets')
+        if any((r['part'], r['task']) == ('base', t) for r in read()['runs'])
+    }
     wanted = 'full', 'LoRA 16', 'Houlsby 70', 'prompt 32, text'
-    methods = {t: {r['variant']: {m: r[m][0] for m in ('accuracy', 'forgetting')} for r in load('methods_summary')['rows'] if r['task'] == t and r['variant'] in wanted} for t in TASKS}
-    return dict(curves={t: {w: {str(n): mean(v) for n, v in sorted(c.items())} for w, c in ways.items()} for t, ways in curves.items()}, zero_shot=zero, methods=methods, merging=merging(load('merge_tasks')['runs'], mean))
+    methods = {
+        t: {
+            r['variant']: {m: r[m][0] for m in ('accuracy', 'forgetting')}
+            for r in load('methods_summary')['rows']
+            if r['task'] == t and r['variant'] in wanted
+        }
+        for t in TASKS
+    }
+    return dict(
+        curves={
+            t: {w: {str(n): mean(v) for n, v in sorted(c.items())} for w, c in ways.items()}
+            for t, ways in curves.items()
+        },
+        zero_shot=zero,
+        methods=methods,
+        merging=merging(load('merge_tasks')['runs'], mean),
+    )
+
 
 def merging(runs, mean):
     "TIES on pairs of fine-tunes, beside each alone and the base: shares of right answers."
-    def share(text): return text.count('1')/len(text)
+
+    def share(text):
+        return text.count('1') / len(text)
+
     bounds = {r['tasks'][0]: r['right'] for r in runs if r['part'] == 'bound'}
     pairs = [r for r in runs if (r['part'], r.get('method'), len(r['tasks'])) == ('tasks', 'ties', 2)]
-    return dict(tasks=2, merged=mean([share(v) for r in pairs for v in r['right'].values()]), own=mean([share(bounds[t][t]) for r in pairs for t in r['tasks']]), base=mean([share(bounds['base'][t]) for r in pairs for t in r['tasks']]))
+    return dict(
+        tasks=2,
+        merged=mean([share(v) for r in pairs for v in r['right'].values()]),
+        own=mean([share(bounds[t][t]) for r in pairs for t in r['tasks']]),
+        base=mean([share(bounds['base'][t]) for r in pairs for t in r['tasks']]),
+    )
 
-def write_evidence(): written(ASSETS/'evidence.json', lambda f: f.write_text(json.dumps(evidence(), indent=1) + '\n', encoding='utf-8'))
+
+def write_evidence():
+    written(ASSETS / 'evidence.json', lambda f: f.write_text(json.dumps(evidence(), indent=1) + '\n', encoding='utf-8'))
 
 
 if __name__ == '__main__':
     what = sys.argv[1:]
-    if what == ['parquet']: write_table(); write_evidence()
+    if what == ['parquet']:
+        write_table()
+        write_evidence()
     elif what[:1] == ['batch']:
-        for job in missing(*what[2:])[:int(what[1])]: measure(job)
+        for job in missing(*what[2:])[: int(what[1])]:
+            measure(job)
     elif what[:1] and what[0] in PARTS:
-        while missing(*what): subprocess.run([sys.executable, __file__, 'batch', '8', *what], check=True, cwd=HERE)   # a process ends before its memory grows
-    else: raise SystemExit(__doc__)
+        # a process ends before its memory grows
+        while missing(*what):
+            subprocess.run([sys.executable, __file__, 'batch', '8', *what], check=True, cwd=HERE)
+    else:
+        raise SystemExit(__doc__)

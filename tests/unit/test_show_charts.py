@@ -1,0 +1,11 @@
+"Errors and private helpers of ftbook.show.charts."
+
+from fastcore.test import test_fail as check_fail
+from ftbook.show.charts import plot
+
+
+def test_plot_1():
+    check_fail(lambda: plot({}), contains='nothing to plot')
+    check_fail(lambda: plot({'loss': ([], [])}), contains="line 'loss' is empty")
+    check_fail(lambda: plot({'loss': ([1, 2], [1])}), contains='2 xs but 1 ys')
+    check_fail(lambda: plot({'loss': ([1], [0])}, log_y=True), contains="log_y needs values above 0; line 'loss' has 0")

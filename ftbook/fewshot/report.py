@@ -10,15 +10,13 @@ __all__ = ['fewshot_report']
 # %% ../../nbs/inside/fewshot_report.ipynb #862ef1e9
 import csv
 import random
-import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
+from ..data.columns import pick_columns
 from ..data.read import read_rows
 from ..data.split import normalise
 from .classifier import FewShotClassifier
@@ -33,45 +31,6 @@ from .next import next_rows
 from ..files import _check_place, _whole
 from ..show.page import escape, page
 from ..show.tables import table
-
-# %% ../../nbs/inside/fewshot_report.ipynb #39548815
-def _number_like(v):
-    return (
-        isinstance(v, (int, float))
-        or isinstance(v, str)
-        and re.fullmatch(r'\s*[-+]?[\d.,]+([eE][-+]?\d+)?\s*', v) is not None
-    )
-
-
-def pick_columns(
-    rows: Sequence[dict],  # From a file
-    text_column: str = None,  # None: 'text', or the column with the longest texts
-    label_column: str = None,  # None: 'label', or the other column with the fewest different values
-) -> tuple[str, str]:  # Names of the two. ValueError lists the columns
-    "Find the column with the text and the one with the label."
-    names = list(dict.fromkeys(k for r in rows for k in r))
-    for given in filter(None, (text_column, label_column)):
-        if given not in names:
-            raise ValueError(f'there is no column {given!r}; there are {", ".join(map(repr, names))}')
-
-    def mean_length(k):
-        return np.mean([len(str(r.get(k) or '')) for r in rows])
-
-    text = text_column or ('text' if 'text' in names else max((n for n in names if n != label_column), key=mean_length))
-    values = [r.get(text) for r in rows if r.get(text) not in (None, '')]
-    if not values or all(map(_number_like, values)):
-        raise ValueError(
-            (
-                f'the column {text!r} holds no text but numbers or nothing; there are '
-                f'{", ".join(map(repr, names))}: name another with text_column'
-            )
-        )
-    others = [n for n in names if n != text]
-    if not others:
-        raise ValueError(f'the file has the column {text!r} alone: a label is needed too')
-    return text, label_column or (
-        'label' if 'label' in names else min(others, key=lambda k: len({str(r.get(k)) for r in rows}))
-    )
 
 # %% ../../nbs/inside/fewshot_report.ipynb #05242c53
 def choose_shots(

@@ -106,6 +106,13 @@ def imported(
     return found
 
 
+def package_of(
+    name: str,  # A module, dotted below `ftbook`
+) -> str:  # Where its relative imports start
+    "Name the package that a module lies in."
+    return ".".join(["ftbook", *name.split(".")[:-1]])
+
+
 def our_imports(
     name: str,  # A module, dotted below `ftbook`
     at_import: bool = False,  # Only what runs when the module is imported
@@ -113,5 +120,4 @@ def our_imports(
     "List which modules of ftbook a module imports."
     tree = ast.parse(source_of(name).read_text(encoding="utf-8"))
     nodes = outside_functions(tree) if at_import else ast.walk(tree)
-    package = ".".join(["ftbook", *name.split(".")[:-1]])
-    return {o.removeprefix("ftbook.") for o in imported(nodes, package) if o.startswith("ftbook.")}
+    return {o.removeprefix("ftbook.") for o in imported(nodes, package_of(name)) if o.startswith("ftbook.")}

@@ -20,6 +20,7 @@ from book import (
     nbs,
     notebooks,
     our_imports,
+    package_of,
     outside_functions,
     read_cells,
     root,
@@ -185,12 +186,13 @@ def test_a_module_needs_nothing_optional(name):
 
 # Each package leans on those of the rows above its own, and on no other.
 floors = [
-    ["files", "ghost", "show"],
+    ["files", "ghost", "house", "show"],
     ["models"],
     ["data"],
     ["quality", "methods", "training"],
     ["memory", "scale", "fewshot", "forgetting", "merging"],
-    ["recipe", "use"],
+    ["recipe"],
+    ["use"],
     ["choose"],
     ["cli"],
 ]
@@ -269,7 +271,7 @@ def test_no_module_patches_another(name):
 @every_module
 def test_no_heavy_import_at_the_top(name):
     tree = ast.parse((source_of(name)).read_text(encoding="utf-8"))
-    assert not {o.split(".")[0] for o in imported(outside_functions(tree), "ftbook")} & heavy
+    assert not {o.split(".")[0] for o in imported(outside_functions(tree), package_of(name))} & heavy
 
 
 @every_module
@@ -280,11 +282,11 @@ def test_what_a_module_imports_is_required(name):
     }
     core = given(settings()["metadata"]["requirements"]) | sys.stdlib_module_names | {"ftbook"}
     tree = ast.parse((source_of(name)).read_text(encoding="utf-8"))
-    assert {o.split(".")[0] for o in imported(outside_functions(tree), "ftbook")} <= core, (
+    assert {o.split(".")[0] for o in imported(outside_functions(tree), package_of(name))} <= core, (
         "add it to requirements in settings.ini"
     )
     anywhere = core.union({"IPython"}, *map(given, settings()["extras"].values()))
-    assert {o.split(".")[0] for o in imported(ast.walk(tree))} <= anywhere, "add it to an extra in settings.ini"
+    assert {o.split(".")[0] for o in imported(ast.walk(tree), package_of(name))} <= anywhere, "add it to an extra in settings.ini"
 
 
 @every_module

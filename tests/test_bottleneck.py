@@ -1293,7 +1293,7 @@ def test_an_unknown_field_of_ours(tmp_path):
 
 def test_the_factor_gives_the_width_back():
     for width in (32, 64, 100, 576, 768, 1000, 1024, 4096):
-        assert all(int(width // B._factor(width, m)) == m for m in range(1, width + 1))
+        assert all(int(width // methods_package_adapters._factor(width, m)) == m for m in range(1, width + 1))
 
 
 # (IA)3 and BitFit against peft

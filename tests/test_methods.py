@@ -1,6 +1,6 @@
 "The protocol: targets, files, errors, and models left as they were."
 
-import json, os, stat
+import json, os, stat, subprocess, sys
 from dataclasses import dataclass
 
 import pytest, torch
@@ -260,7 +260,7 @@ def test_saving_replaces_and_a_failure_does_not(saved, monkeypatch):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
     monkeypatch.undo()
     methods_files.save_adapter(model, folder)
-    assert {p.name for p in folder.iterdir()} == set(old) and (folder / M.WEIGHTS).read_bytes() != old[
+    assert {p.name for p in folder.iterdir()} == set(old) and (folder / methods_files.WEIGHTS).read_bytes() != old[
         methods_files.WEIGHTS
     ]
 
@@ -291,29 +291,29 @@ def refused(folder, said, model=None, error=ValueError):
 def test_missing_and_broken_files(saved, tmp_path):
     folder = saved[1]
     refused(tmp_path, "no adapter_config.json", error=FileNotFoundError)
-    whole = (folder / M.WEIGHTS).read_bytes()
+    whole = (folder / methods_files.WEIGHTS).read_bytes()
     for n in (0, 4, 100, len(whole) // 2, len(whole) - 1):
-        (folder / M.WEIGHTS).write_bytes(whole[:n])
+        (folder / methods_files.WEIGHTS).write_bytes(whole[:n])
         refused(folder, ["adapter_model.safetensors is damaged", f"{n:,} bytes"])
-    (folder / M.WEIGHTS).write_bytes(b"\xff" * len(whole))
+    (folder / methods_files.WEIGHTS).write_bytes(b"\xff" * len(whole))
     refused(folder, "is damaged")
-    (folder / M.WEIGHTS).unlink()
+    (folder / methods_files.WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"x")
     refused(folder, ["no adapter_model.safetensors", "pickle"], error=FileNotFoundError)
-    (folder / M.CONFIG).write_text('{"peft_type": "LORA",')
+    (folder / methods_files.CONFIG).write_text('{"peft_type": "LORA",')
     refused(folder, ["adapter_config.json is not valid JSON", "line 1"])
-    (folder / M.CONFIG).write_text("[]")
+    (folder / methods_files.CONFIG).write_text("[]")
     refused(folder, "no peft_type")
-    (folder / M.CONFIG).write_text('{"peft_type": "VERA"}')
+    (folder / methods_files.CONFIG).write_text('{"peft_type": "VERA"}')
     refused(folder, ["'VERA' is not known", "LORA"])
 
 
 def test_nan_is_named(saved):
     model, folder = saved
-    tensors = load_file(folder / M.WEIGHTS)
+    tensors = load_file(folder / methods_files.WEIGHTS)
     name = list(tensors)[3]
     tensors[name][0, 0] = float("nan")
-    save_file(tensors, folder / M.WEIGHTS)
+    save_file(tensors, folder / methods_files.WEIGHTS)
     refused(folder, [name, "1 values that are NaN"])
     with torch.no_grad():
         methods_files.adapter_tensors(model)[name][0] = float("inf")
@@ -332,24 +332,51 @@ def test_another_architecture(saved):
     )
     refused(folder, ["has no place for base_model.model.model.layers.1", "and 11 more"], small(layers=1))
     refused(folder, "q_proj", GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=30)))
-    config = json.loads((folder / M.CONFIG).read_text())
-    (folder / M.CONFIG).write_text(
+    config = json.loads((folder / methods_files.CONFIG).read_text())
+    (folder / methods_files.CONFIG).write_text(
         json.dumps(
             {**config, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]}
         )
     )
     refused(folder, ["the file lacks base_model.model.model.layers.2", "and 11 more"], small(layers=3))
-    tensors = load_file(folder / M.WEIGHTS)
-    save_file({k: v for k, v in tensors.items() if "up_proj" not in k}, folder / M.WEIGHTS)
+    tensors = load_file(folder / methods_files.WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if "up_proj" not in k}, folder / methods_files.WEIGHTS)
     refused(folder, "the file lacks base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
 
 
 def test_a_list_may_name_more_than_is_there(saved):
     folder = saved[1]
-    config = json.loads((folder / M.CONFIG).read_text())
-    (folder / M.CONFIG).write_text(json.dumps({**config, "target_modules": config["target_modules"] + ["c_attn"]}))
+    config = json.loads((folder / methods_files.CONFIG).read_text())
+    (folder / methods_files.CONFIG).write_text(json.dumps({**config, "target_modules": config["target_modules"] + ["c_attn"]}))
     ids = torch.randint(0, 50, (2, 5))
     assert torch.equal(methods_files.load_adapter(small(), folder)(ids).logits, saved[0](ids).logits)
+
+
+in_a_fresh_python = """
+import sys
+from pathlib import Path
+from transformers import AutoConfig, AutoModelForCausalLM
+from ftbook.methods.files import load_adapter
+from ftbook.methods.protocol import HOMES, METHODS
+
+assert not METHODS, METHODS
+for kind, home in HOMES.items():
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(Path(sys.argv[1]) / "base"))
+    method = load_adapter(model, Path(sys.argv[1]) / kind).ftbook_method
+    assert METHODS[kind].__module__ == home, (kind, METHODS[kind])
+    left = "PROMPT_TUNING" if kind == "P_TUNING" else kind  # a file of P-tuning holds the prompt that it made
+    assert method.peft_type == left, (kind, method)
+"""
+
+
+def test_load_adapter_finds_every_method_in_a_fresh_python(tmp_path):
+    for kind in methods_protocol.HOMES:
+        cls = methods_protocol.find_method(kind)
+        given = {"encoder_hidden_size": 8} if kind == "P_TUNING" else {}
+        methods_files.save_adapter(cls(**given).apply(small(width=64)), tmp_path / kind)
+    small(width=64).config.save_pretrained(tmp_path / "base")
+    done = subprocess.run([sys.executable, "-c", in_a_fresh_python, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_loading_onto_a_method(saved):

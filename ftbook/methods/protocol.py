@@ -179,13 +179,13 @@ class Method:
 METHODS = {}  # PEFT's name of a method -> its class
 # PEFT's name of a method -> the module that makes it known, imported when it is needed
 HOMES = {
-    'LORA': 'ftbook.lora',
-    'BOTTLENECK': 'ftbook.bottleneck',
-    'IA3': 'ftbook.bottleneck',
-    'BITFIT': 'ftbook.bottleneck',
-    'PROMPT_TUNING': 'ftbook.prompts',
-    'PREFIX_TUNING': 'ftbook.prompts',
-    'P_TUNING': 'ftbook.prompts',
+    'LORA': 'ftbook.methods.lora_method',
+    'BOTTLENECK': 'ftbook.methods.bottleneck_method',
+    'IA3': 'ftbook.methods.ia3',
+    'BITFIT': 'ftbook.methods.bitfit',
+    'PROMPT_TUNING': 'ftbook.methods.prompt_tuning',
+    'PREFIX_TUNING': 'ftbook.methods.prefix_tuning',
+    'P_TUNING': 'ftbook.methods.p_tuning',
 }
 
 # %% ../../nbs/15_methods.ipynb #ff2a64e11
@@ -200,7 +200,7 @@ def register(
 def find_method(
     kind: str,  # PEFT's name of a method
 ) -> type[Method] | None:  # None where it is not known
-    "The class of a method; a chapter's module is imported when its method is first asked for."
+    "The class of a method; its module is imported when the method is first asked for."
     if kind not in METHODS and kind in HOMES:
         import_module(HOMES[kind])
     return METHODS.get(kind)

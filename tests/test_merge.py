@@ -10,12 +10,12 @@ from book import nbs, root
 from ftbook.merging import chance as merging_chance
 from ftbook.merging import checkpoints as merging_checkpoints
 from ftbook.merging import config as merging_config
-from ftbook.merging import engine as merging_engine
-from ftbook.merging import plan as merging_plan
+from ftbook.merging import parts as merging_parts
+from ftbook.merging import recipes as merging_recipes
 from ftbook.merging import states as merging_states
 from ftbook.merging import write as merging_write
 from ftbook.merging.recipes import RECIPES
-from ftbook.merging.checkpoints import Checkpoint, read_header
+from ftbook.merging.checkpoints import INDEX, MODEL, read_header
 from ftbook.merging.chance import coins
 from ftbook.merging.vectors import conflicts
 from ftbook.merging.threshold import kth_largest
@@ -235,6 +235,22 @@ def test_breadcrumbs_drops_both_ends():
     assert set(moved.nonzero().view(-1).tolist()) == set(order[400:900].tolist())
 
 
+@pytest.mark.parametrize("method, epsilon", [("della_linear", 0.3), ("della_linear_paper", 0.6)])
+def test_the_paper_names_the_whole_window_and_mergekit_half_of_it(method, epsilon):
+    "Chances from 0.2 to 0.8 at density 0.5, told either way; the values are looked at, so no chance is in the test."
+    base, m = stack(n=1000, k=1)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging_recipes, "_mask", lambda parts, i, a, b, chances, *rest: seen.append(chances) or chances > 0)
+        run(method, base, m, weight=1.0, density=0.5, epsilon=epsilon)
+    assert min(o.min() for o in seen) == pytest.approx(0.2) and max(o.max() for o in seen) == pytest.approx(0.8)
+
+
+def test_both_names_of_della_have_one_default():
+    assert RECIPES["della_paper"].each["epsilon"] == 2 * RECIPES["della"].each["epsilon"]
+    assert RECIPES["della_linear_paper"].each["epsilon"] == 2 * RECIPES["della_linear"].each["epsilon"]
+
+
 def test_della_prefers_large_entries():
     base = torch.zeros(4, 1000)
     m = base + torch.arange(1.0, 1001) / 1000
@@ -242,7 +258,7 @@ def test_della_prefers_large_entries():
         torch.stack(
             [
                 merge_states(
-                    "della_linear_paper", {"w": base}, [{"w": m}], weight=1.0, density=0.5, epsilon=0.4, seed=s
+                    "della_linear_paper", {"w": base}, [{"w": m}], weight=1.0, density=0.5, epsilon=0.8, seed=s
                 )["w"]
                 != 0
                 for s in range(60)
@@ -288,7 +304,7 @@ def test_pieces_do_not_matter(method, monkeypatch):
     }
     base = base if RECIPES[method].base else None
     whole = run(method, base, m, **p)
-    monkeypatch.setattr(merging_plan, "CHUNK", 150)
+    monkeypatch.setattr(merging_parts, "CHUNK", 150)
     monkeypatch.setattr(merging_states.Chain, "step", 170)
     torch.testing.assert_close(run(method, base, m, **p), whole, atol=1e-6, rtol=0)
 
@@ -403,8 +419,6 @@ def test_files_equal_memory(source, tmp_path):
         p = {k: v for k, v in dict(density=0.5).items() if k in RECIPES[method].each}
         c = recipe_for(source, method, base="base" if RECIPES[method].base else None, **p)
         done = merge(c, tmp_path / method, seed=5)
-        if RECIPES[method].base:
-            continue_names = [str(source / n) for n in NAMES[1:]]
         want = merge_states(
             method,
             s["base"] if RECIPES[method].base else None,
@@ -425,7 +439,7 @@ def test_files_equal_memory(source, tmp_path):
 def test_threads_shards_and_pieces_do_not_matter(source, tmp_path, method, monkeypatch):
     c = recipe_for(source, method, **({"density": 0.4} if "density" in RECIPES[method].each else {}))
     one = tensors(merge(c, tmp_path / "one", threads=1).folder)
-    monkeypatch.setattr(merging_plan, "CHUNK", 512)
+    monkeypatch.setattr(merging_parts, "CHUNK", 512)
     done = merge(c, tmp_path / "many", threads=4, shard=20_000)
     assert len(list(done.folder.glob("*.safetensors"))) > 3 and gap(tensors(done.folder), one) < 1e-6
 
@@ -456,7 +470,7 @@ def test_what_is_written(source, tmp_path):
     assert sorted(f.name for f in done.folder.iterdir() if f.suffix in (".txt", ".merging")) == [] and not list(
         tmp_path.glob(".*")
     )
-    assert {k: v["weight_map"] for k, v in [("x", json.loads((done.folder / M.INDEX).read_text()))]}[
+    assert {k: v["weight_map"] for k, v in [("x", json.loads((done.folder / INDEX).read_text()))]}[
         "x"
     ].keys() == tensors(done.folder).keys()
     for f in done.folder.glob("*.safetensors"):
@@ -507,12 +521,13 @@ def test_killed_it_goes_on(source, tmp_path):
     (tmp_path / "c.yml").write_text(yaml.safe_dump(c))
     code = f"""
 import os
-make, made = merging_write._make, []
+from ftbook.merging import engine, write
+make, made = write._make, []
 def dies(*a):
     if len(made) == 7: os._exit(9)
     made.append(make(*a))
-merging_write._make = dies
-merging_engine.merge({str(tmp_path / 'c.yml')!r}, {str(tmp_path / 'out')!r}, threads=1)"""
+write._make = dies
+engine.merge({str(tmp_path / 'c.yml')!r}, {str(tmp_path / 'out')!r}, threads=1)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 9
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.merging").is_dir()
     assert same(tensors(merge(c, tmp_path / "out").folder), tensors(merge(c, tmp_path / "fresh").folder))
@@ -564,7 +579,7 @@ def test_memory_does_not_grow_with_the_models(tmp_path):
             g = torch.Generator().manual_seed(i)
             save_file(
                 {f"layers.{j}.w": torch.randn(1024, 1024, generator=g).bfloat16() for j in range(n)},
-                folder / name / M.MODEL,
+                folder / name / MODEL,
             )
         (folder / "c.yml").write_text(yaml.safe_dump(recipe_for(folder, density=0.3)))
         code = (
@@ -585,11 +600,48 @@ def test_plan_says_what_it_will_do(source):
     assert plan.bytes_read == sum(f.stat().st_size for n in NAMES for f in (source / n).glob("*.safetensors"))
     assert plan.bytes_written == sum(t.numel() * 4 for t in tensors(source / "base").values())
     assert 0 < plan.seconds(1) < 60 and plan.buffers(2) > plan.buffers(1) > 0
-    assert (
-        "ties: 29 tensors of 4 models" in str(plan)
-        and "less than a second of arithmetic" in str(plan)
-        and "one piece was timed" in str(plan)
-    )
+    assert "ties: 29 tensors of 4 models" in str(plan)
+
+
+def test_printing_a_plan_times_nothing(source, monkeypatch):
+    plan = plan_merge(recipe_for(source, density=0.5))
+    monkeypatch.setattr(type(plan), "seconds", lambda *a: pytest.fail("a merge was timed"))
+    assert repr(plan) == repr(plan)
+
+
+def test_a_flag_that_another_thread_sets_is_kept(source, tmp_path, monkeypatch):
+    "While one thread looks at the second model's piece, another one finds that the first model moved."
+    plan, flags = plan_merge(recipe_for(source, "task_arithmetic", names=("red", "blue"))), []
+
+    class Still:
+        def any(self):
+            return False
+
+    class Meanwhile:
+        def any(self):
+            flags[0][0] = True
+            return True
+
+    def make(plan, job, file, spread, moved):
+        flags[:] = [moved]
+        return real(plan, job, file, spread, moved)
+
+    real = merging_write._make
+    monkeypatch.setattr(merging_write, "_make", make)
+    monkeypatch.setattr(merging_parts.Parts, "deltas", lambda *a: [Still(), Meanwhile()])
+    assert not merge(plan, tmp_path / "out", threads=1, hashes=False).notes
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are listed on Linux only")
+def test_a_merge_that_fails_closes_its_files(source, tmp_path, monkeypatch):
+    def fails(*a):
+        raise ValueError("no number")
+
+    monkeypatch.setattr(merging_write, "_make", fails)
+    with pytest.raises(ValueError, match="no number") as kept:  # its traceback keeps every local name alive
+        merge(recipe_for(source, density=0.5), tmp_path / "out", threads=1)
+    held = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+    assert kept.tb and not [o for o in held if ".out.merging" in o]
 
 
 # Configurations
@@ -774,7 +826,7 @@ def test_shuffled_tokens_are_refused_and_united(tmp_path):
     t = tensors(tmp_path / "red")
     save_file(
         t | {"model.embed_tokens.weight": t["model.embed_tokens.weight"].flip(0).contiguous()},
-        tmp_path / "red" / M.MODEL,
+        tmp_path / "red" / MODEL,
     )
     c = recipe_for(tmp_path, "task_arithmetic", NAMES[1:2])
     with pytest.raises(ValueError, match="rows of the embeddings would be mixed up"):
@@ -794,10 +846,10 @@ def test_other_languages_of_tokens_are_refused(tmp_path):
 
 def test_a_copied_head_stays_tied(models, tmp_path):
     t = tensors(models / "red")
-    save_file(t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}, models / "red" / M.MODEL)
+    save_file(t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}, models / "red" / MODEL)
     made = tensors(merge(recipe_for(models, density=0.5), tmp_path / "out").folder)
     assert "lm_head.weight" not in made
-    save_file(t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1}, models / "red" / M.MODEL)
+    save_file(t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1}, models / "red" / MODEL)
     with pytest.raises(ValueError, match="has an output head of its own"):
         plan_merge(recipe_for(models))
 
@@ -943,8 +995,8 @@ def spoil(models, name, change):
     t = tensors(models / name)
     for f in (models / name).glob("*.safetensors"):
         f.unlink()
-    (models / name / M.INDEX).unlink(missing_ok=True)
-    save_file({k: v.contiguous() for k, v in change(t).items()}, models / name / M.MODEL)
+    (models / name / INDEX).unlink(missing_ok=True)
+    save_file({k: v.contiguous() for k, v in change(t).items()}, models / name / MODEL)
 
 
 def refuses(c, said):
@@ -1068,16 +1120,16 @@ def test_unknown_keys(source):
 
 
 def test_paths_that_lead_out(models):
-    index = json.loads((models / "blue" / M.INDEX).read_text())
+    index = json.loads((models / "blue" / INDEX).read_text())
     for path in ("../red/model.safetensors", "/etc/passwd", "a/../../x.safetensors", "..", "sub\\x.safetensors"):
-        (models / "blue" / M.INDEX).write_text(
+        (models / "blue" / INDEX).write_text(
             json.dumps(index | dict(weight_map={k: path for k in index["weight_map"]}))
         )
         refuses(recipe_for(models), "leads out of its folder")
 
 
 def test_pickles_are_refused(models):
-    (models / "red" / M.MODEL).unlink()
+    (models / "red" / MODEL).unlink()
     torch.save({"a": 1}, models / "red" / "pytorch_model.bin")
     refuses(recipe_for(models), "holds only pickled weights")
     refuses(recipe_for(models), "To convert it: python -c")
@@ -1094,7 +1146,7 @@ def test_truncated_and_missing_shards(models):
 
 def test_headers_that_point_elsewhere(models):
     "Offsets that leave the file, or that are not as long as the tensor."
-    file = models / "red" / M.MODEL
+    file = models / "red" / MODEL
     data = file.read_bytes()
     n = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + n])

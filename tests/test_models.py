@@ -1,4 +1,4 @@
-"What can go wrong between a package index and a loaded model, and what the numbers of 01_models rest on."
+"What can go wrong between a package index and a loaded model, and what the numbers of 02_model_scale rest on."
 
 import json, os, shutil, signal, subprocess, sys, time, venv, zipfile
 from pathlib import Path
@@ -7,11 +7,15 @@ import pytest
 import torch
 import transformers as tf
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ftbook import files
+from ftbook.files import build_once, file_sha256
 from ftbook.models import shipped as models_shipped
-from ftbook.models import *
+from ftbook.models.count import ROLES, count_parameters, role_of
+from ftbook.models.device import Facts, choose_device, probe_device, read_facts
+from ftbook.models.load import as_dtype, check_weights, embed, load_encoder, load_model
+from ftbook.models.scale import adapter_parameters, skeleton, training_bytes
+from ftbook.models.shipped import SHIPPED, fetch_package, model_folder
 
 here = Path(__file__).resolve().parent.parent
 
@@ -149,9 +153,17 @@ def test_a_damaged_model_is_prepared_again(stocked, harm):
     check_weights(folder)
 
 
-def python(code, **env):  # Start a Python that has ftbook
+in_a_new_python = """
+from ftbook.models import shipped
+from ftbook.models.device import probe_device
+from ftbook.models.load import check_weights, load_model
+from ftbook.models.shipped import model_folder
+"""
+
+
+def python(code, **env):  # Start a Python that has the names of ftbook's models
     return subprocess.Popen(
-        [sys.executable, "-c", "from ftbook.models import *\nfrom ftbook import models\n" + code],
+        [sys.executable, "-c", in_a_new_python + code],
         cwd=here,
         env=os.environ | env,
         stdout=subprocess.PIPE,
@@ -171,7 +183,7 @@ def test_three_at_once(stocked):
 def test_killed_while_preparing(stocked):
     p = python(
         (
-            "import time\ndef slow(*a): print('half', flush=True); time.sleep(60)\nmodels._write_manifest = "
+            "import time\ndef slow(*a): print('half', flush=True); time.sleep(60)\nshipped._write_manifest = "
             "slow\nmodel_folder('minilm-l6')"
         )
     )

@@ -46,6 +46,29 @@ def save_tiny_model(folder):
     return folder
 
 
+def save_siblings(folder, names=("base", "red", "blue", "grey")):
+    "Save one random Llama and others that differ from it by a little noise, without tokenizers, one folder a name."
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+    )
+    for seed, name in enumerate(names):
+        model = seeded(lambda: LlamaForCausalLM(config))
+        noise = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.data += 0.02 * bool(seed) * torch.randn(p.shape, generator=noise)
+        model.save_pretrained(folder / name)
+    return folder
+
+
 def write_rows(path, rows):
     "Write rows as JSON lines; a string is written as it is."
     path.write_text("\n".join(o if isinstance(o, str) else json.dumps(o) for o in rows) + "\n")

@@ -231,12 +231,10 @@ class Plan:
         return (time.perf_counter() - start) * sum(j.n for j in self.jobs) / math.prod(shape) / threads
 
     def __str__(self):
-        seconds = f'about {s:.0f} s' if (s := self.seconds(_cores())) >= 1 else 'less than a second'
         say = (
             f'{self.recipe.name}: {len(self.jobs)} tensors of {len(self.models)} models, '
             f'{self.bytes_read / 1e6:,.0f} MB to read, {self.bytes_written / 1e6:,.0f} MB to write, buffers of '
-            f'{self.buffers(_cores()) / 1e6:,.0f} MB, {seconds} of arithmetic on {_cores()} cores (one piece was '
-            'timed)'
+            f'{self.buffers(_cores()) / 1e6:,.0f} MB on {_cores()} cores'
         )
         return '\n'.join([say, *self.notes])
 

@@ -230,7 +230,7 @@ for _name, _elected in (('breadcrumbs', False), ('breadcrumbs_ties', True)):
 def della_chances(
     magnitudes: ndarray,  # (rows, width)
     density: float,  # Mean share that is kept
-    epsilon: float,  # Half the range of the chances
+    epsilon: float,  # Half of the window: chances run from density - epsilon to density + epsilon
 ) -> ndarray:  # (rows, width)
     "The chance of each entry to be kept: the larger in its row, the likelier."
     ranks = magnitudes.argsort(1, kind='stable').argsort(1).astype(np.float32)
@@ -242,7 +242,8 @@ def _draw_(parts, deltas, start, stop, seen, p, paper=False):
     for i, (d, density, epsilon) in enumerate(zip(deltas, p.density, p.epsilon)):
         if density >= 1:
             continue
-        chances = della_chances(np.abs(d).reshape(-1, parts.width), density, epsilon).reshape(-1)
+        half = epsilon / 2 if paper else epsilon
+        chances = della_chances(np.abs(d).reshape(-1, parts.width), density, half).reshape(-1)
         _thin_(d, _mask(parts, i, start, stop, chances, p, seen))
         if paper:
             d /= chances
@@ -268,7 +269,7 @@ for _name, _elected in (('della', True), ('della_linear', False)):
         _elected,
         _elected,
         False,
-        epsilon=0.15,
+        epsilon=0.3,
     )
 
 # %% ../../nbs/inside/merge_methods.ipynb #83a5853f

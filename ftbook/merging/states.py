@@ -36,11 +36,13 @@ def check_parameters(
     for i, d in enumerate(getattr(p, 'density', [])):
         need(0 < d <= 1, 'density', d, 'it is the share of entries that is kept, above 0 and at most 1')
         e, g = (getattr(p, k, [0.0] * (i + 1))[i] for k in ('epsilon', 'gamma'))
+        # the paper's epsilon is the whole window of DELLA's chances, mergekit's is half of it
+        half, said = (e / 2, 'half of epsilon') if name.endswith('_paper') else (e, 'epsilon')
         need(
-            d == 1 or not e or 0 < d - e and d + e < 1,
+            d == 1 or not e or 0 < d - half and d + half < 1,
             'epsilon',
             e,
-            f'density {d} plus and minus epsilon must stay between 0 and 1',
+            f'density {d} plus and minus {said} must stay between 0 and 1',
         )
         need(0 <= g < 1, 'gamma', g, 'it is the share of the largest entries that is dropped, at least 0 and below 1')
     need(

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from concurrent.futures import as_completed, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack
 from functools import partial
 from types import SimpleNamespace
 
@@ -113,7 +113,10 @@ def _make(plan, job, file, spread, moved):
         if not -top < row.min() <= row.max() < top:
             raise _blame(job, parts, start, stop)
         if job.base and not all(moved):
-            moved[:] = [m or bool(d.any()) for m, d in zip(moved, parts.deltas(start, stop))]
+            # threads share the list: each of them only ever sets a flag
+            for i, delta in enumerate(parts.deltas(start, stop)):
+                if not moved[i] and delta.any():
+                    moved[i] = True
         _write_at(file, narrow(row, job.kind), job.offset + size * start)
 
     parts.each(piece)
@@ -151,31 +154,35 @@ def _bar(total, progress):
         yield bar
 
 # %% ../../nbs/inside/merge_engine.ipynb #a167850a
+def _done_before(folder):
+    "Names of the tensors that an earlier run has made."
+    log = folder / _DONE
+    return set(log.read_text(encoding='utf-8').split('\n')) if log.is_file() else set()
+
+
+def _make_all(plan, todo, files, threads, pools, moved):
+    "Start every tensor, the largest first. (Its future -> the tensor)"
+    pool, spread = pools
+    total = sum(j.n for j in plan.jobs)
+    large = lambda j: 4 * threads * j.n > total
+    return {pool.submit(_make, plan, j, files[j.file], spread if large(j) else map, moved): j for j in todo}
+
+
 def _fill_files(plan, folder, names, threads, hashes, progress):
     "Make every tensor that is not there yet. (SHA-256 of each file, does each model differ from the base?)"
-    log, files, inputs = (
-        folder / _DONE,
-        {n: open(folder / n, 'r+b', buffering=0) for n in names},
-        list(dict.fromkeys(f for m in plan.models for f in m.files)) if hashes else [],
-    )
-    done, moved = (
-        set(log.read_text(encoding='utf-8').split('\n')) if log.is_file() else set(),
-        [False] * len(plan.jobs[0].models),
-    )
-    todo, total = sorted((j for j in plan.jobs if j.name not in done), key=lambda j: -j.n), sum(j.n for j in plan.jobs)
+    inputs = list(dict.fromkeys(f for m in plan.models for f in m.files)) if hashes else []
+    done, moved = _done_before(folder), [False] * len(plan.jobs[0].models)
+    todo = sorted((j for j in plan.jobs if j.name not in done), key=lambda j: -j.n)
     _keep_memory()
-    with (
-        _workers(threads) as (pool, spread),
-        open(log, 'a', encoding='utf-8') as written,
-        _bar(len(todo), progress) as bar,
-    ):
+    with ExitStack() as opened:
+        files = {n: opened.enter_context(open(folder / n, 'r+b', buffering=0)) for n in names}
+        written = opened.enter_context(open(folder / _DONE, 'a', encoding='utf-8'))
+        bar = opened.enter_context(_bar(len(todo), progress))
+        pool, spread = opened.enter_context(_workers(threads))
         if plan.recipe.name == 'ties_paper':
             _set_whole_(plan, spread)
         hashed = {f: pool.submit(_sha256, f) for f in inputs[1:]}
-        run = {
-            pool.submit(_make, plan, j, files[j.file], spread if 4 * threads * j.n > total else map, moved): j
-            for j in todo
-        }
+        run = _make_all(plan, todo, files, threads, (pool, spread), moved)
         for f in as_completed(run):
             f.result()
             written.write(run[f].name + '\n')
@@ -184,7 +191,6 @@ def _fill_files(plan, folder, names, threads, hashes, progress):
         hashed |= {f: pool.submit(_sha256, f) for f in [*inputs[:1], *(folder / n for n in names if hashes)]}
         for f in files.values():
             os.fsync(f.fileno())
-            f.close()
         return {f: h.result() for f, h in hashed.items()}, moved if not done else [True] * len(moved)
 
 # %% ../../nbs/inside/merge_engine.ipynb #ffab3c67

@@ -1,9 +1,17 @@
 "Errors and private helpers of ftbook.models.load."
 
-from fastcore.test import test_fail as check_fail
+import pytest
+
 from ftbook.models.load import load_model
 
 
-def test_load_model_1():
-    check_fail(lambda: load_model('smollm'), contains='Shipped with ftbook: smollm2-135m, minilm-l6')
-    check_fail(lambda: load_model('minilm-l6'), contains='writes no text: use `load_encoder`')
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("smollm", "Shipped with ftbook: smollm2-135m, minilm-l6"),
+        ("minilm-l6", "writes no text: use `load_encoder`"),
+    ],
+)
+def test_a_name_that_is_no_chat_model_is_refused(name, said):
+    with pytest.raises((OSError, ValueError), match=said):
+        load_model(name)

@@ -20,8 +20,8 @@ from ..data.examples import Example
 from ..models.device import peak_memory
 from .batches import isolated
 from .checkpoints import _begin, put_weights_
-from .loop import Loop
-from .settings import NonFiniteLoss, Settings
+from .loop import Loop, NonFiniteLoss
+from .settings import Settings
 from .watch import _take_steps, _Watch, Run, until_interrupted
 
 # %% ../../nbs/inside/finetune.ipynb #2ad8e659

@@ -31,6 +31,6 @@ setup(
     extras_require={k: lines(v) for k, v in cfg["extras"].items()},
     entry_points={"console_scripts": lines(meta["console_scripts"]), "nbdev": ["ftbook=ftbook._modidx:d"]},
     packages=find_packages(include=["ftbook", "ftbook.*"]),
-    package_data={"ftbook": ["assets/**"]},
+    package_data={"ftbook": ["assets/**", "py.typed", "*.pyi"]},
     zip_safe=False,
 )

@@ -10,8 +10,11 @@ from hypothesis import given, settings, strategies as st
 bench = Path(__file__).parents[1] / 'nbs' / 'bench'
 sys.path.insert(0, str(bench))
 import merge_tasks_worker as worker
+from book import directives, read_cells
 from ftbook.merging.recipes import RECIPES
 from ftbook.merging.between import between, between_shares
+from ftbook.merging.explorers import MergeButton, job_of
+from ftbook.merging.task_runs import right
 from ftbook.merging.vectors import conflicts
 from ftbook.merging.states import merge_states
 
@@ -160,20 +163,14 @@ def test_trainings_are_noted_once():
 
 
 @pytest.fixture(scope='module')
-def section():
-    "The names of the chapter's section on real tasks, as a reader who has run it has them."
-    from ftbook.show.tables import table
-
-    names, on = {**vars(ftbook.merge), 'table': table}, False
-    here = Path.cwd()
+def lesson():
+    "The names of the lesson, as a reader who has run it has them."
+    names, here = {}, Path.cwd()
     os.chdir(bench.parent)
     try:
-        for c in json.loads((bench.parent / '14_merging.ipynb').read_text(encoding='utf-8'))['cells']:
-            source = ''.join(c['source'])
-            if c['cell_type'] == 'markdown':
-                on = source.startswith('## On real tasks') or on and not source.startswith('## ')
-            elif on or source.startswith('import inspect'):
-                exec(source, names)
+        for c in read_cells(bench.parent / '23_merging_tasks.ipynb', 'code'):
+            if directives(c).get('eval') != 'false':
+                exec(c['source'], names)
     finally:
         os.chdir(here)
     return names
@@ -183,9 +180,9 @@ EXPLORERS = 'by_task', 'merge_weights', 'merge_three'
 
 
 @pytest.mark.parametrize('name', EXPLORERS)
-def test_every_control_moves_something(section, name):
+def test_every_control_moves_something(lesson, name):
     "From the state in which the page opens."
-    shown = section[name]
+    shown = lesson[name]
     start = shown._key()
     for i, control in enumerate(shown.controls):
         others = [start[:i] + (k,) + start[i + 1 :] for k in range(len(control.options)) if k != start[i]]
@@ -193,26 +190,30 @@ def test_every_control_moves_something(section, name):
 
 
 @pytest.mark.parametrize('name, part', [('merge_weights', 'plane'), ('merge_three', 'triangle')])
-def test_points_say_what_they_are(section, name, part):
+def test_points_say_what_they_are(lesson, name, part):
     "A point that was measured has the run's score, and any other one says between whom it stands."
-    shown, right, job_of = section[name], section['right'], section['job_of']
-    runs = {(r['method'], str(r['settings']), tuple(r['weights'])): right(r) for r in section['of_part'](part)}
+    shown, runs = lesson[name], {}
+    for r in lesson['measured'].part(part):
+        runs[r['method'], str(r['settings']), tuple(r['weights'])] = right(r)
+    kinds = set()
     for key in itertools.product(*(range(len(c.options)) for c in shown.controls)):
         f = shown.result(key)
         if not f['scores']:
-            assert 'was not measured at density' in section['origin'](f)
+            kinds.add('nothing')
+            assert 'was not measured at density' in f['origin']
         elif len(f['shares']) == 1 and any(f['at']):
+            kinds.add('measured')
             method, given, weights = job_of(f)
-            assert f['scores'] == runs[method, str(given), tuple(round(w, 4) for w in weights)] and section['origin'](
-                f
-            ).startswith('measured')
+            assert f['scores'] == runs[method, str(given), tuple(round(w, 4) for w in weights)]
+            assert f['origin'].startswith('measured')
         elif len(f['shares']) > 1:
-            assert section['origin'](f).startswith('not measured: between') and sum(
-                f['shares'].values()
-            ) == pytest.approx(1)
+            kinds.add('between')
+            assert f['origin'].startswith('not measured: between')
+            assert sum(f['shares'].values()) == pytest.approx(1)
+    assert {'measured', 'between'} <= kinds
 
 
-def test_the_button(section):
+def test_the_button(lesson):
     "It merges at the point where the sliders stand, says what it does, and says what went wrong."
     pytest.importorskip('ipywidgets')
     calls = []
@@ -222,10 +223,10 @@ def test_the_button(section):
         say('merging, and asking')
         return dict.fromkeys(tasks, 0.5)
 
-    button = section['MergeButton'](section['merge_three'], made)
+    button = MergeButton(lesson['merge_three'], made)
     assert 'model_id' in button._repr_mimebundle_()['application/vnd.jupyter.widget-view+json']
     button.button.click()
-    assert calls == [(worker.THREE, section['job_of'](section['merge_three'].value))]
+    assert calls == [(worker.THREE, job_of(lesson['merge_three'].value))]
     assert button.said.value.startswith('made just now: products 0.500') and not button.button.disabled
 
     def failed(*given):

@@ -24,6 +24,13 @@ class Found:
     start: float  # With the weights that it began with
     tried: list  # (weights, score) of every trial, in order
 
+
+def _finite(score, weights):
+    "The score; ValueError where it is no number."
+    if not math.isfinite(score):
+        raise ValueError(f'the score is {score} with the weights {weights}')
+    return score
+
 # %% ../../nbs/23_merging_tasks.ipynb #d1c704ec
 def search(
     score: Callable,  # Of a list of weights: a number, the larger the better
@@ -36,21 +43,15 @@ def search(
     "Look for the weights with the best score, in few trials."
     from scipy.optimize import minimize
 
+    if not low < high or not all(low <= w <= high for w in start):
+        raise ValueError(f'the start {list(start)} must lie between {low} and {high}')
     tried = []
 
     def cost(w):
-        tried.append(
-            (
-                [float(x) for x in np.clip(w, low, high)],
-                float(score([float(x) for x in np.clip(w, low, high)])),
-            )
-        )
-        if not math.isfinite(tried[-1][1]):
-            raise ValueError(f'the score is {tried[-1][1]} with the weights {tried[-1][0]}')
+        weights = [float(x) for x in np.clip(w, low, high)]
+        tried.append((weights, _finite(float(score(weights)), weights)))
         return -tried[-1][1]
 
-    if not low < high or not all(low <= w <= high for w in start):
-        raise ValueError(f'the start {list(start)} must lie between {low} and {high}')
     minimize(
         cost,
         list(start),

@@ -1,4 +1,4 @@
-"""Lock, write beside, then rename: no reader ever meets half a file or half a folder
+"""Write a file or a folder whole or not at all, and say which disk refused and why
 
 Docs: https://ftbook.github.io/ftbook/inside/files.html.md"""
 
@@ -14,11 +14,134 @@ import os
 import re
 import shutil
 import sys
-import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+# %% ../nbs/inside/files.ipynb #8c6ec595
+@contextmanager
+def _beside(path):
+    "A path beside `path` that takes its place at the end of the block; a block that fails leaves `path` as it was."
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):  # a folder that takes no files gives none back either
+            part.unlink(missing_ok=True)
+
+# %% ../nbs/inside/files.ipynb #dbbede71
+_no_room = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def _error_number(error):
+    "The number of an operating system's error, also where safetensors has it in its text; 0 if there is none."
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r'os error (\d+)', str(error))
+    return int(found[1]) if found else 0
+
+# %% ../nbs/inside/files.ipynb #0e1d64b3
+@contextmanager
+def _writing(folder):
+    "Say clearly that `folder` takes no more."
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        number = _error_number(e)
+        if number not in _no_room:
+            raise
+        said = OSError(
+            f'{folder} cannot be written: {os.strerror(number)}. What was finished before is kept there; make room '
+            'or change its permissions, then try again or resume the run'
+        )
+        said.errno = number  # given to the constructor, it would stand in front of the sentence
+        raise said from e
+
+# %% ../nbs/inside/files.ipynb #f56bbe32
+def write_text(
+    path: Path,  # A file; its folder is made if needed
+    text: str,  # All of it; line ends are written as they are
+) -> Path:  # `path`. OSError if it cannot be written; what stood there then stays
+    "Write a text file whole or not at all."
+    path = Path(path)
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(path) as part:
+            part.write_text(text, encoding='utf-8', newline='')
+    return path
+
+# %% ../nbs/inside/files.ipynb #132e3af7
+def write_table(
+    path: Path,  # A Parquet file; its folder is made if needed
+    table,  # A pyarrow.Table
+) -> Path:  # `path`. OSError if it cannot be written; what stood there then stays
+    "Write a Parquet file whole or not at all."
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    with _writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(path) as part:
+            pq.write_table(table, part)
+    return path
+
+# %% ../nbs/inside/files.ipynb #3e0ffa68
+def write_files(
+    folder: str | Path,  # Made if needed
+    contents: dict,  # Name of each file -> function that writes it to the path it is given
+) -> Path:  # The folder. OSError if it cannot be written, and then every file is as it was
+    "Write the files of an adapter beside their places, and rename them once all are whole."
+    folder = Path(folder)
+    parts = {name: folder / f'.{name}.{os.getpid()}.part' for name in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in contents.items():
+            write(parts[name])
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+    except (OSError, SafetensorError) as e:
+        raise OSError(
+            f'cannot save the adapter in {folder}: {e}. Free some space or choose a folder you can write to'
+        ) from e
+    finally:
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+    return folder
+
+# %% ../nbs/inside/files.ipynb #60b077ae
+@contextmanager
+def _scratch(target):
+    "An empty folder beside `target` that takes its place at the end of the block, and vanishes if the block fails."
+    scratch = target.with_name(f'.{target.name}.part-{os.getpid()}')
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+# %% ../nbs/inside/files.ipynb #b690af7a
+def _check_place(folder, mark):
+    "ValueError where a folder holds what is not ours to replace."
+    if folder.exists() and not (
+        folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file()))
+    ):
+        raise ValueError(f'{folder} exists and holds something: choose another folder')
+
+# %% ../nbs/inside/files.ipynb #71f962a6
+@contextmanager
+def _whole(folder, mark):
+    "A scratch folder that becomes `folder` at the end of the block; `mark` is a file that says whose folder it is."
+    _check_place(folder, mark)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(folder) as scratch:
+        yield scratch
 
 # %% ../nbs/inside/files.ipynb #f6802246
 def cache_dir() -> Path:  # `$FTBOOK_CACHE` if that is set, else `ftbook` in the platform's folder for caches
@@ -32,7 +155,7 @@ def cache_dir() -> Path:  # `$FTBOOK_CACHE` if that is set, else `ftbook` in the
     return Path(os.environ.get('FTBOOK_CACHE') or base / 'ftbook').expanduser().absolute()
 
 # %% ../nbs/inside/files.ipynb #3edc75b7
-_no_write = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+_in_the_way = {errno.ENOTDIR, errno.EEXIST}
 
 
 def _cannot_write(folder, why, n_bytes=0):
@@ -64,23 +187,15 @@ def _locked(target):
 
 # %% ../nbs/inside/files.ipynb #dd46fc0d
 @contextmanager
-def _replacing(target, n_bytes):
-    "A scratch folder beside `target` that takes its place if the block succeeds, and vanishes if not."
-    from safetensors import SafetensorError
-
+def _filling(target, n_bytes):
+    "A scratch folder for the cache: `_scratch`, with errors that say what to do about the cache."
     if shutil.disk_usage(target.parent).free < n_bytes:
         raise _cannot_write(target.parent, 'the disk is full', n_bytes)
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f'.{target.name}.part-', dir=target.parent))
-        try:
+        with _scratch(target) as scratch:
             yield scratch
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except (OSError, SafetensorError) as e:  # safetensors has its own way to say that the disk is full
-        if getattr(e, 'errno', None) not in _no_write and 'No space left' not in str(e):
+    except (OSError, SafetensorError) as e:
+        if _error_number(e) not in _no_room | _in_the_way and 'No space left' not in str(e):
             raise
         raise _cannot_write(target.parent, getattr(e, 'strerror', e), n_bytes) from e
 
@@ -95,7 +210,7 @@ def build_once(
     if not is_whole(target):
         with _locked(target):
             if not is_whole(target):
-                with _replacing(target, n_bytes) as scratch:
+                with _filling(target, n_bytes) as scratch:
                     build(scratch)
     return target
 
@@ -106,107 +221,3 @@ def file_sha256(
     "The SHA-256 of a file."
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
-
-# %% ../nbs/inside/files.ipynb #75f5f5cf
-_no_write = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-@contextmanager
-def _writing(folder):
-    "Say clearly that `folder` takes no more."
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        # safetensors hides it in its text
-        number = e.errno if isinstance(e, OSError) else int((re.search(r'os error (\d+)', str(e)) or [0, 0])[1])
-        if number not in _no_write:
-            raise
-        said = OSError(
-            (
-                f"{folder} cannot be written: {os.strerror(number)}. What was finished before is kept there; make "
-                "room or change its permissions, and resume the run"
-            )
-        )
-        said.errno = number  # given to the constructor, it would stand in front of the sentence
-        raise said from e
-
-# %% ../nbs/inside/files.ipynb #7ae23159
-def write_text(
-    path: Path,  # A file
-    text: str,  # All of it
-):
-    "Write a file whole or not at all."
-    beside = path.with_name(f'.{path.name}.part')
-    with _writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(text, encoding='utf-8')
-            os.replace(beside, path)
-        except (OSError, UnicodeError):
-            if os.access(path.parent, os.W_OK):
-                beside.unlink(missing_ok=True)
-            raise
-
-# %% ../nbs/inside/files.ipynb #3f1d1e15
-def _beside(path, text_or_table):
-    "Write a file whole or not at all."
-    writing = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        if isinstance(text_or_table, str):
-            writing.write_text(text_or_table, encoding='utf-8', newline='')
-        else:
-            import pyarrow.parquet as pq
-
-            pq.write_table(text_or_table, writing)
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
-    return path
-
-# %% ../nbs/inside/files.ipynb #3e0ffa68
-def write_files(
-    folder: str | Path,  # Made if needed
-    contents: dict,  # Name of each file -> function that writes it to the path it is given
-) -> Path:  # The folder. OSError if it cannot be written, and then every file is as it was
-    "Write files beside their places, and rename them once all are whole."
-    folder = Path(folder)
-    beside = {name: folder / f'.{name}.part' for name in contents}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in contents.items():
-            write(beside[name])
-        for name, part in beside.items():
-            os.replace(part, folder / name)
-    except (OSError, SafetensorError) as e:
-        raise OSError(
-            f'cannot save the adapter in {folder}: {e}. Free some space or choose a folder you can write to'
-        ) from e
-    finally:
-        for part in beside.values():
-            if part.exists():
-                part.unlink()
-    return folder
-
-# %% ../nbs/inside/files.ipynb #b690af7a
-def _check_place(folder, mark):
-    "ValueError where a folder holds what is not ours to replace."
-    if folder.exists() and not (
-        folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file()))
-    ):
-        raise ValueError(f'{folder} exists and holds something: choose another folder')
-
-
-@contextmanager
-def _whole(folder, mark):
-    "A scratch folder that becomes `folder` at the end of the block."
-    _check_place(folder, mark)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.parent / f'.{folder.name}.part'
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -118,17 +118,23 @@ def test_shipped_sentences_as_brute_force():
 
 
 def test_blocks_do_not_show(monkeypatch):
-    from ftbook.quality import hashes as quality_hashes
-    from ftbook.quality import join as quality_join
-    from ftbook.quality import leaks as quality_leaks
+    from ftbook.quality import hashes, leaks
 
     texts = [f'row {i % 7} of {i % 5} and some more words' for i in range(60)] + ['', '?']
-    want, blocks = near_duplicates(texts, 0.5), quality_hashes._blocks
+    want, blocks = near_duplicates(texts, 0.5), hashes._blocks
     inside = contained(texts[:9], texts, n_words=3, shortest=2)
-    monkeypatch.setattr(quality_leaks, "_blocks", lambda texts: blocks(texts, n_chars=50))
+    cut = []
+
+    def small(texts):
+        cut.append(list(blocks(texts, n_chars=50)))
+        return cut[-1]
+
+    monkeypatch.setattr(hashes, '_blocks', small)
+    monkeypatch.setattr(leaks, '_blocks', small)
     got = near_duplicates(texts, 0.5)
     assert pairs(got) == pairs(want)
     assert pairs(contained(texts[:9], texts, n_words=3, shortest=2)) == pairs(inside)
+    assert len(cut) > 1 and all(len(o) > 1 for o in cut[:1])
 
 
 def test_many_identical_rows_cost_one_link_each():
@@ -165,13 +171,11 @@ def test_forms_with_two_fields_stay_apart():
 
 
 def test_comparisons_that_were_not_made_are_counted(monkeypatch):
-    from ftbook.quality import hashes as quality_hashes
-    from ftbook.quality import join as quality_join
-    from ftbook.quality import leaks as quality_leaks
+    from ftbook.quality import join
 
-    rng, crowd = random.Random(0), quality_join._crowd
+    rng, crowd = random.Random(0), join._crowd
     texts = [' '.join(rng.sample('abcdefghijklmno', 10)) for _ in range(300)]
-    monkeypatch.setattr(quality_join, "_crowd", lambda *a: crowd(*a, n_leaders=2))
+    monkeypatch.setattr(join, '_crowd', lambda *a: crowd(*a, n_leaders=2))
     assert near_duplicates(texts, 0.6, n_words=1, crowd=20).skipped > 0
 
 

@@ -1,14 +1,18 @@
-"ftbook.explore: charts that hold at any width and in any theme, and explorers that are alive on a page without a kernel."
+"ftbook.show: charts that hold at any width and in any theme, and explorers that are alive on a page without a kernel."
 
 import base64, itertools, json, math, re, shutil, sys, xml.dom.minidom, zlib
 from html import unescape
 from pathlib import Path
 import pytest
-from ftbook.show import axes as show_axes
-from ftbook.show import explorer as show_explorer
-from ftbook.explore import *
+from ftbook.show.axes import _Axis, tidy
+from ftbook.show.bar_chart import bars
+from ftbook.show.charts import plot
+from ftbook.show.controls import Control
+from ftbook.show.explorer import _unpack, drop_widget_views, explore
+from ftbook.show.page import escape, page, Picture, row
+from ftbook.show.tables import table
 
-NOTEBOOK = Path(__file__).parent.parent / 'nbs/00_explore.ipynb'
+NOTEBOOK = Path(__file__).parent.parent / 'nbs/inside/explorer.ipynb'
 FLAGS = [
     '--no-sandbox',
     '--disable-gpu',
@@ -129,7 +133,7 @@ def test_explorers_of_the_notebook_are_alive(show):
     assert len(explorers) >= 3, 'the chapter shows explorers, each with both halves'
     tab = show(''.join(explorers))
     for n, html in enumerate(explorers):
-        frames = show_explorer._unpack(re.search(r'data-frames="([^"]+)"', html)[1])
+        frames = _unpack(re.search(r'data-frames="([^"]+)"', html)[1])
         options = json.loads(unescape(re.search(r'data-options="([^"]+)"', html)[1]))
         for k, choice in enumerate(options):
             others, seen = [figure(tab, m) for m in range(len(explorers)) if m != n], set()
@@ -538,7 +542,7 @@ def test_tidy(x, says):
 def test_ticks_are_few_round_and_inside(lo, hi, log):
     if log and lo <= 0:
         lo = hi / 1e5
-    axis = show_axes._Axis([lo, hi], log, None, 5)
+    axis = _Axis([lo, hi], log, None, 5)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 10 and len({t for _, t in ticks}) == len(ticks), ticks
     assert all(-1e-6 <= axis(v) <= 1 + 1e-6 for v, _ in ticks)
@@ -579,8 +583,9 @@ def test_import_is_light():
     import subprocess
 
     code = (
-        "import sys, ftbook.explore; print([m for m in ('torch', 'transformers', 'ipywidgets', 'matplotlib', "
-        "'numpy', 'IPython', 'fastcore') if m in sys.modules])"
+        "import sys, ftbook.show.charts, ftbook.show.bar_chart, ftbook.show.explorer, ftbook.show.tables, "
+        "ftbook.show.intervals; print([m for m in ('torch', 'transformers', 'ipywidgets', 'matplotlib', 'numpy', "
+        "'IPython', 'fastcore') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == '[]'

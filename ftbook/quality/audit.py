@@ -78,7 +78,7 @@ class Audit:
 def _missing(where, findings):
     raise KeyError(f"no finding {where!r}; there are {', '.join(dict.fromkeys(f.where for f in findings)) or 'none'}")
 
-
+# %% ../../nbs/inside/audit.ipynb #08a03245
 def _guarded(checks, findings, progress):
     "Run named checks one after the other, with a bar."
     with tqdm(checks, desc='audit', disable=not progress, leave=False) as bar:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import _beside
+from ..files import write_text
 from .audit import Audit, SAFE
 
 # %% ../../nbs/inside/audit_report.ipynb #83c96f82
@@ -66,14 +66,11 @@ def write_clean(
     kept, left = clean(audit, kinds)
     if not kept:
         raise ValueError(f"nothing of {path} would be left: all {len(left):,} rows are proposed to be left out")
-    cleaned, list_of_left = (
-        path.with_name(f'{path.stem}.clean{path.suffix}'),
-        path.with_name(f'{path.stem}.left_out.jsonl'),
-    )
-    for f in cleaned, list_of_left:
-        if f.exists():
-            raise FileExistsError(f"{f} is there already: move it away first")
+    cleaned = path.with_name(f'{path.stem}.clean{path.suffix}')
+    list_of_left = path.with_name(f'{path.stem}.left_out.jsonl')
+    for file in cleaned, list_of_left:
+        if file.exists():
+            raise FileExistsError(f"{file} is there already: move it away first")
     content = _same_format(path, audit.view.rows, kept)
-    return _beside(cleaned, content), _beside(
-        list_of_left, _as_lines([l | dict(content=audit.view.rows[l['row']]) for l in left])
-    )
+    with_rows = [l | dict(content=audit.view.rows[l['row']]) for l in left]
+    return write_text(cleaned, content), write_text(list_of_left, _as_lines(with_rows))

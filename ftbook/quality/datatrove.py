@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import write_text
 from .matches import _check_share
 from .minhash import s_curve
 
@@ -35,7 +36,7 @@ def choose_bands(
     return min(able)[1:]
 
 # %% ../../nbs/inside/datatrove.ipynb #2d050160
-_datatrove = """\"""Drop near duplicates from a folder of JSONL files with datatrove's MinHash. Written by ftbook.quality.datatrove.write_datatrove.\"""
+_datatrove = """\"""Drop near duplicates from JSONL files with datatrove's MinHash. ftbook wrote this.\"""
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.readers import JsonlReader
@@ -63,25 +64,44 @@ def row(self, data, path, id_in_file): # the reader would drop rows without text
 
 class Words(WordTokenizer):
     def word_tokenize(self, text):
-        from ftbook.quality.words.words import words
+        from ftbook.quality.words import words
         found = words(text)
         return found + ['']*(N_WORDS - len(found)) if found else [] # a short text is one shingle
-    def sent_tokenize(self, text): raise NotImplementedError
-    def span_tokenize(self, text): raise NotImplementedError
 
-as_they_are = TextNormConfig(lowercase=False, norm_whitespace=False, remove_punctuation=False, norm_unicode_diacritics=False, norm_numbers=False)
-config = MinhashConfig(n_grams=N_WORDS, num_buckets=BANDS, hashes_per_bucket=ROWS, norm_config=as_they_are,
-                       hash_config=HashConfig(hash_fc='sha1')) # the xxhash of datatrove 0.10 fails with xxhash 4
+    def sent_tokenize(self, text):
+        raise NotImplementedError
+
+    def span_tokenize(self, text):
+        raise NotImplementedError
+
+as_they_are = TextNormConfig(
+    lowercase=False,
+    norm_whitespace=False,
+    remove_punctuation=False,
+    norm_unicode_diacritics=False,
+    norm_numbers=False,
+)
+config = MinhashConfig(
+    n_grams=N_WORDS,
+    num_buckets=BANDS,
+    hashes_per_bucket=ROWS,
+    norm_config=as_they_are,
+    hash_config=HashConfig(hash_fc='sha1'), # the xxhash of datatrove 0.10 fails with xxhash 4
+)
 
 def stages():
     read = JsonlReader(INPUT, text_key=TEXT, adapter=row)
-    one = executor([read, MinhashDedupSignature(f'{OUTPUT}/signatures', config, Words())], TASKS, 'signatures', None)
-    two = executor([MinhashDedupBuckets(f'{OUTPUT}/signatures', f'{OUTPUT}/buckets', config=config)], BANDS, 'buckets', one)
-    three = executor([MinhashDedupCluster(f'{OUTPUT}/buckets', f'{OUTPUT}/clusters', config, save_cluster_id=True)], 1, 'clusters', two)
+    sign = MinhashDedupSignature(f'{OUTPUT}/signatures', config, Words())
+    match = MinhashDedupBuckets(f'{OUTPUT}/signatures', f'{OUTPUT}/buckets', config=config)
+    join = MinhashDedupCluster(f'{OUTPUT}/buckets', f'{OUTPUT}/clusters', config, save_cluster_id=True)
+    one = executor([read, sign], TASKS, 'signatures', None)
+    two = executor([match], BANDS, 'buckets', one)
+    three = executor([join], 1, 'clusters', two)
     drop = MinhashDedupFilter(f'{OUTPUT}/clusters', JsonlWriter(f'{OUTPUT}/removed'), load_cluster_ids=True)
     return executor([read, drop, JsonlWriter(f'{OUTPUT}/kept')], TASKS, 'filter', three)
 
-if __name__ == '__main__': stages().run()
+if __name__ == '__main__':
+    stages().run()
 """
 
 # %% ../../nbs/inside/datatrove.ipynb #b510b266
@@ -116,5 +136,4 @@ def write_datatrove(
         EXECUTOR=executor,
     )
     settings = ''.join(f'{name} = {value!r}\n' for name, value in values.items())
-    Path(script).write_text(_datatrove.replace('SETTINGS', settings), encoding='utf-8')
-    return Path(script)
+    return write_text(Path(script), _datatrove.replace('SETTINGS', settings))

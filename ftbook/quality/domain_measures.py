@@ -45,7 +45,7 @@ def _two_samples(a, b, least):
 def _mean_distance(a, b, n_pairs):
     return sum(torch.cdist(part, b).sum().item() for part in a.split(1024)) / n_pairs
 
-
+# %% ../../nbs/inside/domain_measures.ipynb #68dd6ac7
 def embedding_distance(
     a,  # (n, d) embeddings of one side, two or more
     b,  # (m, d) of the other
@@ -59,7 +59,7 @@ def embedding_distance(
 def _ngram_counts(texts, n):
     return Counter(run for t in texts for w in [words(t)] for run in zip(*(w[i:] for i in range(n))))
 
-
+# %% ../../nbs/inside/domain_measures.ipynb #70d8574a
 def _ngram_shares(a, b, size, rng):
     every = list(a | b)
     counts = [np.array([c[x] for x in every]) for c in (a, b)]
@@ -67,7 +67,7 @@ def _ngram_shares(a, b, size, rng):
         counts = [rng.multivariate_hypergeometric(c, min(size, c.sum()), method='marginals') for c in counts]
     return every, *(c / c.sum() for c in counts)
 
-
+# %% ../../nbs/inside/domain_measures.ipynb #441d7c94
 def _js_terms(p, q):
     m = np.where(p + q > 0, (p + q) / 2, 1)
     return sum(x * np.log2(np.where(x > 0, x, m) / m) for x in (p, q)) / 2
@@ -104,7 +104,7 @@ def _divergences(a, b, seed):
         ngrams_mixed=ngram_divergence(one, two, size=size, seed=seed),
     )
 
-
+# %% ../../nbs/inside/domain_measures.ipynb #fe85de9e
 def _drawn(n_rows, total, rng):
     return np.sort(rng.permutation(total)[:n_rows])
 

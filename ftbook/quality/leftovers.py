@@ -35,7 +35,8 @@ def check_constant(
 
 # %% ../../nbs/inside/form_checks.ipynb #c6bbfbce
 RESIDUE = {
-    'a chat template': r'<\|[\w ]+\|>|\[/?INST\]|<<SYS>>|^#{2,3} ?(?:Response|Instruction|Input):|<(?:start|end)_of_turn>|</s>',
+    'a chat template': r'<\|[\w ]+\|>|\[/?INST\]|<<SYS>>|^#{2,3} ?(?:Response|Instruction|Input):'
+    r'|<(?:start|end)_of_turn>|</s>',
     'an empty placeholder': r'\{\{ ?\w+ ?\}\}|<(?:unk|pad|mask)>|\[(?:YOUR|INSERT|NAME)\b[^\]]*\]',
     'markup': r'</?(?:br|p|div|span|b|i|a|li|ul|table|td|tr|h[1-6])\b[^>]{0,200}>|&(?:amp|lt|gt|quot|nbsp|#\d{2,5});',
     # what it is -> how it reads

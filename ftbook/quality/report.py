@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import _beside
+from ..files import write_table, write_text
 from .audit import Audit
 from .curve import fit_curve
 from .curve_chart import draw_curve
@@ -108,6 +108,24 @@ def audit_report(
     summary = [f'<p>{escape(audit.sentence())}.</p>', *([_overview(listed)] if listed else [])]
     return page(title, ('What was found', summary), ('The rows', _figures(audit.view)), *_more_rows(audit), *kinds)
 
+# %% ../../nbs/inside/audit_report.ipynb #98934621
+def _flat(findings):
+    "One dict for each row of each finding."
+    return [
+        dict(
+            level=f.level,
+            where=f.where,
+            row=int(i),
+            evidence=str(why),
+            drop=i in drops,
+            message=f.message,
+            remedy=f.remedy,
+        )
+        for f in findings
+        for drops in [set(f.drop)]
+        for i, why in zip(f.rows, [*f.evidence, *[''] * (len(f.rows) - len(f.evidence))])
+    ]
+
 # %% ../../nbs/inside/audit_report.ipynb #4a99e8ef
 def save_audit(
     audit: Audit,  # What was found
@@ -118,40 +136,12 @@ def save_audit(
     import pyarrow as pa
 
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    flat = [
-        dict(
-            level=f.level,
-            where=f.where,
-            row=int(i),
-            evidence=str(why),
-            drop=i in drops,
-            message=f.message,
-            remedy=f.remedy,
-        )
-        for f in audit.findings
-        for drops in [set(f.drop)]
-        for i, why in zip(f.rows, [*f.evidence, *[''] * (len(f.rows) - len(f.evidence))])
-    ]
-    kinds = dict(
-        level=pa.string(),
-        where=pa.string(),
-        row=pa.int64(),
-        evidence=pa.string(),
-        drop=pa.bool_(),
-        message=pa.string(),
-        remedy=pa.string(),
-    )
-    _beside(out / 'findings.parquet', pa.Table.from_pylist(flat, schema=pa.schema(kinds)))
-    _beside(
-        out / 'findings.json',
-        json.dumps(
-            dict(audit.facts, sentence=audit.sentence(), findings=[asdict(f) for f in audit.findings]),
-            default=_jsonable,
-            ensure_ascii=False,
-        ),
-    )
-    _beside(out / 'report.html', audit_report(audit, title))
+    kinds = dict.fromkeys(('level', 'where', 'row', 'evidence', 'drop', 'message', 'remedy'), pa.string())
+    kinds |= dict(row=pa.int64(), drop=pa.bool_())
+    write_table(out / 'findings.parquet', pa.Table.from_pylist(_flat(audit.findings), schema=pa.schema(kinds)))
+    told = dict(audit.facts, sentence=audit.sentence(), findings=[asdict(f) for f in audit.findings])
+    write_text(out / 'findings.json', json.dumps(told, default=_jsonable, ensure_ascii=False))
+    write_text(out / 'report.html', audit_report(audit, title))
     return out
 
 # %% ../../nbs/inside/audit_report.ipynb #7f70f97d

@@ -18,13 +18,13 @@ def _start_token(tokenizer):
         raise ValueError("the tokenizer has neither a bos nor an eos token: say which token comes first (start)")
     return start
 
-
+# %% ../../nbs/inside/domain_measures.ipynb #87cc5e66
 def _windows(ids, start, max_length):
     "(read, predicted) pieces of one text."
     both = [start, *ids]
     return [(both[i : i + max_length], both[i + 1 : i + max_length + 1]) for i in range(0, len(ids), max_length)]
 
-
+# %% ../../nbs/inside/domain_measures.ipynb #8b5b6728
 def _utf8(text):
     return text.encode('utf-8', 'replace')  # a lone surrogate has no bytes
 

@@ -11,7 +11,7 @@ def _step(span, n):
     base = 10 ** math.floor(math.log10(span / n))
     return next(m * base for m in (1, 2, 5, 10) if m * base * n >= span * 0.999)
 
-
+# %% ../../nbs/inside/charts.ipynb #d2be1acb
 def _linear_ticks(lo, hi, n):
     step = _step(hi - lo, n)
     values = [k * step for k in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]
@@ -24,12 +24,12 @@ _units = (1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e4, 'k')
 def _sign(text):
     return text.replace('-', '\u2212') if text.startswith('-') else text
 
-
+# %% ../../nbs/inside/charts.ipynb #8341c7fd
 def _science(v, digits=3):
     mantissa, power = f'{v:.{digits - 1}e}'.split('e')
     return _sign(f'{float(mantissa):g}e{int(power)}')
 
-
+# %% ../../nbs/inside/charts.ipynb #3cf8795b
 def _tick_labels(values, step):
     top = max(map(abs, values), default=0)
     unit, suffix = next((u for u in _units if top >= u[0]), (1, ''))
@@ -44,7 +44,7 @@ def _tick_labels(values, step):
 def _log_label(v):
     return _science(v) if v < 9e-4 else _tick_labels([v], v)[0]
 
-
+# %% ../../nbs/inside/charts.ipynb #56b43e83
 def _log_ticks(lo, hi, n, values):
     twos = [math.log2(v) for v in values]
     if max(twos) > min(twos) and all(t.is_integer() for t in twos):

@@ -17,7 +17,7 @@ def _number(what, v):
     v = _floats(what, [v.item() if hasattr(v, 'item') else v])[0]
     return v
 
-
+# %% ../../nbs/inside/charts.ipynb #9eda3250
 def _grouped(values):
     if not isinstance(values, Mapping) or not values:
         raise ValueError("nothing to draw: values should be a dict with at least one bar")
@@ -49,34 +49,29 @@ def _spread(groups, errors):
     return out
 
 # %% ../../nbs/inside/charts.ipynb #b95e2fcc
+def _whisker(lo, hi, scale, mid):
+    "A line from `lo` to `hi`, with a stop at either end."
+    stops = ''.join(f'<line x1="{scale(e):.2%}" x2="{scale(e):.2%}" y1="{mid - 4}" y2="{mid + 4}"/>' for e in (lo, hi))
+    return (
+        f'<g stroke="currentColor" stroke-width="1.5"><line x1="{scale(lo):.2%}" x2="{scale(hi):.2%}" '
+        f'y1="{mid}" y2="{mid}"/>{stops}</g>'
+    )
+
+# %% ../../nbs/inside/charts.ipynb #6f71f51c
 def _bar(v, spread, scale, y, thick, tint, digits):
     lo, hi = spread or (v, v)
     if not math.isfinite(v):
         return f'<text x="{scale(0):.2%}" dx="6" y="{y + thick / 2:g}" dy=".35em" opacity=".75">not finite</text>'
-    a, b = sorted((scale(0), scale(v)))
-    mid, out = (
-        y + thick / 2,
-        (
-            f'<rect x="{a:.2%}" width="{b - a:.2%}" y="{y}" height="{thick}" rx="1.5" style="{tint}" '
-            f'fill="currentColor" fill-opacity="{0.65 if spread else 0.9}"/>'
-        ),
+    (a, b), mid = sorted((scale(0), scale(v))), y + thick / 2
+    rect = (
+        f'<rect x="{a:.2%}" width="{b - a:.2%}" y="{y}" height="{thick}" rx="1.5" style="{tint}" '
+        f'fill="currentColor" fill-opacity="{0.65 if spread else 0.9}"/>'
     )
-    if spread:
-        out += (
-            (
-                f'<g stroke="currentColor" stroke-width="1.5"><line x1="{scale(lo):.2%}" x2="{scale(hi):.2%}" '
-                f'y1="{mid}" y2="{mid}"/>'
-            )
-            + ''.join(
-                f'<line x1="{scale(e):.2%}" x2="{scale(e):.2%}" y1="{mid - 4}" y2="{mid + 4}"/>' for e in (lo, hi)
-            )
-            + '</g>'
-        )
     end, dx, anchor = (max(v, hi), 6, 'start') if v >= 0 else (min(v, lo), -6, 'end')
-    return (
-        out
-        + f'<text x="{scale(end):.2%}" dx="{dx}" y="{mid}" dy=".35em" text-anchor="{anchor}">{tidy(v, digits)}</text>'
+    number = (
+        f'<text x="{scale(end):.2%}" dx="{dx}" y="{mid}" dy=".35em" text-anchor="{anchor}">{tidy(v, digits)}</text>'
     )
+    return rect + (_whisker(lo, hi, scale, mid) if spread else '') + number
 
 # %% ../../nbs/inside/charts.ipynb #1b863b4a
 def _bar_scale(groups, spread, x_range, marks):
@@ -89,6 +84,31 @@ def _bar_scale(groups, spread, x_range, marks):
     if lo == hi:
         hi = lo + 1
     return lambda v: (min(max(v, lo), hi) - lo) / (hi - lo)
+
+# %% ../../nbs/inside/charts.ipynb #0cdd89ba
+def _groups_of_bars(groups, spread, scale, series, digits, minus, above):
+    "All bars with their names, and how high they are; with `above`, a name stands above its group."
+    thick, body, y = (18 if len(series) == 1 else 13), '', 0
+    for group, row in groups.items():
+        tall = len(row) * (thick + 2)
+        at = f'x="{-minus}"' if above else f'x="{-10 - minus}" text-anchor="end"'
+        body += f'<text {at} y="{y + 10 if above else y + tall / 2 - 1:g}" dy=".35em">{escape(group)}</text>'
+        y += 20 * above
+        for k, s in enumerate(row):
+            tint = _tint(series.index(s))
+            body += _bar(row[s], spread.get((group, s)), scale, y + k * (thick + 2), thick, tint, digits)
+        y += tall + 9
+    return body, y
+
+# %% ../../nbs/inside/charts.ipynb #4d9d1ef4
+def _told(groups, title, x_label, digits):
+    "The chart in words."
+    values = [
+        f"{g}{' ' + s if s else ''}: {tidy(v, digits) if math.isfinite(v) else 'not finite'}"
+        for g, row in groups.items()
+        for s, v in row.items()
+    ]
+    return '. '.join([t for t in (title, x_label) if t] + values)
 
 # %% ../../nbs/inside/charts.ipynb #f5726807
 def bars(
@@ -103,42 +123,23 @@ def bars(
     width: int = 640,  # Greatest width in px; the chart shrinks with its page
 ) -> Picture:  # A chart of a few kilobytes
     "Draw horizontal bars, with their values and errors."
-    groups = _grouped(values)
-    spread, marks = _spread(groups, errors), {str(k): _number('marks', v) for k, v in (marks or {}).items()}
+    groups, marks = _grouped(values), {str(k): _number('marks', v) for k, v in (marks or {}).items()}
+    spread = _spread(groups, errors)
     scale = _bar_scale(groups, spread, x_range, marks)
     series = list(dict.fromkeys(s for row in groups.values() for s in row))
     above = max(map(len, groups)) > 22
-    thick, body, y = (18 if len(series) == 1 else 13), '', 0
     minus = max([_px(tidy(v, digits)) + 8 for row in groups.values() for v in row.values() if v < 0], default=0)
-    for group, row in groups.items():
-        tall = len(row) * (thick + 2)
-        at = f'x="{-minus}"' if above else f'x="{-10 - minus}" text-anchor="end"'
-        body += f'<text {at} y="{y + 10 if above else y + tall / 2 - 1:g}" dy=".35em">{escape(group)}</text>'
-        y += 20 * above
-        for k, s in enumerate(row):
-            body += _bar(
-                row[s], spread.get((group, s)), scale, y + k * (thick + 2), thick, _tint(series.index(s)), digits
-            )
-        y += tall + 9
+    body, y = _groups_of_bars(groups, spread, scale, series, digits, minus, above)
     signs, room = _marks(marks, scale, y)
     zero = (
         ''
         if above and not minus
         else f'<line x1="{scale(0):.2%}" x2="{scale(0):.2%}" y1="-3" y2="{y - 6}" stroke="currentColor" opacity=".55"/>'
     )
-    left, right = (
-        minus + (2 if above else 12 + max(map(_px, groups))),
-        16 + max(_px(tidy(v, digits)) for row in groups.values() for v in row.values()),
-    )
+    left = minus + (2 if above else 12 + max(map(_px, groups)))
+    right = 16 + max(_px(tidy(v, digits)) for row in groups.values() for v in row.values())
     legend = [(s, i, '\u25a0') for i, s in enumerate(series) if len(series) > 1]
-    alt = '. '.join(
-        [t for t in (title, x_label) if t]
-        + [
-            f"{g}{' ' + s if s else ''}: {tidy(v, digits) if math.isfinite(v) else 'not finite'}"
-            for g, row in groups.items()
-            for s, v in row.items()
-        ]
-    )
+    alt = _told(groups, title, x_label, digits)
     return _picture(
         _Chart(title, body + zero + signs, y, (8 + room, right, 4, left), legend, '', x_label, (), width, alt, 'left')
     )

@@ -67,15 +67,20 @@ def _curves(data, colour, x, y, height):
     )
 
 # %% ../../nbs/inside/charts.ipynb #2fc383a6
-def _ends(data, x, y, height, gap=15):
-    last = {n: [r for r in rows if _finite(r)][-1] for n, rows in data['lines'].items()}
+def _can_be_named(data, last, x, y, height, gap):
+    "Whether few enough lines end at the right, far enough from one another, for a name beside each end."
     named = {n for group in data.values() for n in group}
-    far = max((x(a) for a, _ in last.values()), default=0)
     if not last or named != set(last) or len(last) > 6 or max(map(len, last)) > 16:
-        return {}
-    if min(x(a) for a, _ in last.values()) < far - 0.03 or far < 0.9:
-        return {}
-    if len(last) * gap > height or not all(0 <= y(b) <= 1 for _, b in last.values()):
+        return False
+    far = max(x(a) for a, _ in last.values())
+    at_the_right = far >= 0.9 and min(x(a) for a, _ in last.values()) >= far - 0.03
+    return at_the_right and len(last) * gap <= height and all(0 <= y(b) <= 1 for _, b in last.values())
+
+# %% ../../nbs/inside/charts.ipynb #02c060f2
+def _ends(data, x, y, height, gap=15):
+    "Where the name of each line goes, from the left and from the top; none where they do not fit."
+    last = {n: [r for r in rows if _finite(r)][-1] for n, rows in data['lines'].items()}
+    if not _can_be_named(data, last, x, y, height, gap):
         return {}
     places, floor = {}, height + gap
     for name, (a, b) in sorted(last.items(), key=lambda kv: kv[1][1]):
@@ -93,20 +98,25 @@ def _tell(data, title, x_label, y_label):
     return '. '.join(t for t in (title, about, *ends) if t)
 
 # %% ../../nbs/inside/charts.ipynb #b94d1200
-def _axes(data, log_x, log_y, x_range, y_range, marks):
+def _check_logs(data, log_x, log_y, marks):
+    "ValueError where a logarithmic axis meets a value that is not above 0."
     if log_x:
         _check_log(data, 'log_x', True)
     if log_y:
         _check_log(data, 'log_y', False)
+    wrong = next((label for label, v in marks.items() if log_x and v <= 0), None)
+    if wrong is not None:
+        raise ValueError(f"log_x needs values above 0; mark {wrong!r} has {marks[wrong]:g}")
+
+# %% ../../nbs/inside/charts.ipynb #768bd91d
+def _axes(data, log_x, log_y, x_range, y_range, marks):
+    _check_logs(data, log_x, log_y, marks)
     rows = [r for series in data.values() for s in series.values() for r in s if _finite(r)]
     xs, ys = [r[0] for r in rows], [v for r in rows for v in r[1:]]
-    for label, v in marks.items():
-        if log_x and v <= 0:
-            raise ValueError(f"log_x needs values above 0; mark {label!r} has {v:g}")
     seen = xs + list(marks.values())
     return _Axis(xs, log_x, x_range or (min(seen), max(seen)), 6), _Axis(ys, log_y, y_range, 5)
 
-
+# %% ../../nbs/inside/charts.ipynb #bc0ffecd
 def _lost(data):
     n = sum(not _finite(r) and any(v == v for v in r) for series in data.values() for s in series.values() for r in s)
     return [f'{n} value{"s" * (n > 1)} not finite and left out'] if n else []

@@ -150,21 +150,32 @@ def _input(c):
     )
 
 # %% ../../nbs/inside/explorer.ipynb #f603b4ff
-_explorer_css = """<style>[data-ftbook-explorer]{max-width:640px;margin:1em 0;padding:14px 18px 10px;border:1px solid color-mix(in srgb,currentColor 22%,transparent);border-radius:8px;font:14px/1.5 system-ui,sans-serif;accent-color:#0072B2;--faint:color-mix(in srgb,currentColor 24%,transparent);--full:color-mix(in oklab,#0072B2 78%,currentColor)}
-[data-ftbook-explorer] .ftbook-controls{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13em),1fr));gap:10px 28px;align-items:end;margin-bottom:14px}
+_explorer_css = """<style>[data-ftbook-explorer]{max-width:640px;margin:1em 0;padding:14px 18px 10px;\
+border:1px solid color-mix(in srgb,currentColor 22%,transparent);border-radius:8px;font:14px/1.5 system-ui,sans-serif;\
+accent-color:#0072B2;--faint:color-mix(in srgb,currentColor 24%,transparent);--full:color-mix(in oklab,#0072B2 78%,\
+currentColor)}
+[data-ftbook-explorer] .ftbook-controls{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13em),1fr))\
+;gap:10px 28px;align-items:end;margin-bottom:14px}
 [data-ftbook-explorer] label{display:block;margin:0;font:inherit;color:inherit}
 [data-ftbook-explorer] label>span{display:flex;justify-content:space-between;gap:1em}
 [data-ftbook-explorer] output{display:inline;padding:0;font-weight:600;font-variant-numeric:tabular-nums;color:inherit}
-[data-ftbook-explorer] input[type=range]{appearance:none;-webkit-appearance:none;display:block;box-sizing:border-box;width:100%;height:32px;margin:0;padding:0;border:0;cursor:pointer;color:inherit;background:linear-gradient(to right,var(--full) calc(8px + var(--at)*(100% - 16px)),var(--faint) 0) center/100% 4px no-repeat}
+[data-ftbook-explorer] input[type=range]{appearance:none;-webkit-appearance:none;display:block;box-sizing:border-box;\
+width:100%;height:32px;margin:0;padding:0;border:0;cursor:pointer;color:inherit;background:linear-gradient(to right,\
+var(--full) calc(8px + var(--at)*(100% - 16px)),var(--faint) 0) center/100% 4px no-repeat}
 [data-ftbook-explorer] input[type=range]::-webkit-slider-runnable-track{background:none}
-[data-ftbook-explorer] input[type=range]::-webkit-slider-thumb{-webkit-appearance:none;width:16px;height:16px;border:0;border-radius:50%;background:var(--full)}
+[data-ftbook-explorer] input[type=range]::-webkit-slider-thumb{-webkit-appearance:none;width:16px;height:16px;\
+border:0;border-radius:50%;background:var(--full)}
 [data-ftbook-explorer] input[type=range]::-moz-range-track{background:none}
-[data-ftbook-explorer] input[type=range]::-moz-range-thumb{width:16px;height:16px;border:0;border-radius:50%;background:var(--full)}
-[data-ftbook-explorer] select{box-sizing:border-box;width:100%;height:32px;padding:0 6px;font:inherit;color:inherit;background:transparent;border:1px solid color-mix(in srgb,currentColor 50%,transparent);border-radius:5px}
+[data-ftbook-explorer] input[type=range]::-moz-range-thumb{width:16px;height:16px;border:0;border-radius:50%;\
+background:var(--full)}
+[data-ftbook-explorer] select{box-sizing:border-box;width:100%;height:32px;padding:0 6px;font:inherit;color:inherit;\
+background:transparent;border:1px solid color-mix(in srgb,currentColor 50%,transparent);border-radius:5px}
 [data-ftbook-explorer] option{color:CanvasText;background:Canvas}
 [data-ftbook-explorer] .ftbook-check{display:flex;gap:.5em;align-items:center;min-height:32px}
-[data-ftbook-explorer] :is(input,select):focus-visible{outline:2px solid var(--full);outline-offset:2px;border-radius:4px}
-[data-ftbook-explorer] [role=status]{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+[data-ftbook-explorer] :is(input,select):focus-visible{outline:2px solid var(--full);outline-offset:2px;\
+border-radius:4px}
+[data-ftbook-explorer] [role=status]{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);\
+white-space:nowrap}
 @media print{[data-ftbook-explorer] input[type=range]{display:none}}</style>"""
 
 # %% ../../nbs/inside/explorer.ipynb #6f4ac6f9
@@ -192,8 +203,10 @@ for(const box of document.querySelectorAll('[data-ftbook-explorer]')){
     if(!data)return;
     figure.innerHTML=data.frames[data.index[inputs.reduce((k,input,i)=>k*options[i].length+place(input),0)]];
     clearTimeout(timer);
-    timer=setTimeout(()=>{status.textContent=[...figure.querySelectorAll('svg[aria-label]')].map(s=>s.getAttribute('aria-label')).join('. ')},500)};
-  unpack(box.dataset.frames).then(d=>{data=d;if(moved)show()},e=>box.append('The controls are still: this browser could not unpack their figures ('+e+').'));
+    timer=setTimeout(()=>{status.textContent=[...figure.querySelectorAll('svg[aria-label]')].map(s=>s.getAttribute(\
+'aria-label')).join('. ')},500)};
+  unpack(box.dataset.frames).then(d=>{data=d;if(moved)show()},e=>box.append(\
+'The controls are still: this browser could not unpack their figures ('+e+').'));
   box.addEventListener('input',show)}
 })()</script>"""
 

@@ -16,11 +16,11 @@ def _tint(i, share=78):
     c = _palette[i % len(_palette)]
     return f'color:{c};color:color-mix(in oklab,{c} {share}%,currentColor)'
 
-
+# %% ../../nbs/inside/charts.ipynb #4c6fda65
 def _px(text, size=12):
     return math.ceil(len(text) * size * 0.6)  # a guess at its width
 
-
+# %% ../../nbs/inside/charts.ipynb #b1005532
 def _short(text, n):
     return text if len(text) <= n else text[: n - 1].rstrip() + '\u2026'
 
@@ -70,7 +70,7 @@ def _wrapped(pieces, room):
         left -= width + 6
     return lines
 
-
+# %% ../../nbs/inside/charts.ipynb #6320643e
 def _svg_document(chart):
     t, r, b, l = chart.margins
     l, room = max(l, 10), chart.width - 20
@@ -103,7 +103,7 @@ def _svg_document(chart):
         f'{text(below, end + 10, l)}</svg>'
     )
 
-
+# %% ../../nbs/inside/charts.ipynb #fa1a5d84
 def _picture(chart):
     return Picture(chart.html(), _svg_document(chart))
 

@@ -9,10 +9,11 @@ __all__ = ['Picture', 'row', 'page']
 
 # %% ../../nbs/inside/page.ipynb #36a4f73a
 import html
-import os
 import re
 from collections import Counter
 from pathlib import Path
+
+from ..files import _beside
 
 # %% ../../nbs/inside/page.ipynb #5e1ba2ef
 def escape(
@@ -22,11 +23,10 @@ def escape(
     return html.escape(str(text))
 
 
-def _write(path, text):
-    path = Path(path)
-    beside = path.with_name(f'.{path.name}.part')
-    beside.write_text(text, encoding='utf-8')
-    os.replace(beside, path)
+def _save(path, text):
+    "Write a page or a drawing into a folder that is there."
+    with _beside(path) as part:
+        part.write_text(text, encoding='utf-8', newline='')
     return path
 
 # %% ../../nbs/inside/page.ipynb #e01cc5da
@@ -59,9 +59,9 @@ class Picture:
         "Write the picture to `path`, whole or not at all."
         path = Path(path)
         if path.suffix == '.html':
-            return _write(path, page(path.stem, ('', self)))
+            return _save(path, page(path.stem, ('', self)))
         if path.suffix == '.svg' and self.svg:
-            return _write(path, self.svg)
+            return _save(path, self.svg)
         can = '.html or .svg' if self.svg else '.html'
         raise ValueError(f"cannot save to {path.name!r}: this picture saves to {can}")
 
@@ -77,15 +77,19 @@ def row(
 
 # %% ../../nbs/inside/page.ipynb #457f1a83
 _page_css = """:root{color-scheme:light dark}
-body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:46rem;font:16px/1.6 system-ui,sans-serif;color:#1d1f23;background:#fff;overflow-wrap:break-word}
+body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:46rem;font:16px/1.6 system-ui,sans-serif;
+color:#1d1f23;background:#fff;overflow-wrap:break-word}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 .4em;letter-spacing:-.015em}
-h2{font-size:1.25rem;line-height:1.3;margin:2.2em 0 .6em;padding-top:.8em;border-top:1px solid color-mix(in srgb,currentColor 18%,transparent)}
+h2{font-size:1.25rem;line-height:1.3;margin:2.2em 0 .6em;padding-top:.8em;
+border-top:1px solid color-mix(in srgb,currentColor 18%,transparent)}
 h2 a{color:inherit;text-decoration:none}h2 a:hover{text-decoration:underline}a{color:#0067a3}
 nav{display:flex;flex-wrap:wrap;gap:.2em 1.2em;font-size:.9rem;margin-top:1.2em}
-pre{white-space:pre-wrap;font:13px/1.5 ui-monospace,monospace;padding:.8em 1em;border-radius:6px;background:color-mix(in srgb,currentColor 6%,transparent)}
+pre{white-space:pre-wrap;font:13px/1.5 ui-monospace,monospace;padding:.8em 1em;border-radius:6px;
+background:color-mix(in srgb,currentColor 6%,transparent)}
 code{font:.9em ui-monospace,monospace}
 @media(prefers-color-scheme:dark){body{color:#e4e6e9;background:#16181c}a{color:#6bb6ea}}
-@media print{body{max-width:none;padding:0;font-size:11pt;color:#000;background:#fff}nav{display:none}h2{break-after:avoid}[role=figure],tr,pre{break-inside:avoid}}"""
+@media print{body{max-width:none;padding:0;font-size:11pt;color:#000;background:#fff}
+nav{display:none}h2{break-after:avoid}[role=figure],tr,pre{break-inside:avoid}}"""
 
 
 def _slug(text, seen):

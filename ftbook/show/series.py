@@ -17,7 +17,7 @@ def _floats(what, column):
         bad = next(v for v in column if not isinstance(v, (int, float, type(None))))
         raise ValueError(f"{what} has {bad!r}, which is not a number") from None
 
-
+# %% ../../nbs/inside/charts.ipynb #c12999fe
 def _finite(row):
     return all(map(math.isfinite, row))
 
@@ -53,7 +53,7 @@ def _gather(**given):
         raise ValueError("nothing to plot: give lines, points or bands")
     return data
 
-
+# %% ../../nbs/inside/charts.ipynb #6dd0c424
 def _check_log(data, side, first):
     for group, series in data.items():
         for name, rows in series.items():
@@ -80,16 +80,16 @@ def _thin(run, tolerance=0.3):
 def _at(x, y):
     return f'{round(x, 1):g} {round(y, 1):g}'
 
-
+# %% ../../nbs/inside/charts.ipynb #46283169
 def _runs(rows):
     return [list(run) for ok, run in itertools.groupby(rows, _finite) if ok]
 
-
+# %% ../../nbs/inside/charts.ipynb #8c98b602
 def _line_path(rows, x, y):
     runs = [_thin([(x(a), y(b)) for a, b in run]) for run in _runs(rows)]
     return ''.join('M' + ' '.join(_at(*p) for p in run) + ('h.1' if len(run) == 1 else '') for run in runs)
 
-
+# %% ../../nbs/inside/charts.ipynb #506520f8
 def _band_path(rows, x, y):
     out = ''
     for run in _runs(rows):
@@ -97,6 +97,6 @@ def _band_path(rows, x, y):
         out += 'M' + ' '.join(_at(*p) for p in edge) + 'z'
     return out
 
-
+# %% ../../nbs/inside/charts.ipynb #3698f1e4
 def _point_path(rows, x, y):
     return ''.join(f'M{_at(x(a), y(b))}h.1' for a, b in filter(_finite, rows))

@@ -21,11 +21,12 @@ def _column(values, digits):
     places = max(0, digits - 1 - math.floor(math.log10(max(sizes))))
     return [_sign(f'{v:,.{places}f}') if isinstance(v, float) and math.isfinite(v) else tidy(v) for v in values]
 
-
+# %% ../../nbs/inside/charts.ipynb #c5bb7d39
 _table_css = """<style>.ftbook-table{overflow-x:auto;margin:.5em 0 1em;font:13px/1.5 system-ui,sans-serif}
 .ftbook-table table{border-collapse:collapse;border:0;margin:.2em 0;width:auto;font:inherit;color:inherit}
 .ftbook-table tr{background:none!important;border:0}
-.ftbook-table :is(th,td){padding:.25em 1.5em .25em 0;border:0;text-align:left;vertical-align:top;color:inherit;background:none;max-width:34em}
+.ftbook-table :is(th,td){padding:.25em 1.5em .25em 0;border:0;text-align:left;vertical-align:top;color:inherit;\
+background:none;max-width:34em}
 .ftbook-table th{font-weight:600;border-bottom:1px solid currentColor}
 .ftbook-table tbody tr+tr td{border-top:1px solid color-mix(in srgb,currentColor 15%,transparent)}
 .ftbook-table .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}</style>"""
@@ -34,13 +35,13 @@ _table_css = """<style>.ftbook-table{overflow-x:auto;margin:.5em 0 1em;font:13px
 def _cells(tag, texts, numeric):
     return '<tr>' + ''.join(f'<{tag}{" class=n" if n else ""}>{t}</{tag}>' for t, n in zip(texts, numeric)) + '</tr>'
 
-
+# %% ../../nbs/inside/charts.ipynb #7017b342
 def _cell(v):
     if hasattr(v, '_repr_html_') or v is None:
         return v._repr_html_() if v is not None else ''
     return f'<div style="min-width:13em">{escape(v)}</div>' if len(str(v)) > 36 else escape(v)
 
-
+# %% ../../nbs/inside/charts.ipynb #ec28bf8c
 def table(
     rows: Sequence[dict],  # One dict a row; a missing key leaves its cell empty. A value may be a `Picture`
     *,

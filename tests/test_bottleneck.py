@@ -1,6 +1,6 @@
 "Bottleneck adapters, (IA)3 and BitFit: against plain torch, against peft, against the `adapters` package, and against bad input."
 
-import contextlib, copy, gc, json, math, os, re, sys, weakref
+import contextlib, copy, gc, itertools, json, math, os, re, sys, weakref
 
 import pytest, torch
 import torch.nn.functional as F
@@ -1480,7 +1480,7 @@ def test_a_head_that_is_trained_whole_crosses_the_border(method, tmp_path):
     assert gap([(classes(model), classes(classifier()))]) > 1e-3
 
 
-def biases_of(name):
+def biases_of(name, norms=False):
     """The model with BitFit, the same with its own biases thawed, and the pairs: offset and bias.
 
     The frozen biases are not zero.
@@ -1490,7 +1490,7 @@ def biases_of(name):
         for n in methods_targets.find_modules(base):
             if (b := base.get_submodule(n).bias) is not None:
                 b.normal_(std=0.1)
-    ours, plain = BitFit().apply(copy.deepcopy(base)), base.requires_grad_(False)
+    ours, plain = BitFit(norms=norms).apply(copy.deepcopy(base)), base.requires_grad_(False)
     busy(ours)
     pairs = []
     for n, part in parts_of(ours).items():
@@ -1503,8 +1503,9 @@ def biases_of(name):
 def bitfit_rows():
     "(what, largest differences) of BitFit against the model's own biases, thawed."
     rows = {}
-    for name in ("GPT-2", "BERT", "DistilBERT"):
-        ours, plain, pairs = biases_of(name)
+    for model, norms in itertools.product(("GPT-2", "BERT", "DistilBERT"), (False, True)):
+        name = f"{model}, layer norms too" if norms else model
+        ours, plain, pairs = biases_of(model, norms)
         optimizers = [
             torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.0)
             for ps in ([o.offset for o, _ in pairs], [b for _, b in pairs])
@@ -1551,8 +1552,32 @@ def test_bitfit_does_nothing_counts_and_crosses_the_border(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "BERT", "DistilBERT"])
-def test_bitfit_merges_into_biases(name):
-    ours, plain, _ = biases_of(name)
+def test_bitfit_with_norms_trains_every_bias_as_in_the_paper(name, tmp_path):
+    model = make(name)
+    biases = {n: p.numel() for n, p in model.named_parameters() if n.endswith("bias")}
+    heads = {n: m.bias for n, m in model.named_modules() if m is methods_targets.head_of(model)}
+    left = [n for n, p in model.named_parameters() if any(p is b for b in heads.values())]
+    BitFit(norms=True).apply(model)
+    assert trainable_summary(model).trained == sum(biases.values()) - sum(biases[n] for n in left)
+    want = logits(busy(model))
+    here = load_adapter(make(name), save_adapter(model, tmp_path))
+    assert here.ftbook_method == BitFit(norms=True) and torch.equal(logits(here), want)
+    assert gap([(logits(merge_(model)), want)]) < 1e-5
+    assert torch.equal(logits(unmerge_(model)), want)
+
+
+@pytest.mark.parametrize("name", ["Llama", "T5"])
+def test_a_model_whose_norms_have_no_bias_is_refused(name):
+    model = make(name)
+    with pytest.raises(ValueError, match="norms=True, and .* has no layer norm with a bias"):
+        BitFit(norms=True).apply(model)
+    assert not hasattr(model, "ftbook_method")
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "DistilBERT"])
+@pytest.mark.parametrize("norms", [False, True])
+def test_bitfit_merges_into_biases(name, norms):
+    ours, plain, _ = biases_of(name, norms)
     want = logits(ours)
     assert gap([(logits(merge_(ours)), want), (logits(plain), want)]) < 1e-5
     assert torch.equal(logits(unmerge_(ours)), want)

@@ -603,7 +603,8 @@ def test_a_method_that_puts_parts_in_by_itself(training):
 @pytest.mark.parametrize("backend", ["ftbook", "bitsandbytes"])
 @either_mode
 def test_quantised_layers_take_over_the_mode(training, backend):
-    from ftbook.methods.quant import dequantize_, quantize_
+    from ftbook.methods.quant import quantize_
+    from ftbook.methods.quant_model import dequantize_
 
     model = quantize_(small(width=64).train(training), backend=backend)
     assert modes(model) == {training}

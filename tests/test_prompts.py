@@ -15,7 +15,8 @@ from ftbook.methods.prefix_tuning import PrefixTuning
 from ftbook.methods.prompt_tuning import PromptTuning
 from ftbook.methods.p_tuning import PTuning
 from ftbook.methods.prefix_attention import attention_by_position
-from ftbook.methods.prompts import nearest_words, read_prefix
+from ftbook.methods.prompt_words import nearest_words
+from ftbook.methods.prompts import read_prefix
 
 vocab, n = 60, 5
 

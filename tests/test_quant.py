@@ -12,7 +12,8 @@ from ftbook.methods.fold import merge_, remove_
 from ftbook.methods.parts import parts_of
 from ftbook.methods.codebooks import BLOCK_SIZES, VALUES, bits_per_weight, normal_float
 from ftbook.methods.quant_layer import QuantLinear
-from ftbook.methods.quant import dequantize_, quantize_
+from ftbook.methods.quant import quantize_
+from ftbook.methods.quant_model import dequantize_
 from ftbook.methods.nf4 import dynamic_code, nearest, quantize_blocks, quantize_constants, quantize_tensor, scale_blocks
 from ftbook.methods.quant_files import load_quantized
 from ftbook.methods.quant_merge import merge_quantized_

@@ -19,16 +19,21 @@ from .protocol import Method, register
 from .targets import exact_targets, find_modules, linear_size
 
 # %% ../../nbs/inside/adapter_methods.ipynb #ac4afe98
+def _outputs(layer):
+    "How many numbers come out of a linear layer or a layer norm."
+    return len(layer.bias) if isinstance(layer, nn.LayerNorm) else linear_size(layer)[1]
+
+# %% ../../nbs/inside/adapter_methods.ipynb #b3268190
 class OffsetPart(Part):
-    "A linear layer and a trained vector that is added to its output."
+    "A linear layer, or a layer norm, and a trained vector that is added to its output."
 
     def __init__(
         self,
-        base: nn.Module,  # nn.Linear, Conv1D, or a layer of that interface
+        base: nn.Module,  # nn.Linear, Conv1D, a layer of that interface, or nn.LayerNorm with a bias
         bare: Sequence[str] = (),  # Layers of the method that have no bias, this one or others
     ):
         super().__init__(base)
-        self.bare, self.offset = list(bare), nn.Parameter(torch.zeros(linear_size(base)[1], device=base.weight.device))
+        self.bare, self.offset = list(bare), nn.Parameter(torch.zeros(_outputs(base), device=base.weight.device))
 
     def forward(
         self,
@@ -59,27 +64,39 @@ class BitFit(Method):
 
     target_modules: str | Sequence[str] = 'all-linear'  # As in `find_modules`
     modules_to_save: Sequence[str] = ()  # Endings of names: trained whole beside it
+    norms: bool = False  # The biases of all layer norms too, as in the paper; PEFT cannot read such a file
     peft_type: ClassVar[str] = 'BITFIT'
 
     def __post_init__(self):
         if not self.target_modules:
             raise ValueError("target_modules is empty: name some modules or write 'all-linear'")
 
+    def targets(
+        self,
+        model: nn.Module,  # Without a method
+    ) -> list[str]:  # Full names. ValueError if a target matches nothing
+        "The layers that get an offset."
+        found = find_modules(model, self.target_modules)
+        if not self.norms:
+            return found
+        norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and m.bias is not None]
+        if not norms:
+            raise ValueError(f'norms=True, and {type(model).__name__} has no layer norm with a bias: write norms=False')
+        return found + norms
+
     def shapes(
         self,
         model: nn.Module,  # Without a method
     ) -> dict[str, tuple]:  # Name of each parameter -> shape. ValueError if a target matches nothing
         "What BitFit would add to `model`."
-        return {
-            f'{n}.offset': (linear_size(model.get_submodule(n))[1],) for n in find_modules(model, self.target_modules)
-        }
+        return {f'{n}.offset': (_outputs(model.get_submodule(n)),) for n in self.targets(model)}
 
     def inject_(
         self,
         model: nn.Module,  # All frozen
     ):
         "Put an OffsetPart in the place of each target."
-        names = find_modules(model, self.target_modules)
+        names = self.targets(model)
         bare = [n for n in names if model.get_submodule(n).bias is None]
         for n in names:
             replace_(model, n, OffsetPart(model.get_submodule(n), bare))
@@ -90,10 +107,11 @@ def key(
     self: BitFit,
     name: str,  # A parameter's name in the model
 ) -> str:  # Its name in the file
-    "The bias of LoRA's second matrix."
-    return re.sub(r'\.offset$', '.lora_B.bias', Method.key(self, name))
+    "The bias of LoRA's second matrix; with norms, the parameter's own."
+    own = Method.key(self, name)
+    return own if self.norms else re.sub(r'\.offset$', '.lora_B.bias', own)
 
-
+# %% ../../nbs/inside/adapter_methods.ipynb #d67aedf6
 @patch
 def tensors(
     self: BitFit,
@@ -101,9 +119,8 @@ def tensors(
 ) -> dict[str, Tensor]:  # Name in the file -> what is written
     "The offsets, and for each a LoRA of rank 1 that is zero."
     found = Method.tensors(self, model)
-    for n, part in parts_of(model).items():
-        if not isinstance(part, OffsetPart):
-            continue
+    offsets = {n: o for n, o in parts_of(model).items() if isinstance(o, OffsetPart)}
+    for n, part in () if self.norms else offsets.items():
         n_in, n_out = linear_size(part.base)
         found |= {
             self.key(f'{n}.lora_A.weight'): torch.zeros(1, n_in),
@@ -111,7 +128,7 @@ def tensors(
         }
     return found
 
-
+# %% ../../nbs/inside/adapter_methods.ipynb #bd4ebb26
 @patch
 def check_tensors(
     self: BitFit,
@@ -131,7 +148,10 @@ def to_peft(
     self: BitFit,
     model: nn.Module,  # With this method on it
 ) -> dict:  # Content of adapter_config.json
-    "A LoRA of rank 1 with a bias."
+    "A LoRA of rank 1 with a bias; with norms, the fields."
+    if self.norms:
+        targets, whole = self.target_modules, list(self.modules_to_save or ()) or None
+        return dict(target_modules=targets, modules_to_save=whole, norms=True)
     parts = {n: o for n, o in parts_of(model).items() if isinstance(o, OffsetPart)}
     return dict(
         peft_type='LORA',
@@ -146,16 +166,14 @@ def to_peft(
         fan_in_fan_out=any(not isinstance(o.base, nn.Linear) for o in parts.values()),
     )
 
-
+# %% ../../nbs/inside/adapter_methods.ipynb #9801a323
 @patch(cls_method=True)
 def from_peft(
     cls: BitFit,
     config: dict,  # Content of adapter_config.json
 ) -> 'BitFit':  # ValueError names the fields that it cannot honour
     "The method that `to_peft` describes."
-    refuse_fields(
-        config,
-        {'target_modules', 'modules_to_save', 'fan_in_fan_out', 'init_lora_weights'},
-        dict(r=[1], lora_alpha=[1], lora_bias=[True], bias=['none']),
-    )
-    return cls(config['target_modules'], config.get('modules_to_save') or ())
+    ours = {'target_modules', 'modules_to_save', 'norms'}
+    lora = dict(r=[1], lora_alpha=[1], lora_bias=[True], bias=['none'])
+    refuse_fields(config, ours | {'fan_in_fan_out', 'init_lora_weights'}, lora)
+    return cls(config['target_modules'], config.get('modules_to_save') or (), bool(config.get('norms')))

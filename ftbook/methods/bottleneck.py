@@ -8,27 +8,25 @@ Docs: https://ftbook.github.io/ftbook/adapters.html.md"""
 __all__ = []
 
 # %% ../../nbs/12_adapters.ipynb #c1642f52
-import weakref
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.utils import skip_init
 
 from .layouts import Place
-from .parts import Part
 from .protocol import Method
+from .stream import StreamPart
 
 # %% ../../nbs/12_adapters.ipynb #a02b1f64
+# By the names of transformers and of the `adapters` package
 ACTIVATIONS = {
     'relu': F.relu,
     'gelu': F.gelu,
     'gelu_new': partial(F.gelu, approximate='tanh'),
     'silu': F.silu,
     'swish': F.silu,
-    # By the names of transformers and of the `adapters` package
     'tanh': torch.tanh,
     'leakyrelu': F.leaky_relu,
     'linear': lambda x: x,
@@ -36,7 +34,7 @@ ACTIVATIONS = {
 KINDS = ('houlsby', 'pfeiffer', 'parallel')
 
 # %% ../../nbs/12_adapters.ipynb #ea5dfd62
-class BottleneckPart(Part):
+class BottleneckPart(StreamPart):
     "A module whose output goes into the stream, and a bottleneck that adds to it."
 
     def __init__(
@@ -47,14 +45,11 @@ class BottleneckPart(Part):
         place: Place,  # Where it stands
         device: torch.device = 'cpu',  # Of the block
     ):
-        super().__init__(base)
+        super().__init__(base, method, place)
         # draws no random numbers
         linear = partial(skip_init, nn.Linear, device=device, dtype=torch.float32)
-        self.down, self.up = (
-            linear(width, method.bottleneck_size),
-            linear(method.bottleneck_size, width),
-        )
-        self.method, self.place, self.norm, self.seen, self.hook = method, place, (), None, None
+        self.down = linear(width, method.bottleneck_size)
+        self.up = linear(method.bottleneck_size, width)
 
     def forward(
         self,
@@ -67,96 +62,31 @@ class BottleneckPart(Part):
             return out + self.added(out)
         return (out[0] + self.added(out[0]), *out[1:])
 
-    def __getstate__(self):
-        return {**self.__dict__, 'seen': None}  # a copy has seen nothing
+    def read(
+        self,
+        h: Tensor,  # (..., d), what the base gave
+    ) -> Tensor:  # (..., d)
+        "What goes through the bottleneck."
+        if self.method.kind == 'houlsby':
+            return h
+        x = self.stream()
+        if self.method.kind == 'parallel':
+            return x
+        return self.norm[0](x + h) if self.norm else x + h
+
+    def added(
+        self,
+        h: Tensor,  # (..., d), what the base gave
+    ) -> Tensor:  # (..., d), in the dtype of `h`
+        "s U act(D r)."
+        r, method = self.read(h), self.method
+        down, up = (
+            (layer.weight.to(r.dtype), layer.bias.to(r.dtype)) for layer in (self.down, self.up)
+        )
+        low = ACTIVATIONS[method.activation](F.linear(r, *down))  # (..., m)
+        out = F.linear(low, *up) * method.scaling
+        return F.dropout(out, method.dropout, self.training).to(h.dtype)
 
     def extra_repr(self) -> str:
         "What `print(model)` shows of it."
         return f'{self.method.kind}, scaling={self.method.scaling:g}'
-
-# %% ../../nbs/12_adapters.ipynb #c2ab5f59
-@patch
-def watch_(
-    self: BottleneckPart,
-    model: nn.Module,  # With every part in its place
-):
-    "From now on, see the stream that comes in front of the feed-forward."
-    block, layout = model.get_submodule(self.place.block), self.place.layout
-    self.hook = block.get_submodule(layout.stream).register_forward_pre_hook(
-        self.see, with_kwargs=True
-    )
-    # in a tuple, so that it is not ours to save or to move
-    if layout.norm:
-        self.norm = (block.get_submodule(layout.norm),)
-
-
-@patch
-def see(
-    self: BottleneckPart,
-    module: nn.Module,  # That is called
-    args: tuple,  # With the stream as the first
-    kwargs: dict,  # Or here
-):
-    "Remember the stream, weakly."
-    self.seen = weakref.ref(args[0] if args else next(iter(kwargs.values())))
-
-
-@patch
-def leave_(self: BottleneckPart):
-    "Look no more."
-    if self.hook:
-        self.hook.remove()
-
-# %% ../../nbs/12_adapters.ipynb #02939cb6
-@patch
-def read(
-    self: BottleneckPart,
-    h: Tensor,  # (..., d), what the base gave
-) -> Tensor:  # (..., d)
-    "What goes through the bottleneck."
-    if self.method.kind == 'houlsby':
-        return h
-    x = self.seen() if self.seen else None
-    if x is None:
-        raise RuntimeError(
-            (
-                f'the {self.method.kind} adapter of {self.place.block} saw no stream: '
-                f'{self.place.layout.stream} has to be called in the same forward pass, '
-                f'before {self.place.layout.feed_forward}'
-            )
-        )
-    if self.method.kind == 'parallel':
-        return x
-    return self.norm[0](x + h) if self.norm else x + h
-
-# %% ../../nbs/12_adapters.ipynb #300d7255
-@patch
-def added(
-    self: BottleneckPart,
-    h: Tensor,  # (..., d), what the base gave
-) -> Tensor:  # (..., d), in the dtype of `h`
-    "s U act(D r)."
-    r, method = self.read(h), self.method
-    # (..., m)
-    low = ACTIVATIONS[method.activation](
-        F.linear(r, self.down.weight.to(r.dtype), self.down.bias.to(r.dtype))
-    )
-    out = F.linear(low, self.up.weight.to(r.dtype), self.up.bias.to(r.dtype)) * method.scaling
-    return F.dropout(out, method.dropout, self.training).to(h.dtype)
-
-# %% ../../nbs/12_adapters.ipynb #692f2c65
-@patch
-@torch.no_grad()
-def begin_(
-    self: BottleneckPart,
-    generator: torch.Generator,  # On the CPU
-):
-    "Set the weights as `method.init` says, and the biases to zero."
-    std = self.method.init_std
-    for layer in (self.down, self.up):
-        w, reach = torch.zeros(layer.weight.shape), layer.in_features**-0.5
-        if self.method.init == 'normal':
-            nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std, generator=generator)
-        elif layer is self.down:
-            w.uniform_(-reach, reach, generator=generator)
-        layer.weight.copy_(w), layer.bias.zero_()

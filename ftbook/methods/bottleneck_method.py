@@ -115,6 +115,23 @@ def bottlenecks(
     "The bottleneck adapters in a model."
     return {n: o for n, o in parts_of(model).items() if isinstance(o, BottleneckPart)}
 
+# %% ../../nbs/inside/adapter_methods.ipynb #2871fb7c
+@torch.no_grad()
+def first_weights_(
+    part: BottleneckPart,  # Fresh
+    generator: torch.Generator,  # On the CPU
+):
+    "Set the weights as `method.init` says, and the biases to zero."
+    method, std = part.method, part.method.init_std
+    for layer in (part.down, part.up):
+        w, reach = torch.zeros(layer.weight.shape), layer.in_features**-0.5
+        if method.init == 'normal':
+            nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std, generator=generator)
+        elif layer is part.down:
+            w.uniform_(-reach, reach, generator=generator)
+        layer.weight.copy_(w)
+        layer.bias.zero_()
+
 # %% ../../nbs/inside/adapter_methods.ipynb #fc9cd1591
 @patch
 def inject_(
@@ -129,10 +146,10 @@ def inject_(
     }
     for name, more in given.items():
         part = BottleneckPart(model.get_submodule(name), *more)
-        part.begin_(generator)
+        first_weights_(part, generator)
         replace_(model, name, part)
 
-
+# %% ../../nbs/inside/adapter_methods.ipynb #0e10f276
 @patch
 def apply(
     self: Bottleneck,
@@ -155,7 +172,7 @@ def to_peft(
     "The fields; PEFT itself has no bottleneck adapters."
     return asdict(self) | {'modules_to_save': list(self.modules_to_save or ()) or None}
 
-
+# %% ../../nbs/inside/adapter_methods.ipynb #a4c21c44
 @patch(cls_method=True)
 def from_peft(
     cls: Bottleneck,

@@ -12,9 +12,8 @@ def normal_float() -> Tensor:  # (16,) float32, increasing, from -1 to 1
     "The values of NF4: quantiles of the normal distribution, with an exact zero."
     # the authors' digits, for equal bits
     edge = round(((1 - 1 / 30) + (1 - 1 / 32)) / 2, 7)
-    above, below = (
-        torch.special.ndtri(torch.linspace(edge, 0.5, n)[:-1].double()) for n in (9, 8)
-    )
+    shares = [torch.linspace(edge, 0.5, n)[:-1].double() for n in (9, 8)]
+    above, below = map(torch.special.ndtri, shares)
     values = torch.cat([-below, torch.zeros(1), above.flip(0)]).float()
     return values / values.max()
 
@@ -54,6 +53,5 @@ def bits_per_weight(
 ) -> float:
     "Bits that a weight takes, its share of the constants included."
     _check_kind(kind, block_size)
-    return code_bits(kind) + (
-        8 / block_size + 32 / (block_size * 256) if double_quant else 32 / block_size
-    )
+    constants = 8 + 32 / 256 if double_quant else 32
+    return code_bits(kind) + constants / block_size

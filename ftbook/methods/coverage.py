@@ -17,7 +17,7 @@ from .targets import head_of, is_linear, linear_size
 # %% ../../nbs/inside/lora_method.ipynb #c0f3a9d2
 OUTSIDE = 0.01  # Share of a model's matrices in no linear layer that is worth a warning
 
-
+# %% ../../nbs/inside/lora_method.ipynb #f0e229e0
 @dataclass
 class Coverage:
     "How much of a model's matrices is reached. Embeddings and the head do not count."
@@ -62,7 +62,7 @@ def _matrices(model):
                     yield name, f'{name}.{key}'.lstrip('.'), p.numel(), False
                 seen.add(id(p))
 
-
+# %% ../../nbs/inside/lora_method.ipynb #badbd223
 def coverage(
     model: nn.Module,  # Without a method; on the meta device too, and quantised too
     names: Sequence[str],  # Full names of modules that are reached, with all that they hold

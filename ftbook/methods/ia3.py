@@ -132,7 +132,7 @@ def to_peft(
         fan_in_fan_out=any(not isinstance(o.base, nn.Linear) for o in parts.values()),
     )
 
-
+# %% ../../nbs/inside/adapter_methods.ipynb #7780440b
 @patch(cls_method=True)
 def from_peft(
     cls: IA3,

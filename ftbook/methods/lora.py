@@ -36,17 +36,10 @@ class LoRALinear(Part):
         (n_in, n_out), device = linear_size(base), base.weight.device
         # kaiming_uniform_ with a = sqrt(5)
         a = torch.empty(rank, n_in).uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
-        self.lora_A, self.lora_B = (
-            nn.Parameter(a.to(device)),
-            nn.Parameter(torch.zeros(n_out, rank, device=device)),
-        )
-        self.scaling, self.dropout, self.siblings, self.begun, self.norm_key = (
-            scaling,
-            dropout,
-            None,
-            None,
-            None,
-        )
+        self.lora_A = nn.Parameter(a.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
+        self.scaling, self.dropout = scaling, dropout
+        self.siblings = self.begun = self.norm_key = None
         self.register_parameter(
             'lora_magnitude_vector',
             nn.Parameter(self.matrix.detach().float().norm(dim=1)) if use_dora else None,
@@ -56,12 +49,11 @@ class LoRALinear(Part):
         )
 
     @property
-    # (out, in)
-    def matrix(self):
+    def matrix(self) -> Tensor:  # (out, in)
         return self.base.weight if isinstance(self.base, nn.Linear) else self.base.weight.t()
 
     @property
-    def stretched(self):
+    def stretched(self) -> bool:  # Has it a trained length for each output, as DoRA?
         return self.lora_magnitude_vector is not None
 
     def fits(
@@ -126,17 +118,16 @@ def plain(
     x: Tensor,  # (..., in)
 ) -> Tensor:  # (..., out)
     "The same by autograd, for any base."
-    dropping, y = self.training and self.dropout, self.base(x)
+    y = self.base(x)
+    dropping = self.training and self.dropout
     u = F.dropout(x, self.dropout) if dropping else x
     low = F.linear(F.linear(u, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scaling
     if self.lora_bias is not None:
         low = low + self.scaling * self.lora_bias.to(x.dtype)
     if not self.stretched:
         return y + low
-    c, z = (
-        (self.lora_magnitude_vector / self.norms()).to(x.dtype),
-        self.base(u) if dropping else y,
-    )
+    c = (self.lora_magnitude_vector / self.norms()).to(x.dtype)
+    z = self.base(u) if dropping else y
     return y + (c - 1) * (z if self.base.bias is None else z - self.base.bias) + c * low
 
 # %% ../../nbs/10_lora.ipynb #187c0586
@@ -160,22 +151,20 @@ def check_merge(self: LoRALinear):
 
 
 @patch
-# 'weight' in the base's own layout, float32, and 'bias' if that is learned
-def merged_tensors(self: LoRALinear) -> dict[str, Tensor]:
-    "The base's weight with the change added."
+def merged_tensors(self: LoRALinear) -> dict[str, Tensor]:  # Name in the base -> float32
+    """The base's weight, in its own layout, with the change added; and a bias, if one is
+    learned."""
     delta = self.delta() if isinstance(self.base, nn.Linear) else self.delta().t()
-    if self.lora_bias is None:
-        return {'weight': self.base.weight.float() + delta}
-    return {
-        'weight': self.base.weight.float() + delta,
-        'bias': self.base.bias.float() + self.scaling * self.lora_bias,
-    }
+    new = {'weight': self.base.weight.float() + delta}
+    if self.lora_bias is not None:
+        new['bias'] = self.base.bias.float() + self.scaling * self.lora_bias
+    return new
 
 # %% ../../nbs/10_lora.ipynb #95e5a0bf
 @patch
 @torch.no_grad()
 def leave_(self: LoRALinear):
-    "Dissolve the family, and give the base back what `begin_` took from it."
+    "Leave the group of siblings, and give the base back what `begin_` took from it."
     if self.siblings:
         self.siblings.part_()
     if self.begun and not self.merged:

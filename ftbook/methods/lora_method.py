@@ -41,7 +41,7 @@ from ftbook.methods.targets import (
 def _check_rank(name, value):
     check_number(name, value, lambda r: isinstance(r, int) and r >= 1, 'a whole number, at least 1')
 
-
+# %% ../../nbs/inside/lora_method.ipynb #837a0080
 def _check_alpha(name, value):
     check_number(
         name,
@@ -50,7 +50,7 @@ def _check_alpha(name, value):
         'a finite number above 0; with 0 the adapter would never do anything',
     )
 
-
+# %% ../../nbs/inside/lora_method.ipynb #0f93526b
 _INITS = re.compile(r'kaiming|gaussian|olora|pissa(_niter_[1-9]\d*)?')
 
 # %% ../../nbs/inside/lora_method.ipynb #dd18356a
@@ -71,9 +71,8 @@ class LoRA(Method):
     use_rslora: bool = False  # Scale by alpha/sqrt(rank)
     use_dora: bool = False  # A trained length for each output
     init: str = 'kaiming'  # 'kaiming', 'gaussian', 'olora', 'pissa' or 'pissa_niter_4', its fast approximation
-    rank_pattern: dict = field(
-        default_factory=dict
-    )  # End of a module's name, or a regular expression for it -> its rank
+    # End of a module's name, or a regular expression for it -> its rank
+    rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)  # The same for alpha
     modules_to_save: Sequence[str] = ()  # Modules to train whole beside it
     exclude_modules: str | Sequence[str] = ()  # Targets that are none, after all
@@ -165,11 +164,11 @@ def _check_quantized(method, name, layer):
         raise ValueError(
             (
                 f'DoRA needs the norms of the weights, and {type(layer).__name__} hides them: quantise with '
-                'ftbook.quant, or leave use_dora out'
+                '`quantize_` of ftbook, or leave use_dora out'
             )
         )
 
-
+# %% ../../nbs/inside/lora_method.ipynb #2f1643ab
 @patch
 def shapes(
     self: LoRA,
@@ -278,7 +277,7 @@ _fields = dict(
 _harmless = {'bias': ['none'], 'init_lora_weights': [True, False, 'gaussian', 'orthogonal', 'eva']}
 _FILE = dict(lora_A='lora_A.weight', lora_B='lora_B.weight', lora_bias='lora_B.bias')
 
-
+# %% ../../nbs/inside/lora_method.ipynb #65beea3c
 @patch
 def key(
     self: LoRA,
@@ -355,7 +354,7 @@ def to_peft(
         fan_in_fan_out=any(type(o.base).__name__ == 'Conv1D' for o in layers.values()),
     )
 
-
+# %% ../../nbs/inside/lora_method.ipynb #c6e17926
 @patch(cls_method=True)
 def from_peft(
     cls: LoRA,
@@ -390,7 +389,7 @@ def present(
     targets = replace(method, rank_pattern={}, alpha_pattern={}).targets(model)
     return replace(method, rank_pattern=here(self.rank_pattern), alpha_pattern=here(self.alpha_pattern))
 
-
+# %% ../../nbs/inside/lora_method.ipynb #22515ad3
 def _bases(method, model, tensors):
     "Frozen embeddings that came with the adapter: name in the file -> full name of the module."
     keys = {
@@ -415,7 +414,7 @@ def check_tensors(
     )
     Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in bases}, where)
 
-
+# %% ../../nbs/inside/lora_method.ipynb #17903219
 @patch
 @torch.no_grad()
 def fill_(

@@ -37,9 +37,8 @@ def begin_(
     generator: torch.Generator = None,  # For 'gaussian'
 ):
     "Start the two matrices elsewhere; what they take over is taken out of the base."
-    # embeddings begin as ever, as in PEFT
     if not isinstance(part, LoRALinear):
-        return
+        return  # embeddings begin as ever, as in PEFT
     rank, w = len(part.lora_A), part.matrix.float()
     if init == 'gaussian':
         return part.lora_A.copy_(torch.randn(part.lora_A.shape, generator=generator) / rank)

@@ -24,9 +24,8 @@ class PTuning(SoftMethod):
 
     num_virtual_tokens: int = 8  # At least 1; each takes a place in the context for ever
     encoder_hidden_size: int | None = None  # Width of the network; None: that of an embedding
-    modules_to_save: Sequence[str] | None = (
-        None  # Endings of names: modules trained whole beside it, such as a new head
-    )
+    # Endings of names: modules trained whole beside it, such as a new head
+    modules_to_save: Sequence[str] | None = None
     seed: int = 0  # For random numbers; there is no other beginning
     kind: ClassVar[str] = 'prompt'
     inits: ClassVar[tuple] = ('random',)

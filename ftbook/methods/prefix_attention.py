@@ -1,4 +1,4 @@
-"""A prefix of zeros is no neutral start: it takes attention and gives nothing back
+"""Read off where the attention goes, and which words a trained prompt is near
 
 Docs: https://ftbook.github.io/ftbook/inside/prefix_attention.html.md"""
 

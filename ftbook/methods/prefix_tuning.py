@@ -32,9 +32,8 @@ class PrefixTuning(SoftMethod):
     tokenizer: object = field(default=None, repr=False, compare=False)  # For a string
     projection: bool = False  # Train a small matrix and a network that makes the prefix of it
     encoder_hidden_size: int | None = None  # Width of the network; None: that of a key
-    modules_to_save: Sequence[str] | None = (
-        None  # Endings of names: modules trained whole beside it, such as a new head
-    )
+    # Endings of names: modules trained whole beside it, such as a new head
+    modules_to_save: Sequence[str] | None = None
     seed: int = 0  # For random numbers
     kind: ClassVar[str] = 'prefix'
     inits: ClassVar[tuple] = ('random', 'zero', 'text')

@@ -26,9 +26,8 @@ class PromptTuning(SoftMethod):
     init: str = 'random'  # 'random', 'vocabulary' (vectors of random words) or 'text'
     text: str | Sequence[int] | None = None  # For 'text': repeated or cut to length; a string, or token ids
     tokenizer: object = field(default=None, repr=False, compare=False)  # For a string
-    modules_to_save: Sequence[str] | None = (
-        None  # Endings of names: modules trained whole beside it, such as a new head
-    )
+    # Endings of names: modules trained whole beside it, such as a new head
+    modules_to_save: Sequence[str] | None = None
     seed: int = 0  # For 'random' and 'vocabulary'
     kind: ClassVar[str] = 'prompt'
     inits: ClassVar[tuple] = ('random', 'vocabulary', 'text')

@@ -30,35 +30,11 @@ class SoftPrompt(VirtualTokens):
         "Put the prompt in front of the rows, the first time."
         if call.seen:
             return
-        call.ahead, kwargs = 0 if self.seq2seq else self.n, call.kwargs
-        ids, x = kwargs.pop('input_ids', None), kwargs.get('inputs_embeds')
-        if x is None:
-            x = base.get_input_embeddings()(ids)
-        per_token = [
-            k
-            for k, v in kwargs.items()
-            if isinstance(v, Tensor)
-            and v.shape[:2] == x.shape[:2]
-            and k not in ('inputs_embeds', 'position_ids', 'token_type_ids')
-        ]
-        if per_token:
-            raise ValueError(
-                (
-                    f'{per_token[0]} has a value for every token, and none is known for a '
-                    'virtual one: leave it out'
-                )
-            )
-        # (B, n + T, d)
-        kwargs['inputs_embeds'] = torch.cat(
-            [self.rows().to(x.dtype).expand(len(x), -1, -1), x], 1
-        )
-        if (p := kwargs.get('position_ids')) is not None:
-            first = torch.arange(self.n, device=p.device) + (
-                0 if self.causal else p[..., :1] - self.n
-            )
-            kwargs['position_ids'] = torch.cat([first.expand(*p.shape[:-1], -1), p], -1)
-        if (t := kwargs.get('token_type_ids')) is not None:
-            kwargs['token_type_ids'] = torch.cat([t.new_zeros(len(t), self.n), t], 1)
+        call.ahead = 0 if self.seq2seq else self.n
+        x = call.embedded_(base)
+        prompt = self.rows().to(x.dtype).expand(len(x), -1, -1)
+        call.kwargs['inputs_embeds'] = torch.cat([prompt, x], 1)  # (B, n + T, d)
+        call.lengthen_(self.n, self.causal)
 
 # %% ../../nbs/13_prompts.ipynb #b6cf6d9f
 class Prefix(VirtualTokens):
@@ -114,34 +90,10 @@ def read_prefix(
 ) -> Tensor:
     "What a model keeps of a text."
     base = transformer_of(model)
-    training, x = (
-        base.training,
-        torch.tensor([ids], device=base.get_input_embeddings().weight.device),
-    )
+    training = base.training
+    x = torch.tensor([ids], device=base.get_input_embeddings().weight.device)
     out = base.eval()(x, use_cache=True)
     base.train(training)
-    # (2, heads, n, width)
-    layers = [
-        torch.stack([o.keys[0], o.values[0]])
-        for o in out['cache' if 'cache' in out else 'past_key_values'].layers
-    ]
+    kept = out['cache' if 'cache' in out else 'past_key_values'].layers
+    layers = [torch.stack([o.keys[0], o.values[0]]) for o in kept]  # (2, heads, n, width)
     return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1).float()
-
-# %% ../../nbs/13_prompts.ipynb #f3aeea3f
-@torch.no_grad()
-def nearest_words(
-    rows: Tensor,  # (n, d) vectors of a prompt
-    model: nn.Module,  # Has the words
-    tokenizer,  # Spells them
-    k: int = 3,  # Words for each
-) -> list[list[tuple[str, float]]]:  # (word, cosine), the nearest first
-    "The words that a prompt is nearest to."
-    weight = transformer_of(model).get_input_embeddings().weight.float()
-    found = (
-        nn.functional.normalize(rows.float(), dim=-1)
-        @ nn.functional.normalize(weight, dim=-1).t()
-    ).topk(k)
-    return [
-        [(tokenizer.decode([i]), c) for c, i in zip(*o)]
-        for o in zip(found.values.tolist(), found.indices.tolist())
-    ]

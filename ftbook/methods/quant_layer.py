@@ -24,7 +24,7 @@ from .unpacked import _Unpacked
 def _frozen_bias(bias):
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-
+# %% ../../nbs/inside/quant_layer.ipynb #0500b54b
 class QuantLinear(nn.Linear):
     "A frozen linear layer whose weight is kept in few bits."
 
@@ -121,7 +121,7 @@ def _apply(self: QuantLinear, fn, recurse=True):
             self._buffers[k] = b.to(self._buffers[k].device)
     return self
 
-
+# %% ../../nbs/inside/quant_layer.ipynb #f193f9c3
 @patch
 def _load_from_state_dict(self: QuantLinear, state_dict, prefix, metadata, strict, missing, unexpected, errors):
     "Load the buffers, and refuse codes of another type."
@@ -137,7 +137,7 @@ def _load_from_state_dict(self: QuantLinear, state_dict, prefix, metadata, stric
     else:
         nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
-
+# %% ../../nbs/inside/quant_layer.ipynb #5df56f61
 @patch
 def get_parameter(
     self: QuantLinear,

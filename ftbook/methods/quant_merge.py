@@ -29,7 +29,7 @@ def _settings(layer):
     p = layer.weight
     return p.quant_type, p.blocksize, p.compress_statistics, 'bitsandbytes'
 
-
+# %% ../../nbs/inside/merge_quantized.ipynb #3bc1fbb7
 def _matrix(base, name, layer):
     "The full-precision weight of the base for a quantised layer, (out, in)."
     try:
@@ -51,7 +51,7 @@ def _matrix(base, name, layer):
         )
     return m.weight if isinstance(m, nn.Linear) else m.weight.t()
 
-
+# %% ../../nbs/inside/merge_quantized.ipynb #a6de0ff0
 def _check_rest(model, parts):
     "Parts beside quantised layers, as on an embedding, may share no weight with another module."
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -93,7 +93,7 @@ def merge_quantized_(
     model.__dict__.pop('is_loaded_in_4bit', None) if into != 'requantized' else None
     return remove_(model)
 
-
+# %% ../../nbs/inside/merge_quantized.ipynb #06465bc2
 def _merge_layer_(model, name, layer, part, weight, into):
     "One layer: in full precision, with its part merged, and in few bits again if wanted."
     if part is None and into == 'requantized':

@@ -35,7 +35,7 @@ def _take_off(model):
     remove_(model)
     return taken
 
-
+# %% ../../nbs/inside/switching.ipynb #dd6c2b69
 def _put_on(model, method, tensors):
     method.apply(model)
     for name, p in tensors.items():
@@ -82,12 +82,12 @@ def adapter_names(
     names, active = list(model.__dict__.get('ftbook_shelf', {})), _active(model)
     return names + [active] * (active is not None and active not in names)
 
-
+# %% ../../nbs/inside/switching.ipynb #160aa051
 def _active(model):
     "The name of the adapter in use; one that nobody named is called 'default'."
     return model.__dict__.get('ftbook_active') or ('default' if hasattr(model, 'ftbook_method') else None)
 
-
+# %% ../../nbs/inside/switching.ipynb #3e314cfa
 def _find(shelf, name):
     if name not in shelf:
         raise ValueError(f"there is no adapter {name!r}: {', '.join(shelf) or 'none'} are here")

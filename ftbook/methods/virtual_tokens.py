@@ -71,8 +71,7 @@ class Call:
         return self.kwargs.get(self.cache_name)
 
     @property
-    # Tokens in the cache, virtual ones too
-    def seen(self) -> int:
+    def seen(self) -> int:  # Tokens in the cache, virtual ones too
         return 0 if self.cache is None else int(self.cache.get_seq_length())
 
     def positions(
@@ -107,6 +106,36 @@ class Call:
                 )
             )
         self.kwargs['attention_mask'] = torch.cat([mask.new_ones(len(mask), n), mask], 1)
+
+# %% ../../nbs/inside/virtual_tokens.ipynb #fa590ee7
+@patch
+def embedded_(
+    self: Call,
+    base: nn.Module,  # The transformer
+) -> Tensor:  # (B, T, d). ValueError for an argument with a value for every token, which a virtual one lacks
+    "Take the token ids out of the call; what their embeddings are."
+    ids, x = self.kwargs.pop('input_ids', None), self.kwargs.get('inputs_embeds')
+    if x is None:
+        x = base.get_input_embeddings()(ids)
+    known = ('inputs_embeds', 'position_ids', 'token_type_ids')
+    for k, v in self.kwargs.items():
+        if k not in known and isinstance(v, Tensor) and v.shape[:2] == x.shape[:2]:
+            raise ValueError(f'{k} has a value for every token, and none is known for a virtual one: leave it out')
+    return x
+
+
+@patch
+def lengthen_(
+    self: Call,
+    n: int,  # Virtual tokens that stand in the rows now
+    causal: bool,  # Do tokens see what stands before them only?
+):
+    "Give the virtual tokens positions and a type."
+    if (p := self.kwargs.get('position_ids')) is not None:
+        first = torch.arange(n, device=p.device) + (0 if causal else p[..., :1] - n)
+        self.kwargs['position_ids'] = torch.cat([first.expand(*p.shape[:-1], -1), p], -1)
+    if (t := self.kwargs.get('token_type_ids')) is not None:
+        self.kwargs['token_type_ids'] = torch.cat([t.new_zeros(len(t), n), t], 1)
 
 # %% ../../nbs/inside/virtual_tokens.ipynb #93472be4
 class VirtualTokens(nn.Module):

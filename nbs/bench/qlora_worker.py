@@ -32,7 +32,8 @@ def adapted(dtype):
     "Name -> model with LoRA, all with the same A and B, none of them where they start."
     import peft
     from ftbook.methods.lora_method import LoRA
-    from ftbook.methods.quant import dequantize_, quantize_
+    from ftbook.methods.quant import quantize_
+    from ftbook.methods.quant_model import dequantize_
 
     lora = LoRA(rank=RANK, alpha=ALPHA)
     ours = {k: lora.apply(quantize_(base(dtype))) for k in ('ours', 'finetune')} | {

@@ -1,7 +1,6 @@
-"Errors and private helpers of ftbook.methods.bottleneck_method."
+"Errors of ftbook.methods.bottleneck_method and ftbook.methods.layouts."
 
-from fastcore.test import test_fail as check_fail
-import torch
+import pytest, torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -9,29 +8,39 @@ from ftbook.methods.bottleneck_method import Bottleneck
 from ftbook.methods.layouts import Layout
 
 
-def test_dict_1():
-    for wrong, said in [
-        (dict(kind='compacter'), "kind='compacter' is not known: choose one of houlsby, pfeiffer, parallel"),
-        (dict(activation='sine'), 'relu, gelu'),
-        (dict(bottleneck_size=0), 'at least 1'),
-        (dict(scaling=0), 'never do anything'),
-        (dict(init='ones'), 'zero, normal'),
-    ]:
-        check_fail(lambda: Bottleneck(**wrong), contains=said)
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(kind="compacter"), "kind='compacter' is not known: choose one of houlsby, pfeiffer, parallel"),
+        (dict(activation="sine"), "relu, gelu"),
+        (dict(bottleneck_size=0), "at least 1"),
+        (dict(scaling=0), "never do anything"),
+        (dict(init="ones"), "zero, normal"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_what_is_allowed(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Bottleneck(**wrong)
 
 
-def test_small_llama_1():
+@pytest.fixture
+def llama():
+    torch.manual_seed(0)
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
+    return LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2))
 
-    def small_llama():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2))
 
-    llama = small_llama()
-    check_fail(
-        lambda: Bottleneck('pfeiffer', 33).apply(llama),
-        contains='larger than the stream of model.layers.0, which has 32 numbers',
-    )
-    check_fail(lambda: Bottleneck().apply(nn.Sequential(nn.Linear(2, 2))), contains='no list of modules at all')
-    check_fail(lambda: Layout('attn', 'mlp', 'mlp.fc1'), contains="'mlp.fc1' lies inside feed_forward='mlp'")
-    assert not hasattr(llama, 'ftbook_method') and all(p.requires_grad for p in llama.parameters())
+def test_a_bottleneck_wider_than_the_stream_leaves_the_model_alone(llama):
+    with pytest.raises(ValueError, match="larger than the stream of model.layers.0, which has 32 numbers"):
+        Bottleneck("pfeiffer", 33).apply(llama)
+    assert not hasattr(llama, "ftbook_method") and all(p.requires_grad for p in llama.parameters())
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="no list of modules at all"):
+        Bottleneck().apply(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_stream_inside_of_the_feed_forward_is_refused():
+    with pytest.raises(ValueError, match="'mlp.fc1' lies inside feed_forward='mlp'"):
+        Layout("attn", "mlp", "mlp.fc1")

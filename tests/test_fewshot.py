@@ -1,6 +1,6 @@
 "Few labels: losses against setfit's and sentence-transformers', files across the border, and rows that are not as they should be."
 
-import csv, json, math, os, pickle, random, subprocess, sys, warnings
+import csv, html, json, math, os, pickle, random, re, subprocess, sys, warnings
 from collections import Counter
 from dataclasses import asdict
 
@@ -23,10 +23,10 @@ from ftbook.fewshot.evaluation import Evaluation, calibration_error, reliability
 from ftbook.fewshot.classifier import FewShotClassifier
 from ftbook.fewshot.rows import Shots, make_shots
 from ftbook.fewshot.tuning import Tuning, suited_tuning
-from ftbook.fewshot.report import choose_shots, fewshot_report, pick_columns
+from ftbook.fewshot.report import choose_shots, fewshot_report
 from ftbook.fewshot.contrast import contrastive_loss, pair_loss, same_class, similarity_loss, tune_
 from ftbook.fewshot.exchange import export_setfit, load_classifier, load_setfit
-from ftbook.fewshot.next import most_uncertain
+from ftbook.fewshot.uncertain import most_uncertain, next_rows
 from ftbook.methods.lora_method import LoRA
 
 WORDS = {
@@ -751,6 +751,21 @@ def test_labels_that_differ_by_case_or_blanks():
         assert len(make_shots(texts, ["spam ", "ham", "Spam", "ham"], same_labels="keep").classes) == 3
     with pytest.raises(ValueError, match="differ by case"):
         make_shots(texts, [["a", "b"], ["A"], ["b"], ["b"]])
+    with pytest.raises(ValueError, match="same_labels must be 'refuse', 'merge' or 'keep', not 'join'"):
+        make_shots(texts, ["spam", "ham", "spam", "ham"], same_labels="join")
+
+
+def test_the_error_about_labels_names_the_commands_flag_too():
+    from typer.testing import CliRunner
+    from ftbook.cli import app
+
+    with pytest.raises(ValueError, match="same_labels='merge'") as refused:
+        make_shots(list("ab"), ["spam", "Spam"])
+    (flag,) = re.findall(r"--[\w-]+", str(refused.value))
+    help_text = (
+        CliRunner().invoke(app, ["fewshot", "--help"], env=dict(COLUMNS="200", NO_COLOR="1", TERM="dumb")).stdout
+    )
+    assert flag in help_text
 
 
 @pytest.mark.parametrize(
@@ -857,20 +872,21 @@ def test_the_seed_is_that_of_the_batches(tiny):
 
 
 @pytest.mark.parametrize(
-    "kw",
+    "kw, said",
     [
-        dict(loss="triplet"),
-        dict(steps=0),
-        dict(least=0),
-        dict(least=None),
-        dict(batch_size=1),
-        dict(batch_size=None),
-        dict(lr=0),
-        dict(temperature=-1),
+        (dict(loss="triplet"), "loss must be 'similarity' or 'contrastive', not 'triplet'"),
+        (dict(steps=0), "steps must be 1 or more, not 0"),
+        (dict(least=0), "least must be 1 or more, not 0"),
+        (dict(least=None), "least must be 1 or more, not None"),
+        (dict(batch_size=1), "batch_size must be 2 or more, not 1"),
+        (dict(batch_size=None), "batch_size must be 2 or more, not None"),
+        (dict(lr=0), "lr and temperature must be above 0"),
+        (dict(temperature=-1), "lr and temperature must be above 0"),
+        (dict(lora=LoRA(dropout=0.1)), r"lora has dropout=0\.1, but the encoder is tuned without any"),
     ],
 )
-def test_tuning_that_makes_no_sense(kw):
-    with pytest.raises(ValueError):
+def test_tuning_that_makes_no_sense(kw, said):
+    with pytest.raises(ValueError, match=said):
         Tuning(**kw)
 
 
@@ -922,8 +938,9 @@ def test_the_bar_counts_the_steps_of_check_and_tuning(tiny, monkeypatch):
         classifier(tiny, tuning=Tuning(steps=4, lr=2e-3)).fit(texts, labels, check=check)
         assert (made[-1].n, made[-1].total) == (n, n)
     classifier(tiny, tuning=Tuning(steps=4)).fit(texts, labels, progress=False)
+    assert len(made) == 4 and made[-1].disable
     classifier(tiny, tuning=None).fit(texts, labels)
-    assert made[-1].disable and made[-2].disable
+    assert len(made) == 4, "nothing is tuned, so there is nothing to count"
 
 
 # Files
@@ -1005,7 +1022,7 @@ def write_csv(path, rows):
     return path
 
 
-def test_a_report_of_sixteen_rows(tiny, tmp_path):
+def test_a_report_of_sixteen_rows(tiny, tmp_path, monkeypatch):
     texts, labels = sentences(8, classes=("kitchen", "sea"))
     file = write_csv(tmp_path / "rows.csv", [("text", "label"), *zip(texts, labels), ("the ship and the oven", "")])
     report = fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu")
@@ -1019,6 +1036,10 @@ def test_a_report_of_sixteen_rows(tiny, tmp_path):
     assert load_classifier(tmp_path / "out" / "model", "cpu").predict(["the ship"]) == report.model.predict(
         ["the ship"]
     )
+    monkeypatch.chdir(tmp_path / "out")
+    names = {}
+    exec(html.unescape(re.search(r"<pre>(from ftbook.*?)</pre>", page, re.S)[1]), names)
+    assert names["model"].classes == report.model.classes
 
 
 def test_shots_and_other_judges(tiny, tmp_path):
@@ -1055,7 +1076,11 @@ def test_a_report_says_what_was_warned(tiny, tmp_path):
         ([("text", "label"), ("a", ""), ("b", "")], {}, "no row of"),
         ([("text", "label"), ("a", "x"), ("b", "x")], {}, "needs two or more"),
         ([("text", "label"), ("a", "x"), ("b", "X")], {}, "differ by case"),
-        ([("text", "label"), ("a", "x"), ("", "y")], {}, "text 1 is empty"),
+        (
+            [("text", "label"), ("a", "x"), ("", "y")],
+            {},
+            r"rows\.csv, row 2, counted from 1, has the label 'y' but its text",
+        ),
         ([("text", "label"), ("a", "x"), ("b", "y")], dict(shots=0), "shots must be 1 or more"),
         ([("text", "label"), ("a", "x"), ("b", "y")], {}, "no row can be held out"),
     ],
@@ -1064,6 +1089,45 @@ def test_a_file_that_cannot_be_used(tiny, tmp_path, rows, kw, said):
     with pytest.raises(ValueError, match=said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fewshot_report(write_csv(tmp_path / "rows.csv", rows), out=tmp_path / "out", encoder=tiny, device="cpu", **kw)
+
+
+def test_a_row_of_a_file_keeps_its_number_whatever_is_left_out_before_it(tiny, tmp_path):
+    "Rows without a label are not learnt from, and `shots` takes some of the others: the number stays the file's."
+    texts, labels = sentences(4, classes=("kitchen", "sea"))
+    rows = [dict(text="no label", label=None), *(dict(text=t, label=c) for t, c in zip(texts, labels))]
+    file = tmp_path / "rows.jsonl"
+
+    def write(rows):
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    write([*rows, dict(text=" ", label="land")])
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl, row 10, counted from 1, has the label 'land' but its text is empty"
+    ):
+        fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", shots=2)
+    for odd in (dict(text=3.5, label="sea"), dict(text=3.5, label=None)):
+        write([*rows, odd])
+        with pytest.raises(ValueError, match=r"rows\.jsonl, row 10, counted from 1: the text is 3\.5, not a string"):
+            fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu")
+    write([dict(text="", label="sea"), *rows])
+    test = write_csv(tmp_path / "test.csv", [("text", "label"), ("", "sea"), ("the oven", "kitchen")])
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1, "):
+        fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", test=test)
+    write(rows)
+    judged = fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", test=test)
+    assert judged.facts["n_judged"] == 2, "a test row without a text is judged like any other"
+
+
+def test_rows_to_label_next_are_named_with_two_answers(fitted):
+    texts = sentences(3, seed=11)[0]
+    p = fitted.predict_proba(texts)
+    found = next_rows(fitted, texts, 2)
+    assert [r["text"] for r in found] == [texts[i] for i in most_uncertain(p, 2)]
+    for r in found:
+        first, second = np.argsort(-p[texts.index(r["text"])])[:2]
+        assert (r["says"], r["otherwise"]) == (fitted.classes[first], fitted.classes[second])
+        assert r["sure"] == pytest.approx(p[texts.index(r["text"])].max())
+    assert next_rows(fitted, [], 2) == []
 
 
 def test_uncertain_rows():

@@ -126,15 +126,13 @@ def __str__(self: Checked):
 # %% ../../nbs/inside/check.ipynb #afd8768a
 def _kept(body, tuning):
     "What `tune_` will change."
-    return (
-        {n: p.detach().clone() for n, p in body.encoder.named_parameters()}
-        if tuning.start(body) == 0
-        else {
-            n: p.detach().clone()
-            for n, p in body.encoder.named_parameters()
-            if re.search(r'\blayer\.(\d+)\.', n) and int(re.search(r'\blayer\.(\d+)\.', n)[1]) >= tuning.start(body)
-        }
-    )
+    start = tuning.start(body)
+
+    def moves(name):
+        layer = re.search(r'\blayer\.(\d+)\.', name)
+        return start == 0 or layer is not None and int(layer[1]) >= start
+
+    return {n: p.detach().clone() for n, p in body.encoder.named_parameters() if moves(n)}
 
 # %% ../../nbs/inside/check.ipynb #e6bca50c
 def _put_back_(body, kept):
@@ -161,18 +159,19 @@ def cross_validate(
     "Ask, on rows that were held out, whether tuning helps."
     start, kept, y = tuning.start(body), _kept(body, tuning), shots.targets
     folds = torch.tensor(deal_folds(y.argmax(1).numpy(), n_folds, tuning.seed))
-    scores, frozen = {w: torch.zeros_like(y) for w in ('frozen', 'tuned')}, _vectors(body, rows, start)
+    scores = {w: torch.zeros_like(y) for w in ('frozen', 'tuned')}
+    frozen = _vectors(body, rows, start)
+
+    def judge(vectors, fit, held):
+        return fit_head(vectors[fit], y[fit], head, shots.exclusive, balanced=balanced).scores(vectors[held])
+
     for f in range(n_folds):
         fit, held = (folds != f).nonzero()[:, 0].tolist(), (folds == f).nonzero()[:, 0].tolist()
-        scores['frozen'][held] = fit_head(frozen[fit], y[fit], head, shots.exclusive, balanced=balanced).scores(
-            frozen[held]
-        )
+        scores['frozen'][held] = judge(frozen, fit, held)
         try:
             tune_(body, [rows[i] for i in fit], y[fit], tuning, on_step)
             tuned = _vectors(body, rows, start)
         finally:
             _put_back_(body, kept)
-        scores['tuned'][held] = fit_head(tuned[fit], y[fit], head, shots.exclusive, balanced=balanced).scores(
-            tuned[held]
-        )
+        scores['tuned'][held] = judge(tuned, fit, held)
     return Checked(y, scores, shots.exclusive)

@@ -50,9 +50,10 @@ class FewShotClassifier:
             raise ValueError(f'head must be one of {", ".join(HEADS)}, not {head!r}')
         if not (tuning in ('auto', None) or isinstance(tuning, Tuning)):
             raise ValueError(f"tuning must be 'auto', None or a Tuning, not {tuning!r}")
-        self.seed, self.chosen, self.given = seed, None, (encoder, device, dtype)
-        self.body, self.source, self.kind, self.tuning = load_body(encoder, device, dtype), str(encoder), head, tuning
-        self.head = self.classes = self.checked = None
+        self.given = encoder, device, dtype
+        self.body = load_body(*self.given)
+        self.source, self.kind, self.tuning, self.seed = str(encoder), head, tuning, seed
+        self.head = self.classes = self.chosen = self.checked = None
         self.losses, self.tuned, self.calibrated = [], False, False
 
     def __repr__(self) -> str:
@@ -70,13 +71,10 @@ def _with_descriptions(shots, descriptions):
         )
     if not more:
         return shots
-    extra = F.one_hot(torch.tensor([shots.classes.index(c) for _, c in more]), len(shots.classes)).float()
-    return Shots(
-        shots.texts + check_texts([t for t, _ in more], 'description'),
-        torch.cat([shots.targets, extra]),
-        shots.classes,
-        shots.exclusive,
-    )
+    texts = check_texts([t for t, _ in more], 'description')
+    codes = torch.tensor([shots.classes.index(c) for _, c in more])
+    targets = torch.cat([shots.targets, F.one_hot(codes, len(shots.classes)).float()])
+    return Shots(shots.texts + texts, targets, shots.classes, shots.exclusive)
 
 # %% ../../nbs/inside/classifier.ipynb #5d66eb9c
 @patch
@@ -95,65 +93,69 @@ def fit(
     "Learn from a few labelled texts, beginning with the encoder as it came."
     if self.tuned:
         self.body, self.tuned = load_body(*self.given), False
-    self.head = None
+    self.head, self.checked, self.losses = None, None, []
     with warnings.catch_warnings():
         if descriptions:
             warnings.filterwarnings('ignore', message='.*classes have')
         shots = _with_descriptions(make_shots(texts, labels, classes, same_labels), descriptions)
     self.classes, self.exclusive, self.balanced = shots.classes, shots.exclusive, bool(descriptions)
-    ids, n_cut, n_lost = self.body.ids(shots.texts)
+    ids = self._read(shots.texts)
+    self.chosen = self.tuning
+    if self.tuning == 'auto':
+        n_shown = int((shots.targets.sum(0) > 0).sum())
+        self.chosen = suited_tuning(len(ids), n_shown, self.seed)
+    start = self.chosen.start(self.body) if self.chosen else 0
+    rows = read_states(self.body, ids, start) if start else ids
+    if self.chosen:
+        self.losses = self._tune(rows, shots, check, progress)
+    return self._finish(_vectors(self.body, rows, start), shots)
+
+# %% ../../nbs/inside/classifier.ipynb #5d66eb9d
+@patch
+def _read(self: FewShotClassifier, texts):
+    "ids of texts; says how much is cut."
+    ids, n_cut, n_lost = self.body.ids(texts)
     if n_cut:
         warnings.warn(
-            (
-                f'{n_cut} of {len(ids)} texts are longer than the {self.body.tokenizer.model_max_length} tokens '
-                f'that the encoder reads; {n_lost:,} tokens are cut'
-            ),
-            stacklevel=2,
+            f'{n_cut} of {len(ids)} texts are longer than the {self.body.tokenizer.model_max_length} tokens '
+            f'that the encoder reads; {n_lost:,} tokens are cut',
+            stacklevel=3,
         )
-    self.chosen = tuning = (
-        suited_tuning(len(ids), int((shots.targets.sum(0) > 0).sum()), self.seed)
-        if self.tuning == 'auto'
-        else self.tuning
-    )
-    start = tuning.start(self.body) if tuning else 0
-    rows = read_states(self.body, ids, start) if start else ids
-    with tqdm(
-        total=tuning and tuning.n_steps(len(ids)) * 3,
-        desc='tune',
-        unit='step',
-        delay=10,
-        leave=False,
-        disable=not (progress and tuning),
-    ) as bar:
+    return ids
+
+# %% ../../nbs/inside/classifier.ipynb #5d66eb9e
+@patch
+def _tune(self: FewShotClassifier, rows, shots, check, progress):
+    "Check whether tuning helps, and tune unless it hurts; the loss of each step."
+    n_steps = self.chosen.n_steps(len(rows))
+    with tqdm(total=3 * n_steps, desc='tune', unit='step', delay=10, leave=False, disable=not progress) as bar:
 
         def on_step(step, loss):
             bar.update()
 
-        self.checked = self._check(rows, shots, check, on_step) if check and tuning else None
-        if tuning:
-            bar.total = bar.n + tuning.n_steps(len(ids))
-        helps = bool(tuning) and (self.checked is None or self.checked.helps)
-        if self.checked and not helps:
-            warnings.warn(str(self.checked), stacklevel=2)
-        if helps:
-            self.tuned = True  # from here on the encoder is another
-        self.losses = tune_(self.body, rows, shots.targets, tuning, on_step) if helps else []
-    return self._finish(_vectors(self.body, rows, start), shots)
+        self.checked = self._check(rows, shots, check, on_step) if check else None
+        bar.total = bar.n + n_steps
+        if self.checked and not self.checked.helps:
+            warnings.warn(str(self.checked), stacklevel=3)
+            return []
+        self.tuned = True  # from here on the encoder is another
+        return tune_(self.body, rows, shots.targets, self.chosen, on_step)
 
 # %% ../../nbs/inside/classifier.ipynb #8da0298e
 @patch
 def _check(self: FewShotClassifier, rows, shots, check, on_step=None):
     "Cross-validate, if every class that is there can be on both sides."
-    n_folds, least = (2 if check is True else check), shots.targets.sum(0)
+    n_folds = 2 if check is True else check
+    counts = shots.targets.sum(0)
     if not 2 <= n_folds <= len(shots.texts):
         raise ValueError(f'check must be True, False or a number of parts from 2 to {len(shots.texts)}, not {check!r}')
-    if least[least > 0].min() < 2:
+    if counts[counts > 0].min() < 2:
         warnings.warn(
             (
                 'a class has one example, so nothing can be held out: whether tuning helps was not checked, and '
                 'probabilities are not calibrated'
             ),
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     return cross_validate(self.body, rows, shots, self.chosen, self.kind, n_folds, self.balanced, on_step)

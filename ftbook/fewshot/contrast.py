@@ -70,18 +70,12 @@ def batch_loss(
     tuning: Tuning,  # Which loss, from which layer
 ) -> Tensor:  # A number with gradients
     "The loss of all pairs of a batch."
-    vectors = F.normalize(
-        read_vectors(
-            body, rows, tuning.start(body), _portion(len(rows), body.encoder.device.type)
-        ),
-        dim=1,
-    )
+    portion = _portion(len(rows), body.encoder.device.type)
+    vectors = F.normalize(read_vectors(body, rows, tuning.start(body), portion), dim=1)
     same = same_class(targets).to(vectors.device)
-    return (
-        similarity_loss(vectors, same)
-        if tuning.loss == 'similarity'
-        else contrastive_loss(vectors, same, tuning.temperature)
-    )
+    if tuning.loss == 'similarity':
+        return similarity_loss(vectors, same)
+    return contrastive_loss(vectors, same, tuning.temperature)
 
 # %% ../../nbs/19_setfit.ipynb #2aa4d869
 def tune_(
@@ -92,16 +86,12 @@ def tune_(
     on_step=None,  # Called with (step, loss) after each
 ) -> list[float]:  # The loss of each step
     "Bring sentences of one class together and others apart."
-    params, decks, losses = trained_(body, tuning), Decks(targets, tuning.seed), []
-    optimizer, n_steps = (
-        torch.optim.AdamW(
-            params,
-            lr=tuning.lr,
-            weight_decay=0.01,
-            fused=body.encoder.device.type in ('cpu', 'cuda'),
-        ),
-        tuning.n_steps(len(rows)),
-    )
+    params = trained_(body, tuning)
+    decks = Decks(targets, tuning.seed)
+    fused = body.encoder.device.type in ('cpu', 'cuda')
+    optimizer = torch.optim.AdamW(params, lr=tuning.lr, weight_decay=0.01, fused=fused)
+    n_steps = tuning.n_steps(len(rows))
+    losses = []
     body.encoder.eval()
     for step in range(n_steps):
         for group in optimizer.param_groups:
@@ -119,12 +109,3 @@ def tune_(
         remove_(merge_(body.encoder, keep=False))
     body.encoder.requires_grad_(False)
     return losses
-
-# %% ../../nbs/19_setfit.ipynb #47f8ba30
-def flatten(
-    vectors: Tensor,  # (n, d)
-    onto: Tensor,  # (m, d), the rows whose spread is to be seen
-) -> Tensor:  # (n, 2)
-    "Project vectors onto the plane in which `onto` differs most."
-    _, _, directions = torch.linalg.svd(onto - onto.mean(0), full_matrices=False)
-    return (vectors - onto.mean(0)) @ directions[:2].t()

@@ -66,16 +66,11 @@ class Body:
         dtype: torch.dtype = None,  # Of the products; None asks `probe_device`
     ):
         self.encoder, self.tokenizer, self.pooling, self.normalise = encoder, tokenizer, pooling, normalise
-        self.dtype, one = (
-            dtype or probe_device(encoder.device.type).dtype,
-            tokenizer('a', return_special_tokens_mask=True),
-        )
-        inside = one['special_tokens_mask'].index(0)
-        # such as [CLS] and [SEP]
-        self.ends = (
-            one['input_ids'][:inside],
-            one['input_ids'][len(one['input_ids']) - one['special_tokens_mask'][::-1].index(0) :],
-        )
+        self.dtype = dtype or probe_device(encoder.device.type).dtype
+        one = tokenizer('a', return_special_tokens_mask=True)
+        ids, special = one['input_ids'], one['special_tokens_mask']
+        first, last = special.index(0), len(ids) - special[::-1].index(0)
+        self.ends = ids[:first], ids[last:]  # such as [CLS] and [SEP]
 
     @contextmanager
     def computing(self):

@@ -21,18 +21,17 @@ from .files import FORMAT
 from .head import Head
 
 # %% ../../nbs/inside/exchange.ipynb #fc01f001
-def _read_head(folder):
-    "The head and what is said about it. ValueError for pickles and for other formats."
+def _read_facts(folder):
+    "What fewshot.json says. ValueError where there is none, or one of another format."
     file = folder / 'fewshot.json'
     if not file.exists():
+        pickle = (
+            ' Its head is a pickle, which can run code when it is opened. '
+            'If you trust whoever made it, `load_setfit(folder, trust_pickle=True)` reads it.'
+        )
         raise ValueError(
             f'{folder} holds no few-shot classifier: it has no fewshot.json.'
-            + (
-                ' Its head is a pickle, which can run code when it is opened. '
-                'If you trust whoever made it, `load_setfit(folder, trust_pickle=True)` reads it.'
-                if (folder / 'model_head.pkl').exists()
-                else ''
-            )
+            + (pickle if (folder / 'model_head.pkl').exists() else '')
         )
     facts = json.loads(file.read_text(encoding='utf-8'))
     if facts.get('format') != FORMAT:
@@ -40,18 +39,29 @@ def _read_head(folder):
             f"{folder} was written in format {facts.get('format')!r}, this version reads {FORMAT}: "
             'load it with the version that wrote it and save it again, or train again'
         )
+    return facts
+
+# %% ../../nbs/inside/exchange.ipynb #fc01f002
+def _read_head(folder, facts):
+    "The head, which `facts` describe. ValueError for a pickle, and for another number of classes."
     try:
         tensors = load_file(folder / 'head.safetensors')
     except (OSError, SafetensorError) as e:
         raise ValueError(
-            (
-                f'{folder}/head.safetensors is no safetensors file ({e}); a head in another form, such as a '
-                'pickle, is not opened'
-            )
+            f'{folder}/head.safetensors is no safetensors file ({e}); a head in another form, such as a '
+            'pickle, is not opened'
         ) from e
-    if tensors['bias'].shape != (len(facts['classes']),):
-        raise ValueError(f"{folder}: the head has {len(tensors['bias'])} classes, fewshot.json {len(facts['classes'])}")
-    return Head(tensors['weight'], tensors['bias'], facts['exclusive'], facts['temperature']), facts
+    n, wanted = len(tensors['bias']), len(facts['classes'])
+    if tensors['bias'].shape != (wanted,):
+        raise ValueError(f'{folder}: the head has {n} classes, fewshot.json {wanted}')
+    return Head(tensors['weight'], tensors['bias'], facts['exclusive'], facts['temperature'])
+
+# %% ../../nbs/inside/exchange.ipynb #cd9d3818
+def _assembled(folder, head, facts, device, dtype):
+    model = FewShotClassifier(folder, head=facts['head'], device=device, dtype=dtype)
+    model.head, model.classes, model.exclusive = head, facts['classes'], facts['exclusive']
+    model.tuned, model.calibrated, model.source = facts['tuned'], facts['calibrated'], facts['source']
+    return model
 
 # %% ../../nbs/inside/exchange.ipynb #cd9d3819
 def load_classifier(
@@ -62,56 +72,43 @@ def load_classifier(
     "Read a saved classifier. Nothing is unpickled."
     if not Path(folder).is_dir():
         raise ValueError(f'there is no folder {folder}')
-    head, facts = _read_head(Path(folder))
+    facts = _read_facts(Path(folder))
+    head = _read_head(Path(folder), facts)
     return _assembled(folder, head, facts, device, dtype)
-
-
-def _assembled(folder, head, facts, device, dtype):
-    model = FewShotClassifier(folder, head=facts['head'], device=device, dtype=dtype)
-    model.head, model.classes, model.exclusive = head, facts['classes'], facts['exclusive']
-    model.tuned, model.calibrated, model.source = facts['tuned'], facts['calibrated'], facts['source']
-    return model
 
 # %% ../../nbs/inside/exchange.ipynb #bd5351bd
 def _as_logistic(head, classes):
     "A fitted LogisticRegression that says what `head` says."
     from sklearn.linear_model import LogisticRegression
 
-    w, b = (head.weight / head.temperature).double().numpy(), (head.bias / head.temperature).double().numpy()
+    w = (head.weight / head.temperature).double().numpy()
+    b = (head.bias / head.temperature).double().numpy()
     if len(classes) == 2:
         w, b = w[1:] - w[:1], b[1:] - b[:1]
     out = LogisticRegression()
-    out.classes_, out.coef_, out.intercept_, out.n_features_in_, out.n_iter_ = (
-        np.array(classes),
-        w,
-        b,
-        w.shape[1],
-        np.array([1]),
-    )
+    out.classes_, out.coef_, out.intercept_ = np.array(classes), w, b
+    out.n_features_in_, out.n_iter_ = w.shape[1], np.array([1])
     return out
 
 # %% ../../nbs/inside/exchange.ipynb #1058da99
 def _as_sklearn(model):
+    "The head as SetFit keeps it: a LogisticRegression, or one for each class where a row may have several."
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.preprocessing import LabelBinarizer
 
+    head, k = model.head, len(model.classes)
     if model.exclusive:
-        return _as_logistic(model.head, model.classes)
-    out, k = OneVsRestClassifier(_as_logistic(model.head, [0, 1])), len(model.classes)
+        return _as_logistic(head, model.classes)
 
     def one(c):
-        return Head(
-            torch.stack([-model.head.weight[c], model.head.weight[c]]) / 2,
-            torch.stack([-model.head.bias[c], model.head.bias[c]]) / 2,
-            True,
-            model.head.temperature,
-        )
+        "Class c against the rest, as a head of two classes."
+        sides = torch.tensor([-0.5, 0.5])
+        return Head(sides[:, None] * head.weight[c], sides * head.bias[c], True, head.temperature)
 
+    out = OneVsRestClassifier(_as_logistic(head, [0, 1]))
     out.estimators_ = [_as_logistic(one(c), [0, 1]) for c in range(k)]
-    out.classes_, out.label_binarizer_ = (
-        np.arange(k),
-        LabelBinarizer().fit(np.eye(k, dtype=int)[[0, 0]] + np.eye(k, dtype=int)[[-1, -1]]),
-    )
+    out.classes_ = np.arange(k)
+    out.label_binarizer_ = LabelBinarizer().fit(np.eye(k, dtype=int)[[0, 0]] + np.eye(k, dtype=int)[[-1, -1]])
     return out
 
 # %% ../../nbs/inside/exchange.ipynb #64f85cc3
@@ -128,23 +125,23 @@ def export_setfit(
 
 # %% ../../nbs/inside/exchange.ipynb #df9ebed6
 def _from_sklearn(fitted, labels):
-    "Matrix, bias, classes and kind of a linear scikit-learn classifier."
-    parts, exclusive = getattr(fitted, 'estimators_', None), not hasattr(fitted, 'estimators_')
-    if not exclusive:
-        w, b, classes = (
-            np.stack([o.coef_[0] for o in parts]),
-            np.array([o.intercept_[0] for o in parts]),
-            labels or list(range(len(parts))),
-        )
-    elif hasattr(fitted, 'coef_'):
-        w, b, classes = fitted.coef_, fitted.intercept_, fitted.classes_.tolist()
-        if len(w) == 1:
-            w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2
-        if labels and all(isinstance(c, int) for c in classes):
-            classes = [labels[c] for c in classes]
-    else:
+    "(head, classes) of a linear scikit-learn classifier. ValueError names another kind."
+    if hasattr(fitted, 'estimators_'):
+        w = np.stack([o.coef_[0] for o in fitted.estimators_])
+        b = np.array([o.intercept_[0] for o in fitted.estimators_])
+        return _head(w, b, False), labels or list(range(len(w)))
+    if not hasattr(fitted, 'coef_'):
         raise ValueError(f'the head is a {type(fitted).__name__}, of which only linear ones can be read')
-    return Head(torch.tensor(w, dtype=torch.float32), torch.tensor(b, dtype=torch.float32), exclusive), classes
+    w, b, classes = fitted.coef_, fitted.intercept_, fitted.classes_.tolist()
+    if len(w) == 1:
+        w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2
+    if labels and all(isinstance(c, int) for c in classes):
+        classes = [labels[c] for c in classes]
+    return _head(w, b, True), classes
+
+
+def _head(weight, bias, exclusive):
+    return Head(torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32), exclusive)
 
 # %% ../../nbs/inside/exchange.ipynb #6674ea49
 def load_setfit(
@@ -167,16 +164,11 @@ def load_setfit(
         )
     from sklearn.utils.parallel import joblib
 
-    config = json.loads((folder / 'config_setfit.json').read_text()) if (folder / 'config_setfit.json').exists() else {}
+    file = folder / 'config_setfit.json'
+    config = json.loads(file.read_text()) if file.exists() else {}
     head, classes = _from_sklearn(joblib.load(folder / 'model_head.pkl'), config.get('labels'))
-    model = _assembled(
-        folder,
-        head,
-        dict(
-            head='logistic', classes=classes, exclusive=head.exclusive, tuned=True, calibrated=False, source=folder.name
-        ),
-        device,
-        dtype,
-    )
+    facts = dict(head='logistic', classes=classes, exclusive=head.exclusive)
+    facts |= dict(tuned=True, calibrated=False, source=folder.name)
+    model = _assembled(folder, head, facts, device, dtype)
     model.body.normalise = model.body.normalise or bool(config.get('normalize_embeddings'))
     return model

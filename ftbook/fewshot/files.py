@@ -15,13 +15,15 @@ FORMAT = 1  # of fewshot.json
 
 
 def _modules(normalise):
-    kinds = [('', 'Transformer'), ('1_Pooling', 'Pooling')] + [('2_Normalize', 'Normalize')] * normalise
+    kinds = [('', 'Transformer'), ('1_Pooling', 'Pooling')]
+    if normalise:
+        kinds.append(('2_Normalize', 'Normalize'))
     return [
         dict(idx=i, name=str(i), path=path, type=f'sentence_transformers.models.{kind}')
         for i, (path, kind) in enumerate(kinds)
     ]
 
-
+# %% ../../nbs/inside/exchange.ipynb #8d2b815b
 def _write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8')

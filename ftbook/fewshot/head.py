@@ -49,9 +49,11 @@ def _logistic(x, codes, C, balanced=False):
     fitted = LogisticRegression(C=C, max_iter=1000, class_weight='balanced' if balanced else None).fit(
         x.numpy(), codes.numpy()
     )
-    w, b = torch.tensor(fitted.coef_, dtype=torch.float32), torch.tensor(fitted.intercept_, dtype=torch.float32)
-    # two classes: half the margin each
-    return (w, b) if len(w) > 1 else (torch.cat([-w, w]) / 2, torch.cat([-b, b]) / 2)
+    w = torch.tensor(fitted.coef_, dtype=torch.float32)
+    b = torch.tensor(fitted.intercept_, dtype=torch.float32)
+    if len(w) > 1:
+        return w, b
+    return torch.cat([-w, w]) / 2, torch.cat([-b, b]) / 2  # two classes: half the margin each
 
 # %% ../../nbs/inside/head.ipynb #b4662285
 def _one_by_one(x, targets, C):
@@ -81,6 +83,21 @@ def _ridge(x, targets, penalty):
 def _means(x, targets):
     return F.normalize(targets.t() @ x, dim=1) * 10, torch.zeros(targets.shape[1])
 
+# %% ../../nbs/inside/head.ipynb #4b6f603f
+def _fit_exclusive(x, targets, kind, C, balanced):
+    "A head for one class a row; classes without rows keep the score `NEVER`."
+    seen = targets.sum(0) > 0
+    some = targets[:, seen]
+    weight = torch.zeros(len(seen), x.shape[1])
+    bias = torch.full((len(seen),), NEVER)
+    if kind == 'logistic':
+        weight[seen], bias[seen] = _logistic(x, some.argmax(1), C, balanced)
+    elif kind == 'ridge':
+        weight[seen], bias[seen] = _ridge(x, some, 1 / C)
+    else:
+        weight[seen], bias[seen] = _means(x, some)
+    return Head(weight, bias)
+
 # %% ../../nbs/inside/head.ipynb #4b6f6040
 HEADS = 'logistic', 'ridge', 'mean'
 
@@ -96,19 +113,10 @@ def fit_head(
     "Fit a linear classifier."
     if kind not in HEADS:
         raise ValueError(f'head must be one of {", ".join(HEADS)}, not {kind!r}')
-    if kind == 'mean' and not exclusive:
+    targets = targets.float()
+    if exclusive:
+        return _fit_exclusive(vectors, targets, kind, C, balanced)
+    if kind == 'mean':
         raise ValueError('the class mean has no threshold for rows of several classes: take the head logistic or ridge')
-    seen, targets = targets.sum(0) > 0, targets.float()
-    if not exclusive:
-        weight, bias = _one_by_one(vectors, targets, 10 * C) if kind == 'logistic' else _ridge(vectors, targets, 1 / C)
-    else:
-        weight, bias = torch.zeros(len(seen), vectors.shape[1]), torch.full((len(seen),), NEVER)
-        some = targets[:, seen]
-        weight[seen], bias[seen] = (
-            _logistic(vectors, some.argmax(1), C, balanced)
-            if kind == 'logistic'
-            else _ridge(vectors, some, 1 / C)
-            if kind == 'ridge'
-            else _means(vectors, some)
-        )
-    return Head(weight, bias, exclusive)
+    fitted = _one_by_one(vectors, targets, 10 * C) if kind == 'logistic' else _ridge(vectors, targets, 1 / C)
+    return Head(*fitted, exclusive=False)

@@ -42,11 +42,10 @@ class Decks:
         targets: Tensor,  # (n, k) zeros and ones
         seed: int = 0,  # Of the shuffles
     ):
-        self.rng, self.rows = (
-            random.Random(seed),
-            {c: column.nonzero()[:, 0].tolist() for c, column in enumerate(targets.t()) if column.any()},
-        )
-        self.left, self.turns = {c: [] for c in self.rows}, []
+        self.rng = random.Random(seed)
+        self.rows = {c: column.nonzero()[:, 0].tolist() for c, column in enumerate(targets.t()) if column.any()}
+        self.left = {c: [] for c in self.rows}
+        self.turns = []
 
     def draw(
         self,
@@ -68,5 +67,7 @@ def batch(
     size: int,  # Rows wanted
 ) -> list[int]:  # About so many, each once
     "Rows of as many classes as have room for two."
-    chosen = self.draw(self.turns, list(self.rows), max(2, min(len(self.rows), size // 2)))
-    return sorted({i for c in chosen for i in self.draw(self.left[c], self.rows[c], max(2, size // len(chosen)))})
+    n_classes = max(2, min(len(self.rows), size // 2))
+    chosen = self.draw(self.turns, list(self.rows), n_classes)
+    each = max(2, size // len(chosen))
+    return sorted({i for c in chosen for i in self.draw(self.left[c], self.rows[c], each)})

@@ -27,7 +27,7 @@ from ftbook.fewshot.evaluation import (
     Evaluation,
 )
 from .files import _write_json
-from .next import next_rows
+from .uncertain import next_rows
 from ..files import _check_place, _whole
 from ..show.page import escape, page
 from ..show.tables import table
@@ -41,8 +41,8 @@ def choose_shots(
     "Draw a few rows of each class."
     if shots is not None and shots < 1:
         raise ValueError(f'shots must be 1 or more, not {shots}')
-    order, taken, rest, counts = random.Random(seed).sample(range(len(labels)), len(labels)), [], [], Counter()
-    for i in order:
+    taken, rest, counts = [], [], Counter()
+    for i in random.Random(seed).sample(range(len(labels)), len(labels)):
         counts[labels[i]] += 1
         (taken if shots is None or counts[labels[i]] <= shots else rest).append(i)
     return sorted(taken), sorted(rest)
@@ -86,17 +86,31 @@ class FewShotReport:
         )
 
 # %% ../../nbs/inside/fewshot_report.ipynb #543229a4
-def _labelled(rows, text, label):
-    "(texts, labels, texts without label) of rows; a label is read as a string."
+def _labelled(file, rows, text, label):
+    """(rows with a label, texts without one) of a file; a labelled row is (its number, text, label as a string).
+    ValueError names the row whose text is no string."""
+    labelled, unlabelled = [], []
+    for number, row in enumerate(rows, 1):
+        said = '' if row.get(text) is None else row[text]
+        name = '' if row.get(label) is None else str(row[label])
+        if not isinstance(said, str):
+            raise ValueError(f'{file}, row {number}, counted from 1: the {text} is {said!r}, not a string')
+        if name.strip():
+            labelled.append((number, said, name))
+        elif said.strip():
+            unlabelled.append(said)
+    return labelled, unlabelled
 
-    def has(r):
-        return r.get(label) is not None and str(r[label]).strip() != ''
-
-    return (
-        [r.get(text) or '' for r in rows if has(r)],
-        [str(r[label]) for r in rows if has(r)],
-        [r.get(text) for r in rows if not has(r) and (r.get(text) or '').strip()],
-    )
+# %% ../../nbs/inside/fewshot_report.ipynb #543229a5
+def _columns(file, labelled, empty=True):
+    "(texts, labels) of labelled rows. ValueError names the first without a text, unless they may be `empty`."
+    for number, said, name in labelled:
+        if not (empty or said.strip()):
+            raise ValueError(
+                f'{file}, row {number}, counted from 1, has the label {name!r} but its text is empty: '
+                'write one, or leave the row out'
+            )
+    return [said for _, said, _ in labelled], [name for *_, name in labelled]
 
 # %% ../../nbs/inside/fewshot_report.ipynb #4c9fc733
 def _judge(model, test, rest):
@@ -108,9 +122,8 @@ def _judge(model, test, rest):
     if c is None:
         raise ValueError('no row can be held out to judge by: give a test file, or two or more rows of each class')
     scores = c.scores['tuned' if model.tuned else 'frozen'] / model.head.temperature
-    return Evaluation(
-        model.classes, scores.softmax(1).numpy(), c.targets.numpy()
-    ), 'held-out training rows (cross-validation in two halves)'
+    found = Evaluation(model.classes, scores.softmax(1).numpy(), c.targets.numpy())
+    return found, 'held-out training rows (cross-validation in two halves)'
 
 # %% ../../nbs/inside/fewshot_report.ipynb #73413044
 def fewshot_report(
@@ -131,17 +144,16 @@ def fewshot_report(
     _check_place(Path(out), None)
     rows = list(read_rows(file))
     text, label = pick_columns(rows, text_column, label_column)
-    texts, labels, unlabelled = _labelled(rows, text, label)
-    if not texts:
+    labelled, unlabelled = _labelled(file, rows, text, label)
+    if not labelled:
         raise ValueError(f'no row of {file} has a label in the column {label!r}')
-    taken, rest = choose_shots(labels, shots, seed)
-    tested = _labelled(read_rows(test, need=(text, label)), text, label)[:2] if test else ((), ())
+    taken, rest = choose_shots([name for *_, name in labelled], shots, seed)
+    tested = _labelled(test, read_rows(test, need=(text, label)), text, label)[0] if test else []
     return _reported(
         dict(file=Path(file).name, text_column=text, label_column=label, seed=seed),
-        [texts[i] for i in taken],
-        [labels[i] for i in taken],
-        ([texts[i] for i in rest], [labels[i] for i in rest]),
-        tested,
+        *_columns(file, [labelled[i] for i in taken], empty=False),
+        _columns(file, [labelled[i] for i in rest]),
+        _columns(test, tested),
         unlabelled,
         Path(out),
         encoder,
@@ -155,11 +167,13 @@ def _reported(facts, texts, labels, rest, tested, unlabelled, out, encoder, same
     "Train, judge and write."
     import time
 
-    began, model = time.perf_counter(), FewShotClassifier(encoder, seed=facts['seed'], device=device)
+    began = time.perf_counter()
+    model = FewShotClassifier(encoder, seed=facts['seed'], device=device)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         model.fit(texts, labels, same_labels=same_labels)
-    seconds, check = time.perf_counter() - began, str(model.checked or '')
+    seconds = time.perf_counter() - began
+    check = str(model.checked or '')
     if tested[0] and same_labels == 'merge':
         tested = tested[0], [_nearest_class(v, model.classes) for v in tested[1]]
     evaluation, judge = _judge(model, tested, rest)

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,11 +73,26 @@ def _targets(labels, classes, several):
     if not several:
         classes, codes = class_codes(labels, classes)
         return classes, F.one_hot(torch.as_tensor(codes), len(classes)).float()
-    flat = [v for row in labels for v in row]
-    classes, codes = class_codes(flat, classes)
-    out, at = torch.zeros(len(labels), len(classes)), [i for i, row in enumerate(labels) for _ in row]
-    out[at, torch.as_tensor(codes)] = 1
-    return classes, out
+    classes, codes = class_codes([v for row in labels for v in row], classes)
+    rows = [i for i, row in enumerate(labels) for _ in row]
+    targets = torch.zeros(len(labels), len(classes))
+    targets[rows, torch.as_tensor(codes)] = 1
+    return classes, targets
+
+# %% ../../nbs/inside/fewshot_rows.ipynb #69314077
+def _settled(labels, several, same_labels):
+    "Labels after `same_labels`. ValueError names those that differ by case or blanks alone."
+    found = alike_labels(sorted({v for row in labels for v in row} if several else set(labels), key=str))
+    if not found or same_labels == 'keep':
+        return labels
+    if same_labels == 'refuse':
+        raise ValueError(
+            f"the labels {' and '.join(map(repr, found[0]))} differ by case or blanks alone: "
+            "mend them, or say same_labels='merge' (one class; --merge-labels on the command line) "
+            "or same_labels='keep' (two)"
+        )
+    name = {v: group[0] for group in found for v in group}
+    return [[name.get(v, v) for v in row] for row in labels] if several else [name.get(v, v) for v in labels]
 
 # %% ../../nbs/inside/fewshot_rows.ipynb #f0ab7e05
 def make_shots(
@@ -89,6 +103,8 @@ def make_shots(
     same_labels: str = 'refuse',
 ) -> Shots:  # ValueError says which row cannot be used
     "Look through rows before they are learnt from."
+    if same_labels not in ('refuse', 'merge', 'keep'):
+        raise ValueError(f"same_labels must be 'refuse', 'merge' or 'keep', not {same_labels!r}")
     texts, labels = check_texts(texts), list(labels)
     if len(texts) != len(labels):
         raise ValueError(f'{len(texts)} texts but {len(labels)} labels')
@@ -97,69 +113,51 @@ def make_shots(
     several = _several(labels)
     if several:
         labels = [[v] if isinstance(v, (str, int)) else list(v) for v in labels]
-    found = alike_labels(sorted({v for row in labels for v in row} if several else set(labels), key=str))
-    if found and same_labels == 'refuse':
-        raise ValueError(
-            f"the labels {' and '.join(map(repr, found[0]))} differ by case or blanks alone: "
-            "mend them, or say same_labels='merge' (one class) or same_labels='keep' (two)"
-        )
-    if found and same_labels == 'merge':
-        labels = _merged_labels(labels, found, several)
+    labels = _settled(labels, several, same_labels)
     classes, targets = _targets(labels, classes, several)
     return _usable(texts, targets, classes, not several)
-
-# %% ../../nbs/inside/fewshot_rows.ipynb #69314077
-def _merged_labels(labels, found, several):
-    name = {v: g[0] for g in found for v in g}
-    return [[name.get(v, v) for v in row] for row in labels] if several else [name.get(v, v) for v in labels]
 
 # %% ../../nbs/inside/fewshot_rows.ipynb #c1728d06
 def _usable(texts, targets, classes, exclusive):
     "Leave out contradictions and repetitions; say what is thin."
     against = set(_contradictions(texts, targets)) if exclusive else set()
+    left_out = ''
     if against:
-        warnings.warn(
-            (
-                f'{len(against)} rows are left out, since their text has two labels; the first is row '
-                f'{min(against)}: {texts[min(against)][:60]!r}'
-            ),
-            stacklevel=4,
-        )
-    first = {}
+        first = min(against)
+        why = f'{len(against)} rows are left out, since their text has two labels'
+        warnings.warn(f'{why}; the first is row {first}: {texts[first][:60]!r}', stacklevel=4)
+        left_out = f'; {why.replace("are", "were", 1)}, the first {texts[first][:60]!r}'
+    places = {}
     for i, t in enumerate(texts):
         if i not in against:
-            first.setdefault(normalise(t), i)
-    keep = sorted(first.values())
+            places.setdefault(normalise(t), i)
+    keep = sorted(places.values())
     shots = Shots([texts[i] for i in keep], targets[keep], classes, exclusive)
-    counts = shots.targets.sum(0).int().tolist()
-    if sum(n > 0 for n in counts) < 2:
-        lost = (
-            (
-                f'; {len(against)} rows were left out, since their text has two labels, the first '
-                f'{texts[min(against)][:60]!r}'
-            )
-            if against
-            else ''
+    _check_classes(shots, left_out)
+    return shots
+
+# %% ../../nbs/inside/fewshot_rows.ipynb #c1728d07
+def _check_classes(shots, left_out):
+    "ValueError where there are no two classes to tell apart; classes with one example or none are named."
+    counts = dict(zip(shots.classes, shots.targets.sum(0).int().tolist()))
+    if sum(n > 0 for n in counts.values()) < 2:
+        only = max(counts, key=counts.get)
+        said = (
+            f'all usable rows have the class {only!r}: a classifier needs two or more'
+            if shots.texts
+            else 'no row is left'
         )
-        raise ValueError(
-            (
-                f'all usable rows have the class {classes[int(np.argmax(counts))]!r}: a classifier needs two or more'
-                if keep
-                else 'no row is left'
-            )
-            + lost
-        )
-    if alone := [c for c, n in zip(classes, counts) if n == 1]:
+        raise ValueError(said + left_out)
+    alone = [c for c, n in counts.items() if n == 1]
+    unseen = [c for c, n in counts.items() if n == 0]
+    if alone:
         warnings.warn(
             f'{len(alone)} classes have one example, the first {alone[0]!r}: it has no pair of its own kind',
-            stacklevel=4,
+            stacklevel=5,
         )
-    if unseen := [c for c, n in zip(classes, counts) if n == 0]:
+    if unseen:
         warnings.warn(
-            (
-                f'{len(unseen)} classes have no example, the first {unseen[0]!r}: they are never predicted. '
-                'Describe them, with `descriptions`'
-            ),
-            stacklevel=4,
+            f'{len(unseen)} classes have no example, the first {unseen[0]!r}: they are never predicted. '
+            'Describe them, with `descriptions`',
+            stacklevel=5,
         )
-    return shots

@@ -29,7 +29,8 @@ class Tuning:
     layers: int | None = None
     loss: str = 'similarity'  # 'similarity' or 'contrastive'
     temperature: float = 0.1  # Of the contrastive loss
-    lora: object = None  # A `LoRA` to train in place of the weights; it is merged at the end
+    # A `LoRA` without dropout to train in place of the weights; it is merged at the end
+    lora: object = None
     seed: int = 0  # Of the batches
 
     def __post_init__(self):
@@ -42,6 +43,10 @@ class Tuning:
                 raise ValueError(f'{name} must be {bound} or more, not {value}')
         if not (self.lr > 0 and self.temperature > 0):
             raise ValueError('lr and temperature must be above 0')
+        if dropout := getattr(self.lora, 'dropout', 0):
+            raise ValueError(
+                f'lora has dropout={dropout}, but the encoder is tuned without any: leave dropout out of the LoRA'
+            )
 
 # %% ../../nbs/inside/tuning.ipynb #940137f1
 @patch

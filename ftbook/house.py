@@ -1,4 +1,4 @@
-"""One page may write several modules, and the site shows plumbing folded
+"""Let one page write several modules, and let the site show plumbing folded
 
 Docs: https://ftbook.github.io/ftbook/inside/house.html.md"""
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from ftbook.quality.checks import check_size
-from ftbook.quality.curve import data_needed, fit_curve, learning_curve
+from ftbook.quality.curve import data_needed, fit_curve
+from ftbook.quality.learning import learning_curve
 from ftbook.quality.power_law import fit_power_law, power_law
 
 sizes = np.array([16, 32, 64, 128, 256, 512, 1024])
@@ -110,6 +111,7 @@ def test_what_is_no_target(target):
         data_needed(fit_curve(runs((0.1, 1.0, 0.5), 0.01)), target)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_flat_curve_needs_no_rows_or_all():
     curve = fit_curve([dict(n=n, score=0.7) for n in (10, 20, 40) for _ in range(2)])
     assert data_needed(curve, 0.6).rows == 1 and data_needed(curve, 0.8).rows == np.inf

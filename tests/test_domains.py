@@ -15,7 +15,8 @@ from ftbook.models.load import load_model
 from ftbook.quality.surprise import bits_per_byte, pool_bits
 from ftbook.quality.checks import check_domain
 from ftbook.quality.probe import deal_folds
-from ftbook.quality.domains import domain_auc, domain_distances
+from ftbook.quality.apart import domain_auc
+from ftbook.quality.domains import domain_distances
 from ftbook.quality.domain_measures import embedding_distance, ngram_divergence, rank_auc, telling_words
 from ftbook.quality.minhash import shingles
 from ftbook.quality.findings import view_rows

@@ -18,7 +18,8 @@ from ftbook.quality.checks import check_balance, check_labels
 from ftbook.quality.classes import class_codes, long_tail
 from ftbook.quality.confident import confident_class, confident_joint, confident_thresholds
 from ftbook.quality.probe import deal_folds, fit_probe
-from ftbook.quality.labels import flag_labels, label_errors, out_of_fold
+from ftbook.quality.labels import flag_labels, out_of_fold
+from ftbook.quality.suspects import label_errors
 from ftbook.quality.findings import view_rows
 
 parity = settings(max_examples=400, deadline=None)

@@ -1,4 +1,4 @@
-"""From links, suspects and curves to findings, in one call
+"""Run every check on the rows of any source, and read what was found
 
 Docs: https://ftbook.github.io/ftbook/inside/audit.html.md"""
 

@@ -92,14 +92,6 @@ def macro_f1(
 ) -> float:  # 0 to 1; a class that is never met and never predicted counts 0
     "The mean over classes of F1, in which a rare class weighs as much as a common one."
     hits = np.bincount(truth[truth == predicted], minlength=n_classes)
-    return float(
-        (
-            2
-            * hits
-            / np.maximum(
-                np.bincount(truth, minlength=n_classes)
-                + np.bincount(predicted, minlength=n_classes),
-                1,
-            )
-        ).mean()
-    )
+    given = np.bincount(truth, minlength=n_classes)
+    said = np.bincount(predicted, minlength=n_classes)
+    return float((2 * hits / np.maximum(given + said, 1)).mean())

@@ -11,13 +11,15 @@ import numpy as np
 
 from .balance import balance
 from .classes import _kind, class_codes
-from .curve import fit_curve, learning_curve
+from .curve import fit_curve
 from .domain_measures import _drawn, telling_words
 from .domains import domain_distances
 from .duplicates import find_duplicates
 from .findings import _note, _share, Findings, View
-from .labels import label_errors, out_of_fold
+from .labels import out_of_fold
 from .leaks import leakage
+from .learning import learning_curve
+from .suspects import label_errors
 from .words import words
 
 # %% ../../nbs/inside/audit.ipynb #01a5783c

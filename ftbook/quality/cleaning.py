@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import write_text
+from ..files import write_table, write_text
 from .audit import Audit, SAFE
 
 # %% ../../nbs/inside/audit_report.ipynb #83c96f82
@@ -73,4 +73,5 @@ def write_clean(
             raise FileExistsError(f"{file} is there already: move it away first")
     content = _same_format(path, audit.view.rows, kept)
     with_rows = [l | dict(content=audit.view.rows[l['row']]) for l in left]
-    return write_text(cleaned, content), write_text(list_of_left, _as_lines(with_rows))
+    write = write_text if isinstance(content, str) else write_table
+    return write(cleaned, content), write_text(list_of_left, _as_lines(with_rows))

@@ -1,4 +1,4 @@
-"""Bits per byte, the AUC of ranks, the energy distance and the divergence of words
+"""Measure how far two sets of rows are from one another
 
 Docs: https://ftbook.github.io/ftbook/inside/domain_measures.html.md"""
 

@@ -43,20 +43,12 @@ def find_duplicates(
     "Groups of rows that say the same, and which row of each to keep."
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"{len(labels)} labels for {len(texts)} texts")
-    exact, near = exact_duplicates(texts), near_duplicates(texts, threshold)
-    both = Matches(
-        *(
-            np.concatenate([getattr(exact, f), getattr(near, f)])
-            for f in ('a', 'b', 'similarity')
-        )
-    )
-    groups = _groups(both, texts, labels)
+    copies = exact_duplicates(texts) + near_duplicates(texts, threshold)
+    groups = _groups(copies, texts, labels)
     if vectors is not None:
-        stay = np.setdiff1d(
-            np.arange(len(texts)), [r for g in groups for r in g.rows if r != g.keep]
-        )
+        gone = [r for g in groups for r in g.rows if r != g.keep]
+        stay = np.setdiff1d(np.arange(len(texts)), gone)
         m = semantic_duplicates(vectors[stay], closeness)
-        groups += _groups(
-            Matches(stay[m.a], stay[m.b], m.similarity), texts, labels, 'semantic'
-        )
+        meant = Matches(stay[m.a], stay[m.b], m.similarity)
+        groups += _groups(meant, texts, labels, 'semantic')
     return sorted(groups, key=lambda g: (not g.conflict, -len(g.rows), g.rows[0]))

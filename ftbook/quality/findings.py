@@ -1,4 +1,4 @@
-"""Rows as an audit sees them, and what a check says about them
+"""Read any rows as an audit sees them, and say what a check found
 
 Docs: https://ftbook.github.io/ftbook/inside/findings.html.md"""
 

@@ -1,4 +1,4 @@
-"""Pairs of rows that resemble each other, the groups they form, and the row that stays
+"""Turn pairs of rows that resemble each other into groups, and choose the row that stays
 
 Docs: https://ftbook.github.io/ftbook/inside/links.html.md"""
 

@@ -1,4 +1,4 @@
-"""All pairs above a threshold, exactly, without comparing all pairs
+"""Find all pairs above a threshold, exactly, without comparing all pairs
 
 Docs: https://ftbook.github.io/ftbook/inside/near_duplicates.html.md"""
 

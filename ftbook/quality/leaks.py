@@ -1,4 +1,4 @@
-"""Test rows that stand in the training rows: equal, similar or contained
+"""Find test rows that the training rows give away: equal, similar or contained
 
 Docs: https://ftbook.github.io/ftbook/inside/leaks.html.md"""
 

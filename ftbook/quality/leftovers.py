@@ -1,4 +1,4 @@
-"""Empty columns, markup, other languages, broken endings, personal data, lengths
+"""Find empty columns, markup, other languages, broken endings, personal data and odd lengths
 
 Docs: https://ftbook.github.io/ftbook/inside/form_checks.html.md"""
 

@@ -37,6 +37,10 @@ class Matches:
     def __len__(self):
         return len(self.a)
 
+    def __add__(self, other):
+        columns = (np.concatenate([getattr(self, k), getattr(other, k)]) for k in ('a', 'b', 'similarity'))
+        return Matches(*columns, self.skipped + other.skipped)
+
     def groups(self) -> list[list[int]]:  # Two rows or more each, ascending; the largest group first
         "Rows that hang together by any chain of links."
         return group_rows(self.a, self.b)

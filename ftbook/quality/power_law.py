@@ -1,4 +1,4 @@
-"""Least squares over a grid of powers, for many curves at once
+"""Fit a power law to many curves at once, draw it, and measure such curves
 
 Docs: https://ftbook.github.io/ftbook/inside/power_law.html.md"""
 
@@ -8,6 +8,8 @@ Docs: https://ftbook.github.io/ftbook/inside/power_law.html.md"""
 __all__ = []
 
 # %% ../../nbs/inside/power_law.ipynb #a6888343
+from collections.abc import Sequence
+
 import numpy as np
 
 # %% ../../nbs/inside/power_law.ipynb #44a2deba
@@ -41,3 +43,22 @@ def fit_power_law(
     miss = ((floor[..., None] + scale[..., None] * x[:, None] - error) ** 2) @ weight  # (P, D)
     best, each = miss.argmin(0), np.arange(len(error))
     return np.stack([floor[best, each], scale[best, each], powers[best]], 1)
+
+# %% ../../nbs/inside/power_law.ipynb #1ea4d003
+def group_runs(
+    runs: Sequence[dict],  # n (examples) and score (0..1) of each run
+) -> tuple:  # (sizes, ascending; the scores (r,) of each). ValueError where there are too few, or a score is none
+    "Group runs by their number of examples."
+    wrong = next((r for r in runs if not (r['n'] >= 1 and 0 <= r['score'] <= 1)), None)
+    if wrong:
+        raise ValueError(
+            f"a run has n {wrong['n']} and score {wrong['score']}: n is 1 or more, a score lies between 0 and 1"
+        )
+    n = sorted({r['n'] for r in runs})
+    scores = [np.array([r['score'] for r in runs if r['n'] == k]) for k in n]
+    if len(n) < 3 or min(map(len, scores)) < 2:
+        raise ValueError(
+            f"runs of {len(n)} sizes, at least {min(map(len, scores), default=0)} of each: a curve needs three "
+            "sizes and two runs of each"
+        )
+    return n, scores

@@ -1,4 +1,4 @@
-"""The small classifier that judges labels, domains and learning curves
+"""Number classes, deal folds, and fit the small classifier that judges labels, domains and learning curves
 
 Docs: https://ftbook.github.io/ftbook/inside/probe.html.md"""
 

@@ -1,4 +1,4 @@
-"""Pruning by noise rate and the scores of labels, held equal to cleanlab
+"""Choose how many labels to flag, and list them, the surest error first
 
 Docs: https://ftbook.github.io/ftbook/inside/label_methods.html.md"""
 

@@ -1,4 +1,4 @@
-"""Curves, bars and tables that hold at any width, on a light and on a dark page
+"""Draw curves, bars and tables that hold at any width, on a light and on a dark page
 
 Docs: https://ftbook.github.io/ftbook/inside/charts.html.md"""
 

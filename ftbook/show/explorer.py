@@ -1,4 +1,4 @@
-"""A slider that lives in Jupyter, and still moves when the notebook has become a web page
+"""Make a slider that lives in Jupyter, and still moves when the notebook has become a web page
 
 Docs: https://ftbook.github.io/ftbook/inside/explorer.html.md"""
 

@@ -1,4 +1,4 @@
-"""Drawn on one scale
+"""Draw values with their intervals on one scale
 
 Docs: https://ftbook.github.io/ftbook/inside/intervals.html.md"""
 

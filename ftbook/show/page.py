@@ -1,4 +1,4 @@
-"""A picture is a string of HTML; a report is one file that loads nothing
+"""Show anything in a notebook or a report: a picture is a string of HTML, a report one file that loads nothing
 
 Docs: https://ftbook.github.io/ftbook/inside/page.html.md"""
 

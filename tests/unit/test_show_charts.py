@@ -4,7 +4,7 @@ from fastcore.test import test_fail as check_fail
 from ftbook.show.charts import plot
 
 
-def test_plot_1():
+def test_a_plot_refuses_what_it_cannot_draw():
     check_fail(lambda: plot({}), contains='nothing to plot')
     check_fail(lambda: plot({'loss': ([], [])}), contains="line 'loss' is empty")
     check_fail(lambda: plot({'loss': ([1, 2], [1])}), contains='2 xs but 1 ys')

@@ -8,7 +8,7 @@ from ftbook.show.controls import Control, Controls
 from ftbook.show.explorer import _input, explore
 
 
-def test_explore_1():
+def test_an_explorer_names_wrong_controls_wrong_pictures_and_too_many_frames():
     def trained(rank, d_in, d_out):
         return rank * (d_in + d_out)
 
@@ -36,7 +36,7 @@ def test_explore_1():
     )
 
 
-def test_input_1():
+def test_inputs_are_escaped_and_say_their_value():
     controls = Controls(rank=[1, 4, 16], layer=['q', 'gate'])
     check_eq(_input(Control(True, label='a & b')).count('checked'), 1)
     assert 'aria-valuetext="1"' in _input(controls.rank)

@@ -4,7 +4,7 @@ from fastcore.test import test_eq as check_eq, test_fail as check_fail
 from ftbook.show.page import Picture
 
 
-def test_picture_1():
+def test_pictures_with_the_same_html_are_equal_and_save_as_html():
     hello = Picture('<b>hello</b>')
     check_eq(hello, Picture('<b>hello</b>'))
     check_fail(lambda: hello.save('hello.png'), contains='saves to .html')

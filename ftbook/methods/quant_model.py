@@ -151,7 +151,7 @@ def _shorten(layer, kind, block_size, double_quant, backend, name):
 # %% ../../nbs/inside/quant_model.ipynb #3398ee050
 @torch.no_grad()
 def to_dense(
-    layer: nn.Module,  # Of this chapter or of bitsandbytes
+    layer: nn.Module,  # Of ftbook or of bitsandbytes
     weight: Tensor | None = None,  # (out, in) to take instead of its own
 ) -> nn.Module:  # nn.Linear, or Conv1D where it came from one; frozen
     "A quantised layer in full precision."

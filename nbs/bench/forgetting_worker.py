@@ -4,7 +4,7 @@
     python forgetting_worker.py I/N                one of N shares of them: so N processes share the work
     python forgetting_worker.py batch K [I/N]      the next K of them, in this process
     python forgetting_worker.py moves              how far some of the runs move the weights on the first task, to results/forgetting_moves.json
-    python forgetting_worker.py summary            results/forgetting_summary.json, which the chapter reads
+    python forgetting_worker.py summary            results/forgetting_summary.json, which the lessons read
 
 A run is (sequence, variant, seed). All train SmolLM2-135M on 64 short rows a task, twice, 8 to a step, with the same weights (or the same adapter) going on from task to task. Before the first task and after each,
 it is asked about held-out rows of all tasks (the most probable of a task's labels; of explanations, the loss), and reads two kinds of other text. The last model of some runs is also judged on the line back to the base.
@@ -351,7 +351,7 @@ def other_loss(stage):
 
 
 def scores(run):
-    """The table that `ftbook.forgetting.transfer` reads, a row for each stage: accuracy, or minus the loss where there
+    """The table that `ftbook.forgetting.sequences.transfer` reads, a row for each stage: accuracy, or minus the loss where there
     is no accuracy."""
     return [
         [

@@ -5,7 +5,7 @@
     python methods_worker.py batch N [TASK]   the next N of them, in this process
     python methods_worker.py cost        time and memory of every variant, on a quiet machine, appended to results/methods_cost.json
     python methods_worker.py cost NAME   of one; prints one line of JSON
-    python methods_worker.py summary     results/methods_summary.json, which the chapters read: means and intervals of the runs at the chosen rates
+    python methods_worker.py summary     results/methods_summary.json, which the lessons read: means and intervals of the runs at the chosen rates
 
 A run is (part, variant, task, lr, seed, batch_size). Parts: 'sweep' (one seed, judged by the loss on validation rows), 'run' (five seeds at the best rate of the sweep) and 'batch' (larger batches).
 All train SmolLM2-135M on the same 96 rows, twice, 8 to a step. The answer is the most probable of the labels.
@@ -28,11 +28,11 @@ TEXT = dict(
 )
 
 
-# Variants: name -> (module, class, its arguments)
+# Variants: name -> (module of `ftbook.methods`, class, its arguments)
 
 
 def lora(rank, **more):
-    return 'lora', 'LoRA', dict(rank=rank, alpha=2 * rank, **more)
+    return 'lora_method', 'LoRA', dict(rank=rank, alpha=2 * rank, **more)
 
 
 ATTENTION, MLP = ['q_proj', 'k_proj', 'v_proj', 'o_proj'], ['gate_proj', 'up_proj', 'down_proj']
@@ -40,18 +40,18 @@ RANKS = 1, 2, 4, 8, 16, 32, 64
 VARIANTS = {
     'full': None,
     'LoRA 16': lora(16),
-    'Houlsby 70': ('bottleneck', 'Bottleneck', dict(kind='houlsby', bottleneck_size=70)),
+    'Houlsby 70': ('bottleneck_method', 'Bottleneck', dict(kind='houlsby', bottleneck_size=70)),
     'LoRA 1': lora(1),
-    'Pfeiffer 141': ('bottleneck', 'Bottleneck', dict(kind='pfeiffer', bottleneck_size=141)),
-    'parallel 141': ('bottleneck', 'Bottleneck', dict(kind='parallel', bottleneck_size=141)),
-    'Houlsby 4': ('bottleneck', 'Bottleneck', dict(kind='houlsby', bottleneck_size=4)),
-    '(IA)3': ('bottleneck', 'IA3', {}),
-    'BitFit': ('bottleneck', 'BitFit', {}),
-    'prompt 32, text': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='text')),
-    'prompt 32, random': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='random')),
-    'prompt 32, vocabulary': ('prompts', 'PromptTuning', dict(num_virtual_tokens=32, init='vocabulary')),
-    'prefix 26, text': ('prompts', 'PrefixTuning', dict(num_virtual_tokens=26, init='text')),
-    'prefix 26, random': ('prompts', 'PrefixTuning', dict(num_virtual_tokens=26, init='random')),
+    'Pfeiffer 141': ('bottleneck_method', 'Bottleneck', dict(kind='pfeiffer', bottleneck_size=141)),
+    'parallel 141': ('bottleneck_method', 'Bottleneck', dict(kind='parallel', bottleneck_size=141)),
+    'Houlsby 4': ('bottleneck_method', 'Bottleneck', dict(kind='houlsby', bottleneck_size=4)),
+    '(IA)3': ('ia3', 'IA3', {}),
+    'BitFit': ('bitfit', 'BitFit', {}),
+    'prompt 32, text': ('prompt_tuning', 'PromptTuning', dict(num_virtual_tokens=32, init='text')),
+    'prompt 32, random': ('prompt_tuning', 'PromptTuning', dict(num_virtual_tokens=32, init='random')),
+    'prompt 32, vocabulary': ('prompt_tuning', 'PromptTuning', dict(num_virtual_tokens=32, init='vocabulary')),
+    'prefix 26, text': ('prefix_tuning', 'PrefixTuning', dict(num_virtual_tokens=26, init='text')),
+    'prefix 26, random': ('prefix_tuning', 'PrefixTuning', dict(num_virtual_tokens=26, init='random')),
     'LoRA 64': lora(64),
     'LoRA 4': lora(4),
     'LoRA 42, attention': lora(42, target_modules=ATTENTION),
@@ -61,7 +61,7 @@ VARIANTS = {
     'LoRA+ 16': lora(16, lr_ratio=16),
     **{f'LoRA {r}': lora(r) for r in (8, 2, 32)},
     # in the order in which they are run
-    'rsLoRA 64': ('lora', 'LoRA', dict(rank=64, alpha=16, use_rslora=True)),
+    'rsLoRA 64': ('lora_method', 'LoRA', dict(rank=64, alpha=16, use_rslora=True)),
     'OLoRA 16': lora(16, init='olora'),
 }
 IN_BETWEEN = 'LoRA 2', 'LoRA 4', 'LoRA 8', 'LoRA 32', 'Houlsby 4'
@@ -97,7 +97,7 @@ def apply_(variant, model, tokenizer, task, seed):
     more = dict(text=TEXT[task], tokenizer=tokenizer) if given.get('init') == 'text' else {}
     if name not in ('IA3', 'BitFit'):
         more['seed'] = seed
-    return getattr(importlib.import_module(f'ftbook.{module}'), name)(**given, **more).apply(model)
+    return getattr(importlib.import_module(f'ftbook.methods.{module}'), name)(**given, **more).apply(model)
 
 
 @cache

@@ -5,9 +5,9 @@
 Forward and backward of SmolLM2-135M in NF4 (blocks of 64, double quantisation), LoRA of rank 16 on all linear layers. All variants stand in one process, hold the same numbers and take turns:
 
     peft      PEFT's layers on bitsandbytes' `Linear4bit`
-    ours      the layers of `ftbook.lora` on `ftbook.quant.QuantLinear`, in the same model with the same loss
-    finetune  what `ftbook.train.finetune` runs: these layers, the operators of `fast_` and the loss in chunks
-    dense     the layers of `ftbook.lora` on full-precision layers that hold the same (unpacked) weights
+    ours      the layers of `ftbook.methods.lora` on `ftbook.methods.quant_layer.QuantLinear`, in the same model with the same loss
+    finetune  what `ftbook.finetune` runs: these layers, the operators of `fast_` and the loss in chunks
+    dense     the layers of `ftbook.methods.lora` on full-precision layers that hold the same (unpacked) weights
 """
 
 import contextlib, json, logging, os, sys, time, warnings

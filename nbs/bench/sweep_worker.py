@@ -2,7 +2,7 @@
 
     python sweep_worker.py PART [TASK]          every run of a part that is missing, appended to results/sweep.json one by one
     python sweep_worker.py batch N PART [TASK]  the next N of them, in this process
-    python sweep_worker.py parquet              results/sweep.parquet, which the chapter reads, from results/sweep.json; and what ships in ftbook/assets:
+    python sweep_worker.py parquet              results/sweep.parquet, which the lesson reads, from results/sweep.json; and what ships in ftbook/assets:
                                                 sweep.parquet without the losses, and evidence.json, a summary of other results of this folder
 
 Parts: 'base' (the untouched model), 'design' (a quasi-random design of the space on `TASKS`), 'best' (the best of each method again, with other seeds and other rows), 'search' (a random search of
@@ -244,8 +244,8 @@ def trained(config, task, seed):
     measures."""
     import torch
     from ftbook.data.encoding import encode
-    from ftbook.recipe.run import release_memory
-    from ftbook.training.settings import NonFiniteLoss
+    from ftbook.recipe.release import release_memory
+    from ftbook.training.checks import NonFiniteLoss
     from ftbook.training.tune import finetune
     from training_worker import Memory
 
@@ -358,7 +358,7 @@ def recommended(task, seed):
 
 
 def few_shots(task, seed):
-    "A classifier of the same rows, with the defaults of chapter 13; the language model is left alone."
+    "A classifier of the same rows, with the defaults of `FewShotClassifier`; the language model is left alone."
     from ftbook.fewshot.classifier import FewShotClassifier
     from training_worker import Memory
 

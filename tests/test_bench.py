@@ -1,0 +1,162 @@
+"Hold what the notebooks, the benches and the scripts take from the library: every name is where they look for it."
+
+import ast, importlib, re
+from functools import cache
+
+import pytest
+
+from book import nbs, notebooks, read_cells, root
+
+bench = nbs / "bench"
+workers = sorted(bench.glob("*.py"))
+magic = re.compile(r"^(\s*)[!%].*", re.M)
+# A word that begins with the library's name and goes on with dots: a module, or a name in one
+dotted = re.compile(r"`(ftbook(?:\.\w+)+)")
+
+
+def code_of(path):
+    "A page's or a script's code, as one text."
+    if path.suffix == ".py":
+        return path.read_text(encoding="utf-8")
+    return "\n\n".join(magic.sub(r"\1pass", c["source"]) for c in read_cells(path, "code"))
+
+
+def parse(text):
+    "A tree, or None where a text is no Python."
+    try:
+        return ast.parse(text)
+    except SyntaxError:
+        return None
+
+
+def trees(text):
+    "The tree of some code, and those of the programs that it holds as strings."
+    tree = ast.parse(text)
+    yield tree
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Constant) and isinstance(o.value, str) and re.search(r"\bimport\b", o.value):
+            if (inner := parse(o.value)) is not None:
+                yield inner
+
+
+@cache
+def is_module(name):
+    "Whether this library has such a module or package; what else may be installed does not count."
+    path = root.joinpath(*name.split("."))
+    return path.is_dir() or path.with_name(f"{path.name}.py").is_file()
+
+
+def has(module, name):
+    "Whether `from module import name` works."
+    return is_module(f"{module}.{name}") or is_module(module) and hasattr(importlib.import_module(module), name)
+
+
+def resolves(name):
+    "Whether a dotted word is a module, or a chain of attributes from one."
+    parts = name.split(".")
+    n = max((k for k in range(1, len(parts) + 1) if is_module(".".join(parts[:k]))), default=0)
+    if not n:
+        return False
+    found = importlib.import_module(".".join(parts[:n]))
+    for part in parts[n:]:
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+def names_of_modules(tree):
+    "{name in this code: the module of ftbook that it stands for}."
+    found = {}
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Import):
+            found |= {a.asname or a.name: a.name for a in o.names if a.name.split(".")[0] == "ftbook"}
+        if isinstance(o, ast.ImportFrom) and (o.module or "").split(".")[0] == "ftbook":
+            full = {a.asname or a.name: f"{o.module}.{a.name}" for a in o.names}
+            found |= {k: v for k, v in full.items() if is_module(v)}
+    return found
+
+
+def unresolved(text):
+    "What some code takes from ftbook and would not find there."
+    wrong = []
+    for tree in trees(text):
+        here = names_of_modules(tree)
+        for o in ast.walk(tree):
+            if isinstance(o, ast.Import):
+                wrong += [a.name for a in o.names if a.name.split(".")[0] == "ftbook" and not is_module(a.name)]
+            if isinstance(o, ast.ImportFrom) and (o.module or "").split(".")[0] == "ftbook":
+                wrong += [f"{o.module}.{a.name}" for a in o.names if a.name != "*" and not has(o.module, a.name)]
+            if isinstance(o, ast.Attribute) and isinstance(o.value, ast.Name) and o.value.id in here:
+                if not has(here[o.value.id], o.attr):
+                    wrong.append(f"{here[o.value.id]}.{o.attr}")
+    return sorted({*wrong})
+
+
+def name_of(path):
+    return path.relative_to(root).as_posix()
+
+
+scripts = [*workers, *sorted((root / ".ci").glob("*.py"))]
+
+
+def test_a_name_that_is_gone_is_found():
+    assert unresolved("from ftbook.files import nothing_of_the_kind") == ["ftbook.files.nothing_of_the_kind"]
+    assert unresolved("import ftbook.no_such_room") == ["ftbook.no_such_room"]
+    assert unresolved("from ftbook.models import load\nload.load_model\nload.gone(1)") == ["ftbook.models.load.gone"]
+    assert unresolved("program = 'from ftbook.lora import LoRA'") == ["ftbook.lora.LoRA"]
+    assert unresolved("import ftbook as ft\nft.finetune\nft.gone") == ["ftbook.gone"]
+
+
+@pytest.mark.parametrize("path", notebooks() + scripts, ids=name_of)
+def test_what_is_taken_from_the_library_is_there(path):
+    assert not unresolved(code_of(path))
+
+
+@pytest.mark.parametrize("path", notebooks() + scripts, ids=name_of)
+def test_what_is_said_of_the_library_is_there(path):
+    "A dotted name between backticks, in prose, docstrings and comments."
+    text = code_of(path)
+    if path.suffix == ".ipynb":
+        text += "\n".join(c["source"] for c in read_cells(path, "markdown"))
+    assert not sorted({o for o in dotted.findall(text) if not resolves(o)})
+
+
+@pytest.mark.parametrize("path", notebooks() + scripts, ids=name_of)
+def test_pages_are_called_by_their_titles(path):
+    text = path.read_text(encoding="utf-8")
+    assert not [text[max(0, m.start() - 40) : m.end() + 20] for m in re.finditer(r"\b[Cc]hapter \d", text)]
+
+
+def taken_from_each_other(path):
+    "(worker, name) of every `from x_worker import name` in a worker or a page of the bench."
+    here = {p.stem for p in workers}
+    for o in ast.walk(ast.parse(code_of(path))):
+        if isinstance(o, ast.ImportFrom) and o.module in here:
+            yield from ((o.module, a.name) for a in o.names)
+
+
+def defined(path):
+    "Names at the top of a script."
+    found = set()
+    for o in ast.walk(ast.Module(ast.parse(code_of(path)).body, [])):
+        if isinstance(o, (ast.FunctionDef, ast.ClassDef)):
+            found.add(o.name)
+        if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store):
+            found.add(o.id)
+        if isinstance(o, (ast.Import, ast.ImportFrom)):
+            found |= {(a.asname or a.name).split(".")[0] for a in o.names}
+    return found
+
+
+@pytest.mark.parametrize("path", workers + sorted(bench.glob("*.ipynb")), ids=lambda p: p.name)
+def test_what_a_bench_takes_from_another_is_there(path):
+    there = cache(lambda name: defined(bench / f"{name}.py"))
+    assert not [f"{worker}.{name}" for worker, name in taken_from_each_other(path) if name not in there(worker)]
+
+
+def test_the_methods_of_the_bench_are_found(monkeypatch):
+    monkeypatch.syspath_prepend(str(bench))
+    methods = importlib.import_module("methods_worker")
+    named = {tuple(v[:2]) for v in methods.VARIANTS.values() if v is not None}
+    assert len(named) > 5 and not [f"ftbook.methods.{m}.{n}" for m, n in named if not has(f"ftbook.methods.{m}", n)]

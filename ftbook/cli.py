@@ -128,7 +128,7 @@ def quickstart(
     "Teach a real chat model a real task, here and now."
     with _guarded(as_json, debug):
         print('SmolLM2-135M learns whether a film review is positive; a few minutes on two CPU cores', flush=True)
-        from ftbook.recipe.run.run import quickstart
+        from ftbook.recipe.run import quickstart
 
         result = quickstart(out, seed)
     _hand_over(result, as_json)
@@ -145,57 +145,89 @@ def _key_rows():
 
 # %% ../nbs/inside/commands.ipynb #73e0a7a9
 class _KeysHelp(TyperCommand):
-    "A command whose help ends with every key of a configuration."
+    "A command whose help ends with every key of a recipe."
 
     def format_epilog(self, ctx, formatter):
-        with formatter.section('Keys of CONFIG, a YAML file (defaults in brackets)'):
+        with formatter.section('Keys of a recipe, for a YAML file and for --set (defaults in brackets)'):
             formatter.write_dl(_key_rows(), col_max=30)
 
 # %% ../nbs/inside/commands.ipynb #e7441a85
-def _run_folder(config, out):
-    "Where the run of `config` goes."
-    return out or (config if config.is_dir() else Path('ftbook-runs') / config.stem)
+def _changes(given):
+    "Sections and keys from lines such as train.epochs=2; ValueError for a line of another form."
+    import yaml
+    from ftbook.recipe.config import _Loader, make_recipe
+
+    tree = {}
+    for line in given or ():
+        key, sign, value = line.partition('=')
+        section, _, name = key.strip().rpartition('.')
+        if not sign or not name or '.' in section:
+            raise ValueError(f'--set takes KEY=VALUE, such as train.epochs=2, not {line!r}')
+        try:
+            (tree.setdefault(section, {}) if section else tree)[name] = yaml.load(value, _Loader)
+        except (yaml.YAMLError, TypeError) as e:
+            raise ValueError(f'--set {line}: {" ".join(str(e).split())}') from e
+    make_recipe(tree)  # a key that is wrong is named
+    return tree
 
 # %% ../nbs/inside/commands.ipynb #4f95561d
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        '--set', help='Another value for a key, such as train.epochs=2; may be repeated.', metavar='KEY=VALUE'
+    ),
+]
+
+
 @app.command(cls=_KeysHelp)
 def train(
-    # YAML, or the folder of a run
-    config: Annotated[
-        Path, typer.Argument(help='A YAML file, or the folder of a run to go on with.', show_default=False)
+    # Rows, YAML, or the folder of a run
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help='Rows (.csv .tsv .jsonl .json .parquet), a YAML file, or the folder of a run to go on with.',
+            show_default=False,
+        ),
     ],
     # Folder for the result
     out: Annotated[
-        Path | None, typer.Option(help='Folder for the result. Without it, ftbook-runs/NAME for NAME.yaml.')
+        Path | None, typer.Option(help='Folder for the result. Without it, ftbook-runs/NAME for NAME.csv or NAME.yaml.')
     ] = None,
     resume: Annotated[bool, typer.Option('--resume', help='Go on with the run in that folder.')] = False,  # Go on?
+    changes: Changes = None,  # Other values
     as_json: Json = False,  # JSON on stdout
     debug: Debug = False,  # Traceback for errors
 ):
-    "Fine-tune as CONFIG says: check, judge, train, judge again, report."
+    "Fine-tune on SOURCE: check, judge, train, judge again, report."
     with _guarded(as_json, debug):
-        from ftbook.recipe.config import load_recipe
-        from ftbook.recipe.run.run import run
+        from ftbook.recipe.run import run
 
-        result = run(load_recipe(config), _run_folder(config, out), resume=resume)
+        result = run(source, out, resume=resume, **_changes(changes))
     _hand_over(result, as_json)
 
 # %% ../nbs/inside/commands.ipynb #9f492e89
 @app.command(cls=_KeysHelp)
 def check(
-    config: Annotated[Path, typer.Argument(help='A YAML file.', show_default=False)],  # YAML
+    # Rows, YAML, or the folder of a run
+    source: Annotated[
+        Path, typer.Argument(help='Rows (.csv .tsv .jsonl .json .parquet) or a YAML file.', show_default=False)
+    ],
     # Folder for the result
     out: Annotated[
-        Path | None, typer.Option(help='Folder that a run would write. Without it, ftbook-runs/NAME for NAME.yaml.')
+        Path | None,
+        typer.Option(help='Folder that a run would write. Without it, ftbook-runs/NAME for NAME.csv or NAME.yaml.'),
     ] = None,
+    changes: Changes = None,  # Other values
     as_json: Json = False,  # JSON on stdout
     debug: Debug = False,  # Traceback for errors
 ):
     "Check rows, labels, template, mask, lengths, method, memory and folder."
     with _guarded(as_json, debug):
+        from ftbook.recipe.from_rows import goes_on, read_recipe, run_folder
         from ftbook.recipe.preflight import check
-        from ftbook.recipe.config import load_recipe
 
-        found = check(load_recipe(config), _run_folder(config, out))
+        recipe = read_recipe(source, **_changes(changes))
+        found = check(recipe, run_folder(source, out), resume=goes_on(source, out))
     print(json.dumps([asdict(f) for f in found]) if as_json else repr(found))
     if found.errors:
         raise typer.Exit(1)
@@ -292,7 +324,7 @@ def audit(
 ):
     "Look for what is wrong with rows: duplicates, labels, balance, leaks, form."
     with _guarded(as_json, debug):
-        from ftbook.quality.audit.audit import SAFE, audit
+        from ftbook.quality.audit import SAFE, audit
 
         if (clean or drop) and not Path(file).is_file():
             raise ValueError(f'{file} is no file here: --clean writes beside a file')
@@ -392,7 +424,7 @@ def _plan(model, gpu, method, quantize, settings):
     "(text, figure, numbers) of a plan."
     from functools import partial
     from ftbook.methods.lora_method import LoRA
-    from ftbook.memory.plan.plan import plan
+    from ftbook.memory.plan import plan
     from ftbook.memory.advice import plan_report
     from ftbook.methods.codebooks import VALUES
     from ftbook.methods.quant import quantize_
@@ -457,7 +489,7 @@ def recommend(
 ):
     "Say which method and which settings, and why; write the configuration."
     with _guarded(as_json, debug, 'Nothing was written; the same command begins again'):
-        from ftbook.choose.recommend.recommend import recommend
+        from ftbook.choose.recommend import recommend
 
         found = recommend(
             _source(file),

@@ -18,6 +18,7 @@ from ftbook.recipe import preflight as recipe_preflight
 from ftbook.recipe import report as recipe_report
 from ftbook.recipe import rows as recipe_rows
 from ftbook.recipe import run as recipe_run
+from ftbook.recipe import stages as recipe_stages
 from ftbook.training import tune as training_tune
 from ftbook.methods.lora_method import LoRA
 from ftbook.methods.files import load_adapter
@@ -621,7 +622,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(make, tmp_path, monkeypatch, 
     whole = recipe_run.run(make(), tmp_path / "whole", progress=False)
     with monkeypatch.context() as m:
         m.setattr(
-            recipe_run,
+            recipe_stages,
             "finetune",
             lambda *a, callbacks, **k: finetune(*a, **k, callbacks=[*callbacks, StopAt(step, how)]),
         )
@@ -641,7 +642,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(make, tmp_path, monkeypatch, 
 
 def test_what_was_measured_before_is_kept(make, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(recipe_run, "_apply", lambda *a: crash())
+        m.setattr(recipe_run, "apply_method", lambda *a: crash())
         pytest.raises(RuntimeError, recipe_run.run, make(), tmp_path / "run", progress=False)
     before = (tmp_path / "run/before.json").read_bytes()
     recipe_run.run(make(), tmp_path / "run", resume=True, progress=False)
@@ -759,7 +760,7 @@ def test_a_run_with_another_optimizer_can_be_stopped_and_gone_on_with(make, tmp_
         )
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(recipe_run, "finetune", until_four)
+        m.setattr(recipe_stages, "finetune", until_four)
         assert recipe_run.run(recipe, tmp_path / "run", progress=False).stopped == "interrupted" and steps == [4]
     assert recipe_run.run(recipe, tmp_path / "run", resume=True, progress=False).facts["loss_after"] == pytest.approx(
         whole.facts["loss_after"], rel=1e-5
@@ -812,7 +813,7 @@ def test_a_method_that_changes_something_at_once_is_refused(make, tmp_path, monk
                 if "lora_B" in n:
                     torch.nn.init.normal_(q.data, std=30)
 
-    monkeypatch.setattr(recipe_run, "make_method", lambda recipe, tokenizer: Loud(rank=4))
+    monkeypatch.setattr(recipe_stages, "make_method", lambda recipe, tokenizer: Loud(rank=4))
     with pytest.raises(recipe_checks.CheckFailed, match="changes the loss"):
         recipe_run.run(make(), tmp_path / "run", progress=False)
 
@@ -943,23 +944,25 @@ def test_a_run_that_trains_the_embedding_ends_with_an_adapter_that_loads(make, t
 
 
 @pytest.mark.parametrize(
-    "name, when, part",
+    "module, name, when, part",
     [
-        ("choice_scores", trained, "rows"),
-        ("write_answers", trained, "answers"),
-        ("measure_battery", trained, "battery"),
-        ("_texts_read", trained, "texts"),
-        ("compare_losses", None, "texts"),
-        ("moved", None, "changes"),
-        ("show_mask", None, "mask"),
-        ("draw_losses", None, "Training"),
+        (recipe_judge, "choice_scores", trained, "rows"),
+        (recipe_judge, "write_answers", trained, "answers"),
+        (recipe_judge, "measure_battery", trained, "battery"),
+        (recipe_judge, "_texts_read", trained, "texts"),
+        (recipe_report, "compare_losses", None, "texts"),
+        (recipe_report, "moved", None, "changes"),
+        (recipe_run, "show_mask", None, "mask"),
+        (recipe_report, "draw_losses", None, "Training"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_a_judge_that_fails_costs_its_part_and_not_the_run(make, tiny, tmp_path, monkeypatch, capsys, name, when, part):
+def test_a_judge_that_fails_costs_its_part_and_not_the_run(
+    make, tiny, tmp_path, monkeypatch, capsys, module, name, when, part
+):
     whole = recipe_run.run(make(), tmp_path / "whole", progress=False)
     with monkeypatch.context() as m:
-        m.setattr(r, name, broken(getattr(r, name), *([lambda model, *rest: when(model)] if when else [])))
+        m.setattr(module, name, broken(getattr(module, name), *([lambda model, *rest: when(model)] if when else [])))
         result = recipe_run.run(make(), tmp_path / "run")
     assert result.stopped == "finished" and [o["part"] for o in result.facts["missing"]] == [part]
     assert re.match(r"RuntimeError: the judge is ill \(test_recipe.py, line \d+\)$", result.facts["missing"][0]["why"])
@@ -972,7 +975,7 @@ def test_a_judge_that_fails_costs_its_part_and_not_the_run(make, tiny, tmp_path,
     load_adapter(load_model(tiny, dtype="float32", device="cpu")[0], tmp_path / "run/adapter")
     same = {k: v for k, v in measured(whole.facts).items() if k != "missing"}
     assert part not in ("mask", "Training") or same == {k: measured(result.facts)[k] for k in same}
-    monkeypatch.setattr(recipe_run, "finetune", lambda *args, **kwargs: pytest.fail("it was trained again"))
+    monkeypatch.setattr(recipe_stages, "finetune", lambda *args, **kwargs: pytest.fail("it was trained again"))
     again = recipe_run.run(make(), tmp_path / "run", resume=True, progress=False)
     assert measured(again.facts) == measured(whole.facts) and same_files(tmp_path / "run", tmp_path / "whole")
     assert (
@@ -1032,7 +1035,9 @@ def test_a_prompt_that_refuses_a_judges_rows_is_kept(make, tmp_path, capsys):
 
 def test_every_judge_may_fail_at_once(make, tmp_path, monkeypatch):
     for name in ("choice_scores", "write_answers", "measure_battery", "_texts_read"):
-        monkeypatch.setattr(r, name, broken(getattr(r, name), lambda model, *rest: trained(model)))
+        monkeypatch.setattr(
+            recipe_judge, name, broken(getattr(recipe_judge, name), lambda model, *rest: trained(model))
+        )
     facts = recipe_run.run(make(), tmp_path / "run", progress=False).facts
     assert {o["part"] for o in facts["missing"]} == {"rows", "answers", "battery", "texts"} and (
         tmp_path / "run/adapter"
@@ -1041,7 +1046,7 @@ def test_every_judge_may_fail_at_once(make, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["choice_scores", "write_answers", "measure_battery", "_texts_read"])
 def test_a_judge_that_fails_before_the_training_ends_the_run(make, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(r, name, broken(getattr(r, name)))
+    monkeypatch.setattr(recipe_judge, name, broken(getattr(recipe_judge, name)))
     with pytest.raises(RuntimeError, match="the judge is ill"):
         recipe_run.run(make(), tmp_path / "run", progress=False)
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["recipe.yaml"]
@@ -1064,7 +1069,7 @@ def test_a_whole_model_is_judged_again_as_it_was_saved(make, tmp_path, monkeypat
         pytest.raises(RuntimeError, recipe_run.run, recipe, tmp_path / "run", progress=False)
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
     assert not (tmp_path / "run/report.json").exists()
-    monkeypatch.setattr(recipe_run, "finetune", lambda *args, **kwargs: pytest.fail("it was trained again"))
+    monkeypatch.setattr(recipe_stages, "finetune", lambda *args, **kwargs: pytest.fail("it was trained again"))
     result = recipe_run.run(recipe, tmp_path / "run", resume=True, progress=False)
     assert (
         result.facts["missing"] == []
@@ -1123,10 +1128,10 @@ def test_out_of_memory_names_the_item_of_the_plan(tiny, tmp_path, monkeypatch, e
     def fail(*args, **kw):
         raise error
 
-    monkeypatch.setattr(recipe_run, "finetune", fail)
+    monkeypatch.setattr(recipe_stages, "finetune", fail)
     config = tiny_config(tiny, write_rows(tmp_path / "rows.jsonl", good_rows()))
     with pytest.raises(
-        recipe_run.NotEnoughMemory,
+        recipe_stages.NotEnoughMemory,
         match=r"(?s)there was not enough memory.*GiB are there; the plan wants .*What helps: a lower train.max_tokens",
     ):
         recipe_run.run(recipe_config.make_recipe(config), tmp_path / "out", progress=False)
@@ -1136,7 +1141,7 @@ def test_another_error_of_training_passes(tiny, tmp_path, monkeypatch):
     def fail(*args, **kw):
         raise RuntimeError("mat1 and mat2")
 
-    monkeypatch.setattr(recipe_run, "finetune", fail)
+    monkeypatch.setattr(recipe_stages, "finetune", fail)
     with pytest.raises(RuntimeError, match="^mat1 and mat2$"):
         recipe_run.run(
             recipe_config.make_recipe(tiny_config(tiny, write_rows(tmp_path / "rows.jsonl", good_rows()))),

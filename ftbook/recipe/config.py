@@ -28,7 +28,7 @@ from ..methods.lora_method import LoRA
 from ..methods.p_tuning import PTuning
 from ..methods.prefix_tuning import PrefixTuning
 from ..methods.prompt_tuning import PromptTuning
-from ..training.optimizers import OPTIMIZERS
+from ..training.optimizer_names import OPTIMIZERS
 
 # %% ../../nbs/inside/recipe_keys.ipynb #51ccf2c8
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ class MethodKeys:
     use_rslora: Annotated[bool, "lora: scale by alpha / sqrt(rank)"] = False
     use_dora: Annotated[bool, "lora: a trained length for each output"] = False
     lora_bias: Annotated[bool, "lora: a trained bias"] = False
+    norms: Annotated[bool, "bitfit: the biases of all layer norms too, as in the paper; peft cannot read them"] = False
     lr_ratio: Annotated[float, "lora: B learns so many times as fast as A", _positive] = 1.0
     init: Annotated[
         str | None, "how it begins; lora: kaiming, gaussian, olora, pissa; prompt, prefix: text, random and others"
@@ -404,8 +405,11 @@ def _contradiction(r):
         )
 
 # %% ../../nbs/inside/recipe_keys.ipynb #4bf5757b
-def _from_folder(recipe, folder):
-    "Let file names in `recipe` start from `folder`."
+def from_folder(
+    recipe: Recipe,  # Changed in place
+    folder: Path,  # Where its relative names start
+) -> Recipe:  # The same
+    "Let file names in a recipe start from a folder."
 
     def find(name):
         is_file = (
@@ -455,4 +459,4 @@ def load_recipe(
         raise ValueError(f"{path}: {e}") from e
     if problem := _contradiction(recipe):
         raise ValueError(f"{path}: {problem}")
-    return _from_folder(recipe, path.parent)
+    return from_folder(recipe, path.parent)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..files import write_text
+from ..files import _writing, write_text
 from .checks import choose_precision
 from .config import Recipe
 from ..training.processes import join_processes
@@ -95,3 +95,19 @@ class Job:
             made = make()
             self.first(lambda: write_text(path, json.dumps(made)))
         return json.loads(path.read_text())
+
+# %% ../../nbs/inside/run_job.ipynb #3ab160ba
+def free_folder(
+    name: str,  # What the run is about
+    base: str | Path = 'ftbook-runs',  # Folder of runs
+) -> Path:  # base/name, or base/name-2 and so on; made, so that nobody else takes it
+    "A folder that no run has taken."
+    for n in range(1, 10_000):
+        folder = Path(base) / (name if n == 1 else f'{name}-{n}')
+        try:
+            with _writing(folder.parent):
+                folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise ValueError(f"{base} is full of runs called {name}: name another folder")

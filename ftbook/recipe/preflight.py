@@ -28,7 +28,8 @@ from ftbook.recipe.checks import (
     _check_tokens,
     Prepared,
 )
-from .config import _contradiction, load_recipe, Recipe
+from .config import _contradiction, Recipe
+from .from_rows import read_recipe
 from ..training.batches import isolated
 from ..training.objective import Objective
 
@@ -65,14 +66,13 @@ def prepare(
 
 # %% ../../nbs/25_preflight.ipynb #8a95df89
 def check(
-    recipe: Recipe | str | Path,  # What is to be done, or the file that says it
+    # A recipe, its sections as a dict, a YAML file, a file of rows, or the folder of a run
+    source: Recipe | dict | str | Path,
     out: str | Path | None = None,  # The folder that would be written
     resume: bool = False,  # Would the run in `out` be gone on with?
 ) -> Findings:  # Errors, warnings and notes, in the order of the steps
-    "Everything that a run would check, without training."
-    return prepare(
-        recipe if isinstance(recipe, Recipe) else load_recipe(recipe), out, resume
-    ).findings
+    "Check everything that a run would check, without training."
+    return prepare(read_recipe(source), out, resume).findings
 
 # %% ../../nbs/25_preflight.ipynb #47a889ab
 def _one_step(model, examples):

@@ -426,23 +426,19 @@ def loading_code(
 ) -> str:
     "How to load what was saved."
     keys, method = recipe['model'], recipe['method']['type']
+    beside = '  # the folder beside this report'
     if method == 'full':
-        return (
-            "from ftbook.models.load import load_model\n\nmodel, tokenizer = load_model('model')  # the folder "
-            "beside this report"
-        )
-    given = (
-        [repr(keys['name'])]
-        + [repr(keys['quantize'])] * bool(keys.get('quantize'))
-        + [f"dtype={keys['dtype']!r}"] * bool(keys.get('dtype'))
-    )
-    module, load = ('quant', 'load_quantized') if keys.get('quantize') else ('models', 'load_model')
+        return f"from ftbook.models.load import load_model\n\nmodel, tokenizer = load_model('model'){beside}"
+    given = [repr(keys['name'])]
+    if keys.get('quantize'):
+        given.append(repr(keys['quantize']))
+    if keys.get('dtype'):
+        given.append(f"dtype={keys['dtype']!r}")
+    home, load = ('methods.quant_files', 'load_quantized') if keys.get('quantize') else ('models.load', 'load_model')
+    peft = '' if METHODS[method][0] is Bottleneck else '; peft reads it too'
     return (
-        f"from ftbook.{module} import {load}\nfrom ftbook.methods.files import load_adapter\n\nmodel, "
-        f"tokenizer = {load}({', '.join(given)})\n"
-        "load_adapter(model, 'adapter')  # the folder beside this report"
-        + '; peft reads it too'
-        * (METHODS[method][0] is not Bottleneck)
+        f"from ftbook.{home} import {load}\nfrom ftbook.methods.files import load_adapter\n\n"
+        f"model, tokenizer = {load}({', '.join(given)})\nload_adapter(model, 'adapter'){beside}{peft}"
     )
 
 # %% ../../nbs/inside/run_report.ipynb #1aa57eb5

@@ -9,25 +9,36 @@ __all__ = []
 
 # %% ../../nbs/inside/recipe_rows.ipynb #d14ef528
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..data.corpora import term_rows
 from ..data.rows import classification_row
 from .config import DataKeys
 
 # %% ../../nbs/inside/recipe_rows.ipynb #a6d355f4
+FIELDS = {  # What a row is -> the fields that say so, whatever else it has
+    'messages': {'messages'},
+    'prompt_completion': {'prompt', 'completion'},
+    'term': {'term', 'definition'},
+}
+
+
+def shape_by_fields(
+    fields: Iterable[str],  # Names
+) -> str | None:  # A key of `FIELDS`; None where no column says by its name what it is
+    "What rows are that name their fields as is usual."
+    has = set(fields)
+    return next((shape for shape, names in FIELDS.items() if names <= has), None)
+
+
 def guess_shape(
     row: dict,  # One row of the data
     keys: DataKeys,  # Names of the columns
 ) -> str:  # 'messages', 'prompt_completion', 'term', 'classification' or 'text'; ValueError lists the fields
     "What a row is, by its fields."
     has = row.keys()
-    if 'messages' in has:
-        return 'messages'
-    if {'prompt', 'completion'} <= has:
-        return 'prompt_completion'
-    if {'term', 'definition'} <= has:
-        return 'term'
+    if shape := shape_by_fields(has):
+        return shape
     if {keys.text_column, keys.label_column} <= has:
         return 'classification'
     if keys.text_column in has:

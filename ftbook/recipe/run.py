@@ -8,137 +8,32 @@ Docs: https://ftbook.github.io/ftbook/recipe.html.md"""
 __all__ = ['Result', 'run', 'quickstart']
 
 # %% ../../nbs/24_recipe.ipynb #cc7141bf
-import ctypes
 import json
-import math
-import os
 import shutil
-import sys
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from ..data.viewer import show_mask
-from ..files import _writing, write_text
-from ..memory.failures import explaining_out_of_memory, is_out_of_memory
-from ..memory.plan import plan_run
-from ..methods.files import load_adapter, save_adapter
-from ..methods.quant_files import load_quantized
-from ..models.load import load_model
-from ..quality.findings import Finding
-from .checks import CheckFailed, choose_precision, holds_run, make_method
-from .config import load_recipe, make_recipe, METHODS, Recipe
-from .job import Job, recipe_yaml
+from ..files import write_text
+from .checks import CheckFailed, holds_run
+from .config import make_recipe, Recipe
+from .from_rows import goes_on, is_rows_file, read_recipe, run_folder
+from .job import free_folder, Job, recipe_yaml
 from .judge import Attempts, measure_together
-from .preflight import prepare, smoke_step
+from .preflight import prepare
 from .report import _lacks, collect, Report, summary_line
-from ..training.checkpoints import checkpoints
-from ..training.evaluate import evaluate
-from ..training.optimizers import as_optimizer
-from ..training.tune import finetune
-from ..training.watch import Run
-
-# %% ../../nbs/24_recipe.ipynb #d2320c5a
-def train_settings(
-    recipe: Recipe,  # What is to be done
-    n: int,  # Rows to train on
-) -> dict:  # Arguments of `finetune`
-    "What `finetune` is called with."
-    keys = asdict(recipe.train)
-    steps = min(
-        keys['max_steps'] or sys.maxsize,
-        math.ceil(keys['epochs'] * math.ceil(n / keys['batch_size'])),
-    )
-    keys['lr'] = keys['lr'] or METHODS[recipe.method.type][2]
-    keys['save_every'] = keys['save_every'] or math.ceil(steps / 5)
-    if keys['optimizer']:
-        keys['optimizer'] = as_optimizer(keys['optimizer'])
-    return keys | dict(precision=choose_precision(recipe)[2], seed=recipe.seed)
-
-# %% ../../nbs/24_recipe.ipynb #ae14393b
-def _load(recipe):
-    "The model in its precision."
-    (device, dtype, _), keys = choose_precision(recipe), recipe.model
-    if not keys.quantize:
-        return load_model(keys.name, dtype=dtype, device=device, attention=keys.attention)[0]
-    model = load_quantized(keys.name, keys.quantize, dtype=dtype, device=device)[0]
-    if keys.attention:
-        model.set_attn_implementation(keys.attention)
-    return model
-
-# %% ../../nbs/24_recipe.ipynb #d507fc0f
-def _apply(p, model):
-    "Put the method on the model; see that it changes nothing yet, and will learn something."
-    few = sorted(p.train, key=len)[:2]
-    before = evaluate(model, few).loss
-    if p.recipe.method.type == 'full':
-        model.requires_grad_(True)
-    else:
-        make_method(p.recipe, p.tokenizer).apply(model)
-    after, found = evaluate(model, few).loss, smoke_step(model, few)
-    changed, soft = (
-        abs(after - before) > 0.003 * (1 + before),
-        hasattr(getattr(model, 'ftbook_method', None), 'num_virtual_tokens'),
-    )
-    found.add(
-        'error' if changed and not soft else 'note',
-        'method',
-        (
-            "untrained, the method "
-            f"{'changes the loss' if changed else 'changes nothing'}: {before:.4f} without "
-            f"it, {after:.4f} with it"
-        ),
-    )
-    if found.errors:
-        raise CheckFailed(found)
-    p.findings += found
-
-# %% ../../nbs/24_recipe.ipynb #f00b0857
-def _save(p, model):
-    "Write the adapter, or the whole model with its tokenizer."
-    with _writing(p.out):
-        if p.recipe.method.type != 'full':
-            return save_adapter(model, p.out / 'adapter')
-        beside, target = p.out / '.model.part', p.out / 'model'
-        model.save_pretrained(beside)
-        p.tokenizer.save_pretrained(beside)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(beside, target)
-
-# %% ../../nbs/24_recipe.ipynb #16aa0005
-TRAINED = 'trained.json'  # What is known of a training that ended, until the report holds it
-
-
-def _note_training(job, p, trained):
-    "Write down what is known of a training whose result is saved."
-    known = dict(
-        run=asdict(trained), findings=[asdict(f) for f in p.findings], seconds=job.seconds
-    )
-    write_text(job.out / TRAINED, json.dumps(known))
-
-
-def _noted_training(job, p):
-    "The training that ended in this folder earlier, or None."
-    path = job.out / TRAINED
-    if not (path.exists() and (job.out / 'before.json').exists()):
-        return None
-    known = json.loads(path.read_text())
-    p.findings[:] = [Finding(**f) for f in known['findings']]
-    for name, seconds in known['seconds'].items():
-        job.seconds[name] = job.seconds.get(name, 0.0) + seconds
-    return Run(**known['run'])
-
-
-def _load_result(job):
-    "The model as this folder holds it: the base with its adapter, or every weight."
-    if job.recipe.method.type != 'full':
-        return load_adapter(_load(job.recipe), job.out / 'adapter')
-    whole = replace(job.recipe.model, name=str(job.out / 'model'))
-    return _load(replace(job.recipe, model=whole)).requires_grad_(True)
+from ftbook.recipe.stages import (
+    apply_method,
+    load_base,
+    load_result,
+    note_training,
+    noted_training,
+    save_result,
+    train_model,
+    TRAINED,
+)
 
 # %% ../../nbs/24_recipe.ipynb #4c5d9610
 @dataclass
@@ -157,37 +52,39 @@ class Result:
 
 # %% ../../nbs/24_recipe.ipynb #6d8d62b6
 def run(
-    recipe: Recipe | str | Path,  # What is to be done, or the file that says it
-    out: str | Path,  # A new folder for everything that is written
+    # A recipe, its sections as a dict, a YAML file, a file of rows, or the folder of a run
+    source: Recipe | dict | str | Path,
+    out: str | Path | None = None,  # A new folder; None: ftbook-runs/NAME, after the file
     *,
-    resume: bool = False,  # Go on with the run in `out`
+    # Go on with the run in `out`; the folder of a run as source means that, too
+    resume: bool = False,
     progress: bool = True,  # Bars and lines on stderr
+    **changes,  # Keys that are to differ from the source: train={'epochs': 2}, seed=1
 ) -> Result:  # Raises `CheckFailed` with findings; OSError where `out` takes no more
-    "From rows to a report: check, measure, train, save, measure again."
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    job = Job(recipe, out, progress)
+    "Go from rows to a report: check, measure, train, save, measure again."
+    recipe = read_recipe(source, **changes)
+    job = Job(recipe, run_folder(source, out), progress)
+    if is_rows_file(source):
+        job.say(f'{Path(source).name} became this recipe:\n{recipe_yaml(recipe)}')
     with job.stage('check', 'rows, tokens, memory, folder'):
-        p = _begin(job, resume)
+        p = _begin(job, resume or goes_on(source, out))
     if ended := _ended(job):
         return ended
-    trained = _noted_training(job, p)
+    trained = noted_training(job, p)
     with job.stage('load', recipe.model.name):
-        model = _load_result(job) if trained else _load(recipe)
+        model = load_result(job) if trained else load_base(recipe)
     with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'):
         before = job.once('before.json', lambda: measure_together(job, p, model))
     if not trained:
         with job.stage('train', f'{len(p.train):,} rows'):
-            _apply(p, model)
-            trained = _train(job, p, model)
+            apply_method(p, model)
+            trained = train_model(job, p, model)
         if trained.stopped == 'interrupted':
             return _interrupted(job, trained, model, p)
-        with job.stage('save', str(out)):
-            job.first(lambda: _save(p, model))
-        job.first(lambda: _note_training(job, p, trained))
-    report = _judged(job, p, trained, before, model)
-    job.first(lambda: report.save(job.out))
-    job.first(lambda: _clear(job, report))
-    return Result(job.out, trained.stopped, report.facts, report, model, p.tokenizer)
+        with job.stage('save', str(job.out)):
+            job.first(lambda: save_result(p, model))
+        job.first(lambda: note_training(job, p, trained))
+    return _reported(job, p, trained, before, model)
 
 # %% ../../nbs/24_recipe.ipynb #16aa0007
 def _judged(job, p, trained, before, model):
@@ -206,98 +103,35 @@ def _clear(job, report):
     if not report.facts['missing']:
         (job.out / TRAINED).unlink(missing_ok=True)
 
+
+def _reported(job, p, trained, before, model):
+    "The result, once its report is written."
+    report = _judged(job, p, trained, before, model)
+    job.first(lambda: report.save(job.out))
+    job.first(lambda: _clear(job, report))
+    return Result(job.out, trained.stopped, report.facts, report, model, p.tokenizer)
+
 # %% ../../nbs/24_recipe.ipynb #75d25c4f
+def _claim(job):
+    "Write the recipe into the folder, unless it is there."
+    if not holds_run(job.out):
+        write_text(job.out / 'recipe.yaml', recipe_yaml(job.recipe))
+
+
 def _begin(job, resume):
     "Check everything, then claim the folder."
     p = prepare(job.recipe, job.out, resume)
     if p.findings.errors:
         raise CheckFailed(p.findings)
     job.say(repr(p.findings))
-    # when all have seen the folder free
-    job.first(
-        lambda: (
-            holds_run(job.out) or write_text(job.out / 'recipe.yaml', recipe_yaml(job.recipe))
-        )
-    )
+    job.first(lambda: _claim(job))  # when all have seen the folder free
     return p
-
-# %% ../../nbs/24_recipe.ipynb #3c8640a5
-def release_memory():
-    "Give back to the system what is free but held; where nobody knows how, do nothing."
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if os.name == 'posix' else None
-    if trim:
-        trim(0)
-
-# %% ../../nbs/24_recipe.ipynb #49cc0ffc
-def _tidy(state):
-    "A callback of `finetune`."
-    if state.step % 5 == 0:
-        release_memory()
-
-# %% ../../nbs/24_recipe.ipynb #6fae0ee4
-class NotEnoughMemory(RuntimeError):
-    "A run wanted more memory than there is; the message says for what."
-
-    def __init__(
-        self,
-        said: str,  # Which item of the plan, by how much, and what helps
-    ):
-        super().__init__(said)
-
-
-@contextmanager
-def _memory_explained(recipe, examples, model, keys):
-    "While this is open, an error for want of memory says what took it."
-    given = {k: keys[k] for k in ('batch_size', 'precision', 'gradient_checkpointing')} | {
-        k: keys[k] for k in ('max_tokens',) if keys[k]
-    }
-    planned = partial(
-        plan_run, model, examples, optimizer=recipe.train.optimizer or 'adamw', **given
-    )
-    try:
-        with explaining_out_of_memory(model, planned):
-            yield
-    except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
-            raise
-        raise NotEnoughMemory(
-            (
-                f'there was not enough memory. {e}\nWhat helps: a lower train.max_tokens, '
-                'train.gradient_checkpointing: true, method.type: lora, model.quantize: '
-                'nf4'
-            )
-        ) from e
-
-# %% ../../nbs/24_recipe.ipynb #7c2d1f93
-def _train(job, p, model):
-    "Train, from the last checkpoint if there is one."
-    keys = train_settings(job.recipe, len(p.train))
-    if not p.validation:
-        keys.update(patience=None, eval_every=None)
-    with _writing(job.out), _memory_explained(job.recipe, p.train, model, keys):
-        return finetune(
-            model,
-            p.train,
-            **keys,
-            eval_examples=p.validation or None,
-            out=job.out,
-            resume=bool(checkpoints(job.out / 'checkpoints')),
-            callbacks=[_tidy],
-            progress=job.progress,
-        )
 
 # %% ../../nbs/24_recipe.ipynb #9859244f
 def _interrupted(job, trained, model, p):
     "What is left of a run that Ctrl-C ended."
-    steps = len(trained.history)
-    return Result(
-        job.out,
-        'interrupted',
-        dict(stopped='interrupted', step=steps, folder=str(job.out)),
-        None,
-        model,
-        p.tokenizer,
-    )
+    facts = dict(stopped='interrupted', step=len(trained.history), folder=str(job.out))
+    return Result(job.out, 'interrupted', facts, None, model, p.tokenizer)
 
 # %% ../../nbs/24_recipe.ipynb #94009d7f
 def _ended(job):
@@ -337,22 +171,6 @@ def quickstart_recipe(
             'seed': seed,
         }
     )
-
-# %% ../../nbs/24_recipe.ipynb #3ab160ba
-def free_folder(
-    name: str,  # What the run is about
-    base: str | Path = 'ftbook-runs',  # Folder of runs
-) -> Path:  # base/name, or base/name-2 and so on; made, so that nobody else takes it
-    "A folder that no run has taken."
-    for n in range(1, 10_000):
-        folder = Path(base) / (name if n == 1 else f'{name}-{n}')
-        try:
-            with _writing(folder.parent):
-                folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-    raise ValueError(f"{base} is full of runs called {name}: name another folder")
 
 # %% ../../nbs/24_recipe.ipynb #7304fa1b
 def quickstart(

@@ -27,7 +27,7 @@ def _epsilon(model, logits):
     finest = torch.finfo(torch.float32).eps if logits.device.type == 'cpu' else 2.0**-10
     return max(finest, *(torch.finfo(kind).eps for kind in kinds))
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f20axxxxx
 def _trial_rows(model):
     "A short row, and two neighbours of one length."
     n_words = model.get_input_embeddings().weight.shape[0]
@@ -42,7 +42,7 @@ def _forward(model, given, here):
     with torch.no_grad():
         return model(**given).logits[here]
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f20axx
 def _reach(model, given, here):
     "Logits at `here`, and their largest derivative by an embedding elsewhere (None: unknown)."
     embedded = []
@@ -89,7 +89,7 @@ def _fault(model, alone, batches, here):
         return f"a row's logits are off by {off:.1g} of {scale:.1g}"
     return ''
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f20axxx
 def _distance(a, b):
     return (a - b).abs().max().item()
 
@@ -123,7 +123,7 @@ def _trial_packs(rows, device):
     beside = [False] * len(neighbours[0])
     return packs, torch.tensor([beside + [True] * len(row) + beside], device=device)
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f20axxxx
 def _trial_padded(rows, device, side):
     "Two padded batches of the row and a longer one, and where the row is; gaps differ too."
     row, *neighbours = rows
@@ -178,7 +178,7 @@ def _on_trial(model):
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f20ax
 def _tried(try_it):
     "The fault that a trial finds; an error of the model is one."
     try:
@@ -189,7 +189,7 @@ def _tried(try_it):
         said = ' '.join(str(e).split())
         return f"{type(e).__name__}: {said[:200]}"
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f20bx
 def _alone(model, row):
     "Logits of a row by itself, (T, V)."
     ids = torch.tensor([row.input_ids], device=model.device)
@@ -223,7 +223,7 @@ def _packing_fault(model, rows, alone):
         return f"in a pack {fault}"
     return fault and f"a pack does not run: {fault}"
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f21ax
 def _layout_by_trial(model):
     "The best way in which a row's logits are those that it has alone."
     rows, faults = _trial_rows(model), []
@@ -258,14 +258,14 @@ def _decides(model):
     versions = transformers.__version__, torch.__version__
     return kind, repr(config), model.dtype, model.device.type, takes, versions
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f21a
 def _has_numbers(model):
     first = next(model.parameters())
     if type(first).__name__ == 'FakeTensor':
         return False
     return not first.is_meta or hasattr(model, 'hf_device_map')  # a map brings the weights
 
-
+# %% ../../nbs/inside/row_layouts.ipynb #a1c0f21b
 def layout_of(
     model: nn.Module,  # A causal language model of transformers; given back as it was
 ) -> Layout:  # ValueError if the model runs no row at all

@@ -83,32 +83,20 @@ class Batch:
         device,  # A torch device or its name
     ):  # A new `Batch`
         "The same batch on another device."
-        return Batch(
-            *(t.to(device) for t in (self.input_ids, self.labels, self.position_ids)),
-            self.lengths,
-            self.prefix,
-        )
+        moved = [t.to(device) for t in (self.input_ids, self.labels, self.position_ids)]
+        return Batch(*moved, self.lengths, self.prefix)
 
     def kwargs(self) -> dict:  # For `model(**batch.kwargs())`
         """What a forward needs to keep the examples apart, in words that flash attention
         understands too."""
-        given = dict(
-            input_ids=self.input_ids,
-            position_ids=self.position_ids,
-            use_cache=False,
-            lengths=self.lengths,
-        )
+        given = dict(input_ids=self.input_ids, position_ids=self.position_ids)
+        given |= dict(use_cache=False, lengths=self.lengths)
         if self.prefix:
             return given | dict(prefix=self.prefix)
-        ends = F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(
-            self.input_ids.device, torch.int32
-        )
-        return given | dict(
-            cu_seq_lens_q=ends,
-            cu_seq_lens_k=ends,
-            max_length_q=max(self.lengths),
-            max_length_k=max(self.lengths),
-        )
+        ends = F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))
+        ends, longest = ends.to(self.input_ids.device, torch.int32), max(self.lengths)
+        given |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+        return given | dict(max_length_q=longest, max_length_k=longest)
 
 # %% ../../nbs/04_packing.ipynb #e3a2b8e5
 def pack(

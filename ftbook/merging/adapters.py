@@ -15,6 +15,12 @@ from .checkpoints import adapter_products
 from .states import merge_states
 
 # %% ../../nbs/inside/merge_adapters.ipynb #213f4f95
+def _given_for(module, products, parameters):
+    "The parameters for one module: a list keeps the values of those adapters that have it."
+    has = [module in p for p in products]
+    return {k: [x for x, on in zip(v, has) if on] if isinstance(v, list) else v for k, v in parameters.items()}
+
+
 def _one_product(method, module, products, weights, seed, parameters):
     "A and B of a merged module."
     import torch
@@ -23,17 +29,24 @@ def _one_product(method, module, products, weights, seed, parameters):
     held = [(w, *p[module][:3]) for w, p in zip(weights, products) if module in p]
     if method == 'task_arithmetic' and not parameters:
         return stack_products(held)
-    shape = held[0][3] @ held[0][2]
     dense = [{module: s * (b @ a)} for _, s, a, b in held]
-    parameters = {
-        k: [x for x, p in zip(v, products) if module in p] if isinstance(v, list) else v for k, v in parameters.items()
-    }
-    merged = merge_states(
-        method, {module: torch.zeros_like(shape)}, dense, seed=seed, weight=[w for w, *_ in held], **parameters
-    )[module]
+    base = {module: torch.zeros_like(dense[0][module])}
+    given = _given_for(module, products, parameters)
+    merged = merge_states(method, base, dense, seed=seed, weight=[w for w, *_ in held], **given)[module]
     return torch.eye(merged.shape[1]), merged
 
 # %% ../../nbs/inside/merge_adapters.ipynb #ca464cd1
+def _cut_rank(a, b, rank):
+    "A and B of at most so many ranks, and the share of the change's length that this loses."
+    from ftbook.methods.switching import fewer_ranks
+
+    most = min(rank or len(a), *a.shape[1:], len(b))
+    if most >= len(a):
+        return a, b, 0.0
+    a, b, values = fewer_ranks(a, b, most)
+    return a, b, float(values[most:].norm() / values.norm().clamp_min(1e-30))
+
+# %% ../../nbs/inside/merge_adapters.ipynb #madapt01
 def merge_adapters(
     adapters: dict,  # Folder of each adapter, as PEFT writes it -> its weight
     out: str | Path,  # Folder of the merged one
@@ -44,7 +57,6 @@ def merge_adapters(
     **parameters,  # Of the recipe
 ) -> dict[str, float]:  # Module -> the share of the change's length that a smaller rank lost
     "Merge LoRA adapters of one base into one, and write it as PEFT does."
-    from ftbook.methods.switching import fewer_ranks
     from ftbook.methods.files import read_adapter_config
 
     if rank is not None and rank < 1:
@@ -55,32 +67,35 @@ def merge_adapters(
     found, lost = {}, {}
     for module in dict.fromkeys(m for p in products for m in p):
         a, b = _one_product(method, module, products, adapters.values(), seed, parameters)
-        most = min(rank or len(a), *a.shape[1:], len(b))
-        lost[module] = 0.0
-        if most < len(a):
-            a, b, values = fewer_ranks(a, b, most)
-            lost[module] = float(values[most:].norm() / values.norm().clamp_min(1e-30))
-        found[module] = a, b
+        *found[module], lost[module] = _cut_rank(a, b, rank)
     _save_products(found, config, Path(out))
     return lost
 
 # %% ../../nbs/inside/merge_adapters.ipynb #4f92a7f1
-def _save_products(found, config, out):
-    "Write products as an adapter; shorter ones are filled up with zeros."
-    from safetensors.torch import save_file
+def _tensors_of(found, rank):
+    "The tensors of PEFT's file, every product filled up to one rank."
     from torch.nn.functional import pad
+
+    tensors = {}
+    for module, (a, b) in found.items():
+        tensors[f'base_model.model.{module}.lora_A.weight'] = pad(a, (0, 0, 0, rank - len(a))).contiguous()
+        tensors[f'base_model.model.{module}.lora_B.weight'] = pad(b, (0, rank - len(a))).contiguous()
+    return tensors
+
+
+def _save_products(found, config, out):
+    "Write products as an adapter."
+    from safetensors.torch import save_file
     from ftbook.methods.files import WEIGHTS
     from ftbook.methods.checks import check_finite
     from ftbook.files import write_files
 
-    r, tensors = max(len(a) for a, _ in found.values()), {}
-    for module, (a, b) in found.items():
-        tensors[f'base_model.model.{module}.lora_A.weight'] = pad(a, (0, 0, 0, r - len(a))).contiguous()
-        tensors[f'base_model.model.{module}.lora_B.weight'] = pad(b, (0, r - len(a))).contiguous()
+    rank = max(len(a) for a, _ in found.values())
+    tensors = _tensors_of(found, rank)
     check_finite(tensors, 'the merged adapter is not saved')
     kept = {k: config.get(k) for k in ('peft_type', 'task_type', 'base_model_name_or_path', 'fan_in_fan_out')}
     config = kept | dict(
-        r=r, lora_alpha=r, target_modules=sorted(found), bias='none', lora_dropout=0.0, inference_mode=True
+        r=rank, lora_alpha=rank, target_modules=sorted(found), bias='none', lora_dropout=0.0, inference_mode=True
     )
     write_files(
         out,

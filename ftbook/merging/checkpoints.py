@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from .chance import _scratch
-
 # %% ../../nbs/inside/merge_checkpoints.ipynb #7abf1a1b
 # safetensors' name -> what its bytes are read as
 KINDS = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': np.uint16}
@@ -118,7 +116,9 @@ def weight_files(
     pickled = sorted(f.name for p in ('*.bin', '*.pt', '*.pth') for f in folder.glob(p))
     if pickled and not any(folder.glob('*.safetensors')):
         raise ValueError(
-            f'''{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened. To convert it: python -c "from transformers import AutoModel as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"'''
+            f'{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened. To convert '
+            'it: python -c "from transformers import AutoModel as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
     if (folder / INDEX).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding='utf-8'))['weight_map'].values()))
@@ -135,6 +135,9 @@ def weight_files(
     return [folder / n for n in names]
 
 # %% ../../nbs/inside/merge_checkpoints.ipynb #4d577ed6
+_scratch = threading.local()
+
+
 def _buffer(n):
     "Bytes to read into, kept by each thread."
     if not hasattr(_scratch, 'bytes') or len(_scratch.bytes) < n:

@@ -19,9 +19,8 @@ def trim_(
 ) -> ndarray:  # (k, n), the same
     "Keep the entries whose magnitude reaches the threshold."
     if max(thresholds) >= 0:
-        np.multiply(
-            deltas, np.abs(deltas) >= np.array(thresholds, np.float32)[:, None], out=deltas
-        )
+        kept = np.abs(deltas) >= np.array(thresholds, np.float32)[:, None]
+        np.multiply(deltas, kept, out=deltas)
     return deltas
 
 # %% ../../nbs/22_merging.ipynb #5364cf98
@@ -59,19 +58,17 @@ def merge_agreeing(
     kept = agreeing(deltas, sign)
     total = kept.sum(0) if weigh_first or equal else mix(weights, kept)
     total *= sign
-    # the mean of those that agree
-    if equal and normalize:
+    if equal and normalize:  # the mean of those that agree
         total /= np.clip((kept > 0).view(np.uint8).sum(0, dtype=np.uint8), 1, 255)
     elif equal:
         scale = scale * weights[0]
     elif normalize:
         share = mix(weights, (kept > 0).astype(np.float32))
-        # 0/0 is 0
-        total /= (
+        if min(weights) > 0:
             np.clip(share, 1e-30, np.inf, out=share)
-            if min(weights) > 0
-            else np.where(share == 0, np.float32(1), share)
-        )
+        else:
+            share[share == 0] = 1
+        total /= share  # 0/0 is 0
     if scale != 1:
         total *= scale
     return np.add(total, base, out=total)

@@ -142,7 +142,7 @@ def _sha256(file):
     with open(file, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
-
+# %% ../../nbs/inside/merge_engine.ipynb #e9ca1bfa
 @contextmanager
 def _bar(total, progress):
     "Something to count on, drawn or not."
@@ -159,7 +159,7 @@ def _done_before(folder):
     log = folder / _DONE
     return set(log.read_text(encoding='utf-8').split('\n')) if log.is_file() else set()
 
-
+# %% ../../nbs/inside/merge_engine.ipynb #a167850ax
 def _make_all(plan, todo, files, threads, pools, moved):
     "Start every tensor, the largest first. (Its future -> the tensor)"
     pool, spread = pools
@@ -167,7 +167,7 @@ def _make_all(plan, todo, files, threads, pools, moved):
     large = lambda j: 4 * threads * j.n > total
     return {pool.submit(_make, plan, j, files[j.file], spread if large(j) else map, moved): j for j in todo}
 
-
+# %% ../../nbs/inside/merge_engine.ipynb #a167850b
 def _fill_files(plan, folder, names, threads, hashes, progress):
     "Make every tensor that is not there yet. (SHA-256 of each file, does each model differ from the base?)"
     inputs = list(dict.fromkeys(f for m in plan.models for f in m.files)) if hashes else []

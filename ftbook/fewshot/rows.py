@@ -60,15 +60,7 @@ class Shots:
 def _several(labels):
     return any(isinstance(v, (list, tuple, set, frozenset)) for v in labels)
 
-
-def _contradictions(texts, targets):
-    "Rows whose text stands there with another label too."
-    found = {}
-    for t, target in zip(texts, targets.tolist()):
-        found.setdefault(normalise(t), set()).add(tuple(target))
-    return [i for i, t in enumerate(texts) if len(found[normalise(t)]) > 1]
-
-
+# %% ../../nbs/inside/fewshot_rows.ipynb #ed6cd5b7
 def _targets(labels, classes, several):
     if not several:
         classes, codes = class_codes(labels, classes)
@@ -116,6 +108,14 @@ def make_shots(
     labels = _settled(labels, several, same_labels)
     classes, targets = _targets(labels, classes, several)
     return _usable(texts, targets, classes, not several)
+
+# %% ../../nbs/inside/fewshot_rows.ipynb #ed6cd5b8
+def _contradictions(texts, targets):
+    "Rows whose text stands there with another label too."
+    found = {}
+    for t, target in zip(texts, targets.tolist()):
+        found.setdefault(normalise(t), set()).add(tuple(target))
+    return [i for i, t in enumerate(texts) if len(found[normalise(t)]) > 1]
 
 # %% ../../nbs/inside/fewshot_rows.ipynb #c1728d06
 def _usable(texts, targets, classes, exclusive):

@@ -499,38 +499,35 @@ def portions(sizes=(4, 8, 16, 40), rounds=7):
     medians of alternated runs."""
     import statistics
     from domains_worker import append
-    from ftbook.fewshot import contrast as fewshot_contrast
-    from ftbook.fewshot import encoder as fewshot_encoder
-    from ftbook.fewshot import pairs as fewshot_pairs
-    from ftbook.fewshot import rows as fewshot_rows
-    from ftbook.fewshot import tuning as fewshot_tuning
+    from ftbook.fewshot import contrast
+    from ftbook.fewshot.encoder import _by_length, _portion, load_body, read_states
+    from ftbook.fewshot.pairs import Decks
+    from ftbook.fewshot.rows import make_shots
+    from ftbook.fewshot.tuning import trained_, Tuning
 
-    body, tuning = fewshot_encoder.load_body('minilm-l6', 'cpu'), fewshot_tuning.Tuning()
-    start, _ = tuning.start(body), fewshot_tuning.trained_(body, tuning)
+    body, tuning = load_body('minilm-l6', 'cpu'), Tuning()
+    start = tuning.start(body)
+    trained_(body, tuning)
 
     def once(rows, targets, size):
-        fewshot_encoder._portion = lambda n, device: size
+        contrast._portion = lambda n, device: size  # the name that `batch_loss` looks up
         clock = Clock()
-        fewshot_contrast.batch_loss(body, rows, targets, tuning).backward()
+        contrast.batch_loss(body, rows, targets, tuning).backward()
         return clock.read()['cpu_seconds']
 
-    chosen = fewshot_encoder._portion
     for task in TASKS:
-        shots = fewshot_rows.make_shots(*columns(split(task, 8, 0)[0]))
-        states = fewshot_encoder.read_states(body, body.ids(shots.texts)[0], start)
+        shots = make_shots(*columns(split(task, 8, 0)[0]))
+        states = read_states(body, body.ids(shots.texts)[0], start)
         for step in 1, 2:
             batch = list(range(0, len(states), step))
-            batch = [batch[i] for i in fewshot_pairs.Decks(shots.targets[batch], 0).batch(tuning.batch_size)]
+            batch = [batch[i] for i in Decks(shots.targets[batch], 0).batch(tuning.batch_size)]
             lengths, times = [len(states[i]) for i in batch], {s: [] for s in sizes}
             for _ in range(rounds):
                 for s in sizes:
                     times[s].append(once([states[i] for i in batch], shots.targets[batch], s))
             used = {
                 s: sum(lengths)
-                / sum(
-                    len(p) * max(lengths[i] for i in p)
-                    for p in fewshot_encoder._by_length([range(n) for n in lengths], s)
-                )
+                / sum(len(p) * max(lengths[i] for i in p) for p in _by_length([range(n) for n in lengths], s))
                 for s in sizes
             }
             append(
@@ -539,7 +536,7 @@ def portions(sizes=(4, 8, 16, 40), rounds=7):
                         task=task,
                         part='batch' if step == 1 else 'fold',
                         sentences=len(batch),
-                        taken=chosen(len(batch), 'cpu'),
+                        taken=_portion(len(batch), 'cpu'),
                         **{
                             f'{what}_{s}': round(v, 3)
                             for s in sizes

@@ -16,10 +16,12 @@ from torch import nn
 # %% ../../nbs/02_model_scale.ipynb #8687d491
 ROLES = ('embedding', 'attention', 'mlp', 'norm', 'head', 'other')
 
+_heads = 'lm_head embed_out classifier pre_classifier score pooler cls predictions qa_outputs'
 _paths = {
-    'head': r'(^|\.)(lm_head|embed_out|classifier|pre_classifier|score|pooler|cls|predictions|qa_outputs|vocab_\w+)(\.|$)',
+    'head': rf'(^|\.)({_heads.replace(" ", "|")}|vocab_\w+)(\.|$)',
     'attention': r'attn|attention',
-    'mlp': r'mlp|ffn|feed_?forward|densereludense|experts|moe|(^|\.)(fc\d|intermediate|output|dense_\w+_h|dense_h_\w+)\.',
+    'mlp': r'mlp|ffn|feed_?forward|densereludense|experts|moe'
+    r'|(^|\.)(fc\d|intermediate|output|dense_\w+_h|dense_h_\w+)\.',
 }
 
 # %% ../../nbs/02_model_scale.ipynb #40ca4661

@@ -51,10 +51,8 @@ def training_bytes(
     n_frozen = n - n_trained
     if not 0 <= n_nf4 <= n_frozen <= n:
         raise ValueError(
-            (
-                f'of {n:,} parameters, {n_trained:,} cannot be trained and {n_nf4:,} '
-                'frozen in 4 bits'
-            )
+            f'of {n:,} parameters, {n_trained:,} cannot be trained and {n_nf4:,} '
+            'frozen in 4 bits'
         )
     frozen = (n_frozen - n_nf4) * TRAINING[precision]['trained weights'] + n_nf4 * BYTES['nf4']
     return {
@@ -67,12 +65,9 @@ def _matrices(model):
     "Shapes of the matrices in attention and MLP, which adapters attach to and 4 bits apply to."
     for name, p in model.named_parameters():
         owner = model.get_submodule(name.rpartition('.')[0])
-        if (
-            p.ndim == 2
-            and role_of(name, owner) in ('attention', 'mlp')
-            and not isinstance(owner, nn.Embedding)
-        ):
-            yield p.shape
+        if p.ndim == 2 and not isinstance(owner, nn.Embedding):
+            if role_of(name, owner) in ('attention', 'mlp'):
+                yield p.shape
 
 # %% ../../nbs/02_model_scale.ipynb #39b2b748
 def adapter_parameters(
@@ -83,17 +78,15 @@ def adapter_parameters(
     return sum(rank * (m + n) for m, n in _matrices(model))
 
 # %% ../../nbs/02_model_scale.ipynb #2a5e2b01
-def _llama(width, blocks, heads, kv_heads, hidden, vocabulary, tied):
+_words = (
+    *('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'),
+    *('intermediate_size', 'vocab_size', 'tie_word_embeddings'),
+)
+
+
+def _llama(*values):
     "A Llama configuration in transformers' words."
-    return dict(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=hidden,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
+    return dict(zip(_words, values, strict=True))
 
 
 SHAPES = {

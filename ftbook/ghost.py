@@ -11,13 +11,11 @@ __all__ = []
 import contextlib
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 
 from torch import Tensor
 
 # %% ../nbs/inside/ghost.ipynb #405042f3
-from functools import lru_cache
-
 _running = ContextVar('running', default=None)  # The `Tracker` of the plan that runs
 
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .show.page import escape, Picture
 from .training.processes import as_sharding
 
 # %% ../nbs/18_scale.ipynb #6f9c3387
@@ -172,43 +171,3 @@ def pipeline_schedule(
         + [place(t, p - 1 - d, 'B') for t in range(turns)]
         for d in range(p)
     ]
-
-# %% ../nbs/18_scale.ipynb #c727a9ba
-_cell = (
-    '<rect x="{x}" y="{y}" width="{w}" height="22" rx="3" fill="{fill}" '
-    'fill-opacity="{strong}"/><text x="{tx}" y="{ty}" font-size="10" text-anchor="middle" '
-    'fill="currentColor">{text}</text>'
-)
-
-
-def draw_schedule(
-    schedule: list[list[str]],  # From `pipeline_schedule`
-    title: str = '',  # What it shows
-) -> Picture:
-    "Draw a pipeline: a line for each device, a cell for each turn."
-    w = 600 / len(schedule[0])
-    fill = dict(F='#0072b2', B='#d55e00').get
-    body = ''.join(
-        _cell.format(
-            x=f'{t * w:.1f}',
-            y=26 * d,
-            w=f'{w - 2:.1f}',
-            fill=fill(k[:1], 'currentColor'),
-            strong=0.35 if k else 0.06,
-            tx=f'{t * w + w / 2 - 1:.1f}',
-            ty=26 * d + 15,
-            text=k if w > 18 else '',
-        )
-        for d, line in enumerate(schedule)
-        for t, k in enumerate(line)
-    )
-    words = (
-        f'{escape(title)}. Blue: forward, orange: backward, grey: idle; a line for each device.'
-    )
-    return Picture(
-        (
-            '<div role="figure" style="max-width:640px"><div '
-            f'style="font-size:13px">{words}</div><svg role="img" aria-label="{words}" '
-            f'viewBox="0 0 600 {26 * len(schedule)}" style="width:100%">{body}</svg></div>'
-        )
-    )

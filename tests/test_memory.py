@@ -1,6 +1,6 @@
 "Plans against the allocator, accounts that add up, optimizers against references, and errors that help."
 
-import contextlib, json
+import contextlib, json, sys, threading, time
 from pathlib import Path
 
 import pytest, torch
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from ftbook import ghost
+from ftbook.data import attention as data_attention
 from ftbook.memory import account as memory_account
 from ftbook.memory import advice as memory_advice
 from ftbook.memory import failures as memory_failures
@@ -21,6 +22,7 @@ from ftbook.methods import quant_layer as methods_quant_layer
 from ftbook.training import batches as training_batches
 from ftbook.training import fast as training_fast
 from ftbook.training import objective as training_objective
+from ftbook.training import optimizer_names as training_optimizer_names
 from ftbook.training import optimizers as training_optimizers
 from ftbook.training import processes as training_processes
 from ftbook.training import tune as training_tune
@@ -28,7 +30,8 @@ from ftbook.methods.lora_method import LoRA
 from ftbook.methods.bottleneck_method import Bottleneck
 from ftbook.methods.prompt_tuning import PromptTuning
 from ftbook.memory.plan import GIB, plan
-from ftbook.training.optimizers import AdamW8bit, Adafactor, LossScaler, dynamic_levels, in_backward
+from ftbook.training.optimizer_names import in_backward
+from ftbook.training.optimizers import AdamW8bit, Adafactor, LossScaler, dynamic_levels
 from ftbook.memory.step import Setting
 from ftbook.memory.advice import advise, largest, plan_report
 from ftbook.memory.tricks import checkpoint_, tiled_attention, uncheckpoint_
@@ -66,8 +69,8 @@ def real(config, s, method=None):
             training_objective.Objective(model),
             memory_step.full_batch(model, packs, s.seq_len, s.batch_size),
         )
-        optimizer = training_optimizers.as_optimizer(s.optimizer)(
-            training_optimizers.parameter_groups([p for p in model.parameters() if p.requires_grad])
+        optimizer = training_optimizer_names.as_optimizer(s.optimizer)(
+            training_optimizer_names.parameter_groups([p for p in model.parameters() if p.requires_grad])
         )
         return (
             measure_peak(lambda: memory_step.run_steps(objective, batch, optimizer, s.precision, s.pieces)).peak
@@ -262,6 +265,58 @@ def test_nothing_is_left_behind():
     assert training_objective.has_linear_head(model)
 
 
+def named_things():
+    "What every module of the package has, by name."
+    return {
+        (module, name): thing
+        for module, loaded in list(sys.modules.items())
+        if module.startswith("ftbook.")
+        for name, thing in list(vars(loaded).items())
+    }
+
+
+def test_a_plan_patches_no_module_and_only_its_own_thread_is_told():
+    "Kernels ask `ghost`. The optimizer is made in the middle of a plan, and looks around."
+    seen = {}
+
+    def look(groups):
+        seen.update(during=named_things(), here=ghost.traced())
+        other = threading.Thread(target=lambda: seen.update(there=ghost.traced()))
+        other.start()
+        other.join()
+        return torch.optim.SGD(groups)
+
+    plan(llama(), seq_len=16, optimizer="sgd")  # imports all that a plan needs
+    before = named_things()
+    plan(llama(), seq_len=16, optimizer=look)
+    assert isinstance(seen["here"], memory_trace.Tracker) and seen["there"] is None and ghost.traced() is None
+    assert not [k for k, v in before.items() if seen["during"][k] is not v]
+    assert not [k for k, v in named_things().items() if before.get(k) is not v]
+
+
+def test_a_model_that_another_thread_runs_is_none_of_the_plans():
+    model, done, runs = AutoModelForCausalLM.from_config(llama()), threading.Event(), []
+
+    def busy():
+        while not done.is_set():
+            model(torch.arange(8)[None], use_cache=False)
+            runs.append(1)
+
+    def start(groups):
+        other.start()
+        while not runs:  # it runs now
+            time.sleep(0.01)
+        return torch.optim.SGD(groups)
+
+    alone, other = plan(llama(), seq_len=64, optimizer="sgd"), threading.Thread(target=busy)
+    try:
+        beside = plan(llama(), seq_len=64, optimizer=start)
+    finally:
+        done.set()
+        other.join()
+    assert beside.items == alone.items and beside.parts == alone.parts
+
+
 def test_sharding_follows_the_rule():
     config = dict(model=llama(), seq_len=4, optimizer="sgd")  # so short that the peak has every gradient
     alone = plan(**config).items
@@ -286,24 +341,6 @@ def test_sharding_follows_the_rule():
 
 
 def test_a_quantised_model_is_planned_and_nothing_fake_stays():
-    from ftbook import ghost
-    from ftbook.memory import account as memory_account
-    from ftbook.memory import advice as memory_advice
-    from ftbook.memory import failures as memory_failures
-    from ftbook.memory import measure as memory_measure
-    from ftbook.memory import plan as memory_plan
-    from ftbook.memory import step as memory_step
-    from ftbook.memory import trace as memory_trace
-    from ftbook.methods import nf4 as methods_nf4
-    from ftbook.methods import quant as methods_quant
-    from ftbook.methods import quant_layer as methods_quant_layer
-    from ftbook.training import batches as training_batches
-    from ftbook.training import fast as training_fast
-    from ftbook.training import objective as training_objective
-    from ftbook.training import optimizers as training_optimizers
-    from ftbook.training import processes as training_processes
-    from ftbook.training import tune as training_tune
-
     p = plan(llama(), LoRA(), quantize=methods_quant.quantize_, seq_len=64)
 
     def build():
@@ -321,24 +358,6 @@ def test_a_quantised_model_is_planned_and_nothing_fake_stays():
 def test_unpacking_is_followed_once_and_noted_again():
     """A plan that notes the lives of an unpacking again is the plan that follows every one of them, and pieces are
     those of the device."""
-    from ftbook import ghost
-    from ftbook.memory import account as memory_account
-    from ftbook.memory import advice as memory_advice
-    from ftbook.memory import failures as memory_failures
-    from ftbook.memory import measure as memory_measure
-    from ftbook.memory import plan as memory_plan
-    from ftbook.memory import step as memory_step
-    from ftbook.memory import trace as memory_trace
-    from ftbook.methods import nf4 as methods_nf4
-    from ftbook.methods import quant as methods_quant
-    from ftbook.methods import quant_layer as methods_quant_layer
-    from ftbook.training import batches as training_batches
-    from ftbook.training import fast as training_fast
-    from ftbook.training import objective as training_objective
-    from ftbook.training import optimizers as training_optimizers
-    from ftbook.training import processes as training_processes
-    from ftbook.training import tune as training_tune
-
     def lives(f, n):
         with memory_account._fake(), ghost._following(memory_trace.Tracker()) as t, t:
             for _ in range(n):
@@ -400,21 +419,19 @@ def test_heads_that_cannot_share_keys_are_planned_with_their_own(monkeypatch):
         ).peak
 
     copied, scores = peak(), peak(attention="eager")
-    monkeypatch.setattr(memory.data, "_takes_flash", lambda query, mask: True)
+    monkeypatch.setattr(data_attention, "_takes_flash", lambda query, mask: True)
     copies = 2 * 4 * 512 * 128 * 4  # keys and values of four layers, for each of the heads
     assert copied - peak() > copies / 2 and copied < scores - 3 * 8 * 512 * 512 * 4
 
 
 def test_seventy_billion_quickly():
-    import time
-
     start = time.process_time()
     p = plan("Llama-3.1-70B", LoRA(), seq_len=512, device="cuda", gradient_checkpointing=True)
     assert time.process_time() - start < 10 and 130 < p.items["weights, bfloat16"] / GIB < 133 and not p.fits(80)
 
 
 def test_seventy_billion_in_four_bits_quickly():
-    import resource, sys, time
+    import resource
     from ftbook.methods.quant import quantize_
 
     start, held = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

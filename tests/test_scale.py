@@ -15,7 +15,6 @@ from ftbook.scale import (
     SHARDING,
     all_reduce_bytes,
     bubble,
-    draw_schedule,
     gather,
     pipeline_schedule,
     ring_all_reduce,
@@ -25,6 +24,7 @@ from ftbook.scale import (
     split_mlp,
     traffic,
 )
+from ftbook.show.schedule import draw_schedule
 from ftbook.training.launch import config_files, launch_config, run_processes, validate_config
 from ftbook.training.checkpoints import checkpoints, read_checkpoint
 from tiny import good_rows, save_tiny_model, tiny_config, write_config, write_rows
@@ -300,7 +300,7 @@ def in_two(tests, folder, alone, tries):
     sys.path.insert(0, tests)
     import torch
     from test_scale import in_one
-    from ftbook.training.settings import NonFiniteLoss
+    from ftbook.training.checks import NonFiniteLoss
 
     rank, found = int(os.environ["RANK"]), {}
 

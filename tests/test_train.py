@@ -21,7 +21,8 @@ from ftbook.data.isolate import isolate_
 from ftbook.data.packs import pack, pad
 from ftbook.methods.lora_method import LoRA
 from ftbook.training.loop import Loop
-from ftbook.training.settings import NonFiniteLoss, Settings
+from ftbook.training.checks import NonFiniteLoss
+from ftbook.training.settings import Settings
 from ftbook.training.objective import Objective
 from ftbook.training.checkpoints import checkpoints, write_checkpoint
 from ftbook.training.chunked import chunked_loss

@@ -14,7 +14,7 @@ from collections import Counter
 import torch
 from torch import nn, Tensor
 
-from ..ghost import _following
+from ..ghost import _following, traced
 from ftbook.memory.step import (
     _blocks_of,
     _each,
@@ -26,7 +26,9 @@ from ftbook.memory.step import (
 )
 from .trace import _draw_masks, ghost, Tracker
 from ..models.count import role_of
-from ..training.optimizers import as_optimizer, parameter_groups
+from ..training.batches import isolated
+from ..training.objective import Objective, target_nats
+from ..training.optimizer_names import as_optimizer, parameter_groups
 
 # %% ../../nbs/inside/account.ipynb #72ccba93
 def _descend(tracker, layer, n):
@@ -51,10 +53,16 @@ def _watching(tracker, model):
         if n and name.startswith(path + '.'):
             _descend(tracker, int(name[len(path) + 1 :].split('.')[0]), n)
 
-    handles = [
-        register_module_forward_pre_hook(lambda m, args: tracker.stack.append(names.get(m, ''))),
-        register_module_forward_hook(lambda m, args, out: (tracker.stack.pop(), None)[1], always_call=True),
-    ]
+    def begins(module, args):
+        if traced() is tracker:
+            tracker.stack.append(names.get(module, ''))
+
+    def ends(module, args, out):
+        if traced() is tracker:
+            tracker.stack.pop()
+
+    # hooks for all modules of the process: a model that another thread runs meanwhile is none of this plan's
+    handles = [register_module_forward_pre_hook(begins), register_module_forward_hook(ends, always_call=True)]
     handles += [
         p.register_post_accumulate_grad_hook(lambda p, name=name: arrived(name, p))
         for name, p in model.named_parameters()
@@ -77,7 +85,7 @@ def _codes_of(module):
     ]
     return max(own, key=Tensor.numel, default=None)
 
-
+# %% ../../nbs/inside/account.ipynb #198a6ec0
 def _note_weights(tracker, model, adapted):
     """Note the tensors of `model` with what they are.
 
@@ -114,10 +122,6 @@ def _enter(tracker, optimizer, part):
     tracker.enter(part)
 
 # %% ../../nbs/inside/account.ipynb #099bfc67
-from ftbook.training.objective import Objective
-from ftbook.training.batches import isolated
-
-
 def _prepare(model, s, stack, mode):
     "(objective, batch) for the ghost `model`, ready for a step."
     model.train()
@@ -159,9 +163,6 @@ def _first_update(tracker, optimizer):
     optimizer.zero_grad()
 
 # %% ../../nbs/inside/account.ipynb #5f4ce914
-from ftbook.training.objective import Objective, target_nats
-
-
 def trace(
     model: nn.Module,  # On any device; it is not touched
     s: Setting,  # How it is trained

@@ -10,7 +10,7 @@ __all__ = ['longest_sequence', 'largest_batch', 'advise', 'which_method']
 # %% ../../nbs/inside/advice.ipynb #9e606f3d
 from collections.abc import Callable
 
-from .plan import _check_gib, _sorted, GIB, plan, SIZES
+from .plan import _check_gib, _sorted, as_method, GIB, plan, SIZES
 from .step import Setting
 
 # %% ../../nbs/inside/advice.ipynb #df62440e
@@ -96,12 +96,13 @@ def advise(
     method=None,  # As for `plan`
     *,
     gpu: float = 24,  # GiB
-    quantize: Callable | None = None,  # As for `plan`
-    offered: dict | None = None,  # What may be used if nothing else helps: dict(method=LoRA(), quantize=quantize_)
+    quantize: str | Callable | None = None,  # As for `plan`
+    offered: dict | None = None,  # What may be used if nothing else helps: dict(method='lora', quantize='nf4')
     **settings,  # More for `plan`
 ) -> list[dict]:  # change, peak in GiB, which of `SIZES` hold it, cost; the last one fits, if any does
     "What would make it fit, the cheapest in quality first."
     _check_gib(gpu)
+    method = as_method(method)
     now = dict(settings, method=method, quantize=quantize)
 
     def line(change, cost, how):
@@ -129,7 +130,7 @@ def advise(
 # %% ../../nbs/inside/advice.ipynb #bd742215
 def which_method(
     model,  # As for `plan`
-    ways: dict[str, dict],  # Name -> what `plan` is told, the best first: dict(full={}, LoRA=dict(method=LoRA()))
+    ways: dict[str, dict],  # Name -> what `plan` is told, the best first: dict(full={}, LoRA=dict(method='lora'))
     *,
     gpu: float = 24,  # GiB
     **settings,  # More for `plan`, of all of them

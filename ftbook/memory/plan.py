@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -26,9 +27,9 @@ from ..models.load import as_dtype
 from ..models.scale import SHAPES
 from ..models.shipped import model_folder
 from ..show.bar_chart import bars
-from ..show.page import escape, Picture
+from ..show.page import Picture
 from ..show.tables import table
-from ..training.optimizers import as_optimizer
+from ..training.optimizer_names import as_optimizer
 from ..training.processes import as_sharding, DIVIDED
 
 # %% ../../nbs/inside/plan.ipynb #b5f8171b
@@ -241,6 +242,47 @@ def _account_of(source, s, dtype, method, quantize):
 def _weight(module):
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
+# %% ../../nbs/inside/plan.ipynb #ce59fd38
+def _named_methods():
+    "What the name of a method in a recipe makes."
+    from ftbook.methods.bitfit import BitFit
+    from ftbook.methods.bottleneck_method import Bottleneck
+    from ftbook.methods.ia3 import IA3
+    from ftbook.methods.lora_method import LoRA
+    from ftbook.methods.p_tuning import PTuning
+    from ftbook.methods.prefix_tuning import PrefixTuning
+    from ftbook.methods.prompt_tuning import PromptTuning
+
+    bottlenecks = {kind: partial(Bottleneck, kind=kind) for kind in ('houlsby', 'pfeiffer', 'parallel')}
+    soft = dict(prompt=PromptTuning, prefix=PrefixTuning, p_tuning=PTuning)
+    return dict(lora=LoRA, **bottlenecks, ia3=IA3, bitfit=BitFit, **soft, full=lambda: None)
+
+
+def as_method(
+    method,  # A name as in a recipe, or anything with `apply`
+):  # Anything with `apply`; None for 'full'. ValueError for a name that is not known
+    "A method by name."
+    if not isinstance(method, str):
+        return method
+    known = _named_methods()
+    if method not in known:
+        raise ValueError(f'method must be one of {", ".join(known)}, or an object with `apply`, not {method!r}')
+    return known[method]()
+
+
+def as_quantizer(
+    quantize,  # A name as in a recipe, a function, or None
+) -> Callable | None:  # Quantises a model in place. ValueError for a name that is not known
+    "A way to quantise by name."
+    if quantize is None or callable(quantize):
+        return quantize
+    from ftbook.methods.codebooks import VALUES
+    from ftbook.methods.quant import quantize_
+
+    if quantize not in VALUES:
+        raise ValueError(f'quantize must be one of {", ".join(VALUES)}, or a function, not {quantize!r}')
+    return partial(quantize_, kind=quantize)
+
 # %% ../../nbs/inside/plan.ipynb #8791d0231
 def _per_device(items, sharding, n, layer, buckets=0):
     "Items of one of `n` devices."
@@ -267,9 +309,10 @@ def plan(
     # A name (shipped, of `SHAPES`, hub id, folder), a configuration, or a model; nothing is loaded and nothing is
     # changed
     model,
-    method=None,  # Anything with `apply`, such as `LoRA()`; None trains what requires a gradient
+    method=None,  # A name as in a recipe ('lora'), or anything with `apply`; None trains what requires a gradient
     *,
-    quantize: Callable | None = None,  # Quantises a model in place, before the method
+    # 'nf4', 'fp4', 'int4' or 'int8'; or a function that quantises a model in place. It comes before the method
+    quantize: str | Callable | None = None,
     # Of the weights; None: as they are in a model, else float32, or bfloat16 for a frozen model on 'cuda'
     dtype: str | torch.dtype | None = None,
     sharding: str | None = None,  # A key of `DIVIDED`
@@ -278,6 +321,7 @@ def plan(
 ) -> Plan:  # ValueError says what to change
     "Everything a training step would hold at its fullest moment."
     s, sharding = _checked(Setting(**setting)), sharding and as_sharding(sharding)
+    method, quantize = as_method(method), as_quantizer(quantize)
     if dtype is None and not isinstance(model, nn.Module) and s.device == 'cuda' and (method or quantize):
         dtype = 'bfloat16'
     name, parts, layer = _accounts(model, s, dtype and as_dtype(dtype), method, quantize)
@@ -364,8 +408,8 @@ def plan_run(
     model: nn.Module,  # As it will be trained
     examples: list[Example],  # What it will be trained on
     *,
-    batch_size: int = 8,  # As in `Settings` of chapter 4
-    max_tokens: int = 1024,  # As in `Settings` of chapter 4
+    batch_size: int = 8,  # As in `Settings`
+    max_tokens: int = 1024,  # As in `Settings`
     optimizer='adamw',  # As for `plan`
     precision: str | None = None,  # As for `plan`
     gradient_checkpointing: bool = False,  # As for `plan`
@@ -383,61 +427,4 @@ def plan_run(
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         **more,
-    )
-
-# %% ../../nbs/inside/plan.ipynb #ff422670
-def stacked(
-    rows: dict[str, dict],  # {bar: {item: GiB}}
-    marks: tuple = SIZES,  # GiB, drawn as lines
-    title: str = '',  # What it shows
-) -> Picture:  # Horizontal bars, an item after the other
-    "Items of plans, end to end."
-    items, top = (
-        list(dict.fromkeys(k for r in rows.values() for k in r)),
-        max([sum(r.values()) for r in rows.values()] + [1e-9]) * 1.08,
-    )
-    tints = dict(
-        zip(
-            items,
-            (
-                '#4477aa',
-                '#66ccee',
-                '#228833',
-                '#ccbb44',
-                '#ee6677',
-                '#aa3377',
-                '#bbbbbb',
-                '#222255',
-                '#994455',
-                '#997700',
-            )
-            * 3,
-        )
-    )
-    drawn, y = '', 0
-    for name, r in rows.items():
-        at = 0.0
-        drawn += f'<text x="0" y="{y + 12}">{escape(name)}: {sum(r.values()):.1f} GiB</text>'
-        for k, v in r.items():
-            drawn += (
-                f'<rect x="{at / top:.2%}" y="{y + 18}" width="{v / top:.2%}" height="20" '
-                f'fill="{tints[k]}"><title>{escape(k)} {v:.2f} GiB</title></rect>'
-            )
-            at += v
-        y += 50
-    drawn += ''.join(
-        (
-            f'<line x1="{m / top:.2%}" x2="{m / top:.2%}" y1="16" y2="{y}" stroke="currentColor" '
-            f'stroke-dasharray="3"/><text x="{m / top:.2%}" y="{y + 12}" text-anchor="middle">{m}</text>'
-        )
-        for m in marks
-        if m < top
-    )
-    legend = ' '.join(f'<span style="color:{tints[k]}">&#9632;</span>&nbsp;{escape(k)}' for k in items)
-    return Picture(
-        (
-            f'<div><b>{escape(title)}</b><svg viewBox="0 0 640 {y + 18}" width="100%" '
-            'style="max-width:640px;font-size:12px;fill:currentColor" role="img" '
-            f'aria-label="{escape(title)}">{drawn}</svg><div style="font-size:12px">{legend}</div></div>'
-        )
     )

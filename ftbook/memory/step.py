@@ -45,6 +45,29 @@ def is_causal(
         ('ForCausalLM', 'LMHeadModel')
     )
 
+# %% ../../nbs/inside/step.ipynb #3aab7648
+def small_config(
+    layers: int = 4,  # How many
+    **more,  # Other fields of `LlamaConfig`
+):  # A `LlamaConfig` with a vocabulary of 2,000 and tied embeddings
+    "The small Llama that the pages about memory plan and run."
+    from transformers import LlamaConfig
+
+    shape = dict(vocab_size=2000, hidden_size=128, intermediate_size=384)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return LlamaConfig(**shape | heads | dict(num_hidden_layers=layers) | more)
+
+
+def small_model(
+    layers: int = 4,  # How many
+    **more,  # Other fields of `LlamaConfig`
+) -> nn.Module:  # Of 0.9 million parameters with 4 layers, the same each time
+    "The model of `small_config`, with random weights."
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(small_config(layers, **more))
+
 # %% ../../nbs/inside/step.ipynb #a1523fb3
 def full_batch(
     model: nn.Module,  # Of transformers
@@ -120,6 +143,6 @@ class Setting:
     precision: str | None = None  # None, 'bf16' or 'fp16': autocast
     gradient_checkpointing: bool = False  # Compute activations again?
     attention: str | None = None  # None: as `finetune` does; 'eager' or 'sdpa': attention and loss of transformers
-    fast: bool = True  # With the operators of `ftbook.train`
+    fast: bool = True  # With the operators of `fast_`
     pieces: int = 1  # Forward and backward passes to an update
     device: str = 'cpu'  # 'cpu' or 'cuda'

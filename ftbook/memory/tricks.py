@@ -21,7 +21,7 @@ from ..models.count import role_of
 # %% ../../nbs/16_memory.ipynb #b814ae96
 def checkpoint_(
     model: nn.Module,  # Of transformers; changed in place
-    every: int = 1,  # Every so-manieth layer
+    every: int = 1,  # Every `every`-th layer
     # 'attention' or 'mlp': just that part of a layer. None: all of it
     only: str | None = None,
 ) -> list[nn.Module]:  # What is run again; `uncheckpoint_` takes it
@@ -30,10 +30,8 @@ def checkpoint_(
 
     if every < 1 or only not in (None, 'attention', 'mlp'):
         raise ValueError(
-            (
-                "every must be 1 or more and only None, 'attention' or 'mlp', not "
-                f"{every!r} and {only!r}"
-            )
+            "every must be 1 or more and only None, 'attention' or 'mlp', not "
+            f"{every!r} and {only!r}"
         )
     path, n = _blocks_of(model)
     layers = list(model.get_submodule(path))[::every] if n else []
@@ -67,11 +65,9 @@ def offload_activations(
     "While this is open, what autograd keeps is moved to the CPU."
 
     def away(t):
-        return (
-            t
-            if isinstance(t, nn.Parameter) or t.nbytes < least
-            else (t.device, t.to('cpu', copy=t.device.type != 'cpu'))
-        )
+        if isinstance(t, nn.Parameter) or t.nbytes < least:
+            return t
+        return t.device, t.to('cpu', copy=t.device.type != 'cpu')
 
     def back(kept):
         return kept if isinstance(kept, Tensor) else kept[1].to(kept[0])
@@ -89,29 +85,20 @@ def _scores(q, k, rows, columns):
     S = q[..., rows, :] @ k[..., columns, :].transpose(-1, -2) * q.shape[-1] ** -0.5
     if columns.stop <= rows.start:
         return S
-    future = (
-        torch.arange(columns.start, columns.stop, device=q.device)
-        > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-    )
-    return S.masked_fill_(future, -torch.inf)
+    at = torch.arange(max(rows.stop, columns.stop), device=q.device)
+    return S.masked_fill_(at[columns] > at[rows, None], -torch.inf)
 
 # %% ../../nbs/16_memory.ipynb #4f2c42d4
 def _attend_rows(q, k, v, rows, size):
     "(output, logarithm of the total) of a tile of queries."
-    top, total, out = (
-        q.new_full((*q.shape[:-2], rows.stop - rows.start, 1), -torch.inf),
-        0.0,
-        0.0,
-    )
+    top = q.new_full((*q.shape[:-2], rows.stop - rows.start, 1), -torch.inf)
+    total = out = 0.0
     for columns in _tiles(rows.stop, size):
         S = _scores(q, k, rows, columns)
         higher = torch.maximum(top, S.amax(-1, keepdim=True))
         P, shrink = (S - higher).exp_(), (top - higher).exp()
-        total, out, top = (
-            total * shrink + P.sum(-1, keepdim=True),
-            out * shrink + P @ v[..., columns, :],
-            higher,
-        )
+        total = total * shrink + P.sum(-1, keepdim=True)
+        out, top = out * shrink + P @ v[..., columns, :], higher
     return out / total, top + total.log()
 
 # %% ../../nbs/16_memory.ipynb #0614be21
@@ -129,19 +116,14 @@ class _TiledAttention(Function):
     @staticmethod
     def backward(ctx, g):  # every tile is made again
         q, k, v, out, log_total = ctx.saved_tensors
-        dq, dk, dv, along = (
-            torch.zeros_like(q),
-            torch.zeros_like(k),
-            torch.zeros_like(v),
-            (g * out).sum(-1, keepdim=True),
-        )
+        dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        along = (g * out).sum(-1, keepdim=True)
         for rows in _tiles(q.shape[-2], ctx.size):
             for columns in _tiles(rows.stop, ctx.size):
                 P = (_scores(q, k, rows, columns) - log_total[..., rows, :]).exp_()
                 dv[..., columns, :] += P.transpose(-1, -2) @ g[..., rows, :]
-                dS = P.mul_(
-                    g[..., rows, :] @ v[..., columns, :].transpose(-1, -2) - along[..., rows, :]
-                ).mul_(q.shape[-1] ** -0.5)
+                dP = g[..., rows, :] @ v[..., columns, :].transpose(-1, -2)
+                dS = P.mul_(dP - along[..., rows, :]).mul_(q.shape[-1] ** -0.5)
                 dq[..., rows, :] += dS @ k[..., columns, :]
                 dk[..., columns, :] += dS.transpose(-1, -2) @ q[..., rows, :]
         return dq, dk, dv, None

@@ -1,4 +1,4 @@
-"""The attention a model is lent, and the portions it is asked in
+"""Lend a model the attention that keeps examples apart, and cut examples into portions that it can run
 
 Docs: https://ftbook.github.io/ftbook/inside/batches.html.md"""
 
@@ -65,7 +65,7 @@ def to_device(
     "A batch on another device."
     return {k: v.to(device) for k, v in batch.items()} if isinstance(batch, dict) else batch.to(device)
 
-
+# %% ../../nbs/inside/batches.ipynb #bdeb174f
 def portions(
     examples: Sequence[Example],  # What is asked
     order: Sequence[int],  # Places in `examples`, as they are to be taken

@@ -188,7 +188,9 @@ from pathlib import Path
 _answer = {name}(**json.loads(sys.argv[1]))
 Path(sys.argv[2], os.environ.get('RANK', '0')).write_text(json.dumps(_answer))
 import torch.distributed as dist
-if dist.is_available() and dist.is_initialized(): dist.barrier(); dist.destroy_process_group() # gloo's threads must not outlive Python
+if dist.is_available() and dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()  # gloo's threads must not outlive Python
 """
 
 

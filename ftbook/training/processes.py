@@ -24,7 +24,7 @@ def _wanted(*engines):
 def _on_cpu(device):
     return torch.device(device).type == 'cpu' and not (_wanted('FSDP', 'DEEPSPEED') and torch.cuda.is_available())
 
-
+# %% ../../nbs/inside/processes.ipynb #9d288aea
 @lru_cache
 def _leave_at_exit():
     "Take leave of the other processes before Python ends: gloo's threads must not outlive it."
@@ -43,7 +43,7 @@ def join_processes(
     _leave_at_exit()
     return state.num_processes, state.process_index
 
-
+# %% ../../nbs/inside/processes.ipynb #6dadcf4d
 def _set_engine(name):
     "Tell accelerate which engine runs."
     from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -70,7 +70,7 @@ def _with_fsdp(accelerator):
     state.fsdp_plugin.cpu_ram_efficient_loading = False  # every process has the weights already
     return accelerator
 
-
+# %% ../../nbs/inside/processes.ipynb #484965db
 def _accelerator(precision, device, trackers, out):
     "An `Accelerator`. It allows one precision to a process; a new run may want another."
     from accelerate import Accelerator
@@ -190,7 +190,7 @@ DIVIDED = {
 def as_sharding(
     name: str,  # A key of `DIVIDED`; 'fsdp' means 'fsdp2'
 ) -> str:  # A key of `DIVIDED`. ValueError for a name that is not known
-    "The name of an engine, as [chapter 11](11_scale.ipynb) has it too."
+    "The name of an engine, as plans and configurations have it."
     name = 'fsdp2' if name == 'fsdp' else name
     if name not in DIVIDED:
         raise ValueError(f'sharding must be one of {", ".join(DIVIDED)}, not {name!r}')

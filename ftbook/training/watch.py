@@ -150,11 +150,8 @@ def evaluate_shared(
     "Evaluate with the portions shared among the processes."
     (world, rank), order = loop.world, sorted(range(len(examples)), key=lambda i: len(examples[i]))
     cut = list(portions(examples, order, loop.settings.max_tokens, loop.packs, loop.shares))
-    nats, training, objective = (
-        torch.zeros(len(examples), dtype=torch.float64),
-        loop.model.training,
-        loop.objective if loop.sharded else Objective(loop.model),
-    )
+    nats, training = torch.zeros(len(examples), dtype=torch.float64), loop.model.training
+    objective = loop.objective if loop.sharded else Objective(loop.model)
     loop.model.eval()
     for at in range(0, len(cut), world):
         batch, here = cut[min(at + rank, len(cut) - 1)]  # who has none left runs along
@@ -165,7 +162,7 @@ def evaluate_shared(
     nats = loop.accelerator.reduce(nats.to(loop.accelerator.device), 'sum')
     return Evaluation(nats.tolist(), [e.n_targets for e in examples]).loss
 
-
+# %% ../../nbs/inside/watching.ipynb #8d5c3734
 def agree(
     loop,  # A `Loop`
     why: str,  # A reason to stop, or ''
@@ -178,7 +175,7 @@ def agree(
     torch.distributed.all_reduce(gravest, torch.distributed.ReduceOp.MAX)
     return reasons[gravest]
 
-
+# %% ../../nbs/inside/watching.ipynb #4ca09477
 def _after_step(loop, watch, record):
     "Evaluate, log, show, call back; a reason to stop, or ''."
     why = ''

@@ -5,8 +5,8 @@
 METHOD is 'lora' or 'dora': rank 16, alpha 32, on all linear layers of SmolLM2-135M. All variants stand in one process and take turns, step by step; they hold the same numbers.
 
     peft      the model as transformers runs it, with PEFT's layers
-    layers    the same model and loss, with the layers of `ftbook.lora`
-    finetune  what `ftbook.train.finetune` runs: the same layers, `fast_` and the loss in chunks
+    layers    the same model and loss, with the layers of `ftbook.methods.lora`
+    finetune  what `ftbook.finetune` runs: the same layers, `fast_` and the loss in chunks
     frozen    the same model and loss without any adapter, only the gradient of the embeddings: nothing that has an adapter can do less
 """
 

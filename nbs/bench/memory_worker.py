@@ -125,7 +125,7 @@ def ladder():
 
 
 def shape_plans(done=()):
-    "Plans of public shapes for the explorer of the chapter: rows that train on one GPU, nothing loaded."
+    "Plans of public shapes for the explorer of the lesson: rows that train on one GPU, nothing loaded."
     import itertools, transformers as t
     from ftbook.methods.lora_method import LoRA
     from ftbook.memory.plan import plan
@@ -302,16 +302,11 @@ def method_of(name):
 
 def optimizer_of(name, in_backward=False):
     "(what the plan is told, what really runs)."
-    from ftbook.memory import measure as memory_measure
-    from ftbook.memory import step as memory_step
-    from ftbook.training import batches as training_batches
-    from ftbook.training import objective as training_objective
-    from ftbook.training import optimizers as training_optimizers
-    from ftbook.training import tune as training_tune
+    from ftbook.training import optimizer_names as training_optimizer_names
 
     if in_backward:
-        return training_optimizers.in_backward(name), training_optimizers.in_backward(name)
-    return name, training_optimizers.as_optimizer(name)
+        return training_optimizer_names.in_backward(name), training_optimizer_names.in_backward(name)
+    return name, training_optimizer_names.as_optimizer(name)
 
 
 def planned(c, method, quantize, optimizer):
@@ -333,11 +328,6 @@ def planned(c, method, quantize, optimizer):
 
 def by_finetune(model, c, optimizer):
     "Two steps of `finetune`."
-    from ftbook.memory import measure as memory_measure
-    from ftbook.memory import step as memory_step
-    from ftbook.training import batches as training_batches
-    from ftbook.training import objective as training_objective
-    from ftbook.training import optimizers as training_optimizers
     from ftbook.training import tune as training_tune
     from ftbook.data.examples import Example
 
@@ -384,12 +374,10 @@ def fill(batch, ids):
 
 def by_steps(model, c, optimizer, stack):
     "The same two steps, with the loss of transformers or with an optimizer that runs inside of backward."
-    from ftbook.memory import measure as memory_measure
     from ftbook.memory import step as memory_step
     from ftbook.training import batches as training_batches
     from ftbook.training import objective as training_objective
-    from ftbook.training import optimizers as training_optimizers
-    from ftbook.training import tune as training_tune
+    from ftbook.training import optimizer_names as training_optimizer_names
 
     model.train().config.use_cache = False
     own = not memory_step.is_causal(model) or c['attention'] is not None
@@ -412,7 +400,7 @@ def by_steps(model, c, optimizer, stack):
             return value
 
     opt, losses = (
-        optimizer(training_optimizers.parameter_groups([p for p in model.parameters() if p.requires_grad])),
+        optimizer(training_optimizer_names.parameter_groups([p for p in model.parameters() if p.requires_grad])),
         [],
     )
 
@@ -425,12 +413,7 @@ def by_steps(model, c, optimizer, stack):
 
 def ready(c, stack):
     "(function that takes two steps, where it writes losses and seconds, does `finetune` run it?) with the real model."
-    from ftbook.memory import measure as memory_measure
     from ftbook.memory import step as memory_step
-    from ftbook.training import batches as training_batches
-    from ftbook.training import objective as training_objective
-    from ftbook.training import optimizers as training_optimizers
-    from ftbook.training import tune as training_tune
 
     method, quantize = method_of(c['method'])
     real = optimizer_of(c['optimizer'], c['in_backward'])[1]
@@ -445,11 +428,6 @@ def ready(c, stack):
 
 def main(c):
     from ftbook.memory import measure as memory_measure
-    from ftbook.memory import step as memory_step
-    from ftbook.training import batches as training_batches
-    from ftbook.training import objective as training_objective
-    from ftbook.training import optimizers as training_optimizers
-    from ftbook.training import tune as training_tune
 
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
     method, quantize = method_of(c['method'])

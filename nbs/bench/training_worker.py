@@ -212,14 +212,13 @@ def ladder(model, tokenizer, examples, dtype, rung):
 
 
 def ours(model, tokenizer, examples, dtype):
-    "(c) training_tune.finetune, with its defaults."
+    "(c) `finetune`, with its defaults."
     from ftbook.methods.lora_method import LoRA
     from ftbook.training.tune import finetune
-    from ftbook.data import packs as data_packs
-    from ftbook.training import tune as training_tune
+    from ftbook.training import loop
 
     same_start_(LoRA(rank=RANK, alpha=2 * RANK).apply(model))
-    data_packs.length_batches = lambda examples, batch_size, **k: batches(examples)  # the order of the rivals
+    loop.length_batches = lambda examples, batch_size, **k: batches(examples)  # the order of the rivals
     memory = Memory()
     run = finetune(model, examples, lr=LR, batch_size=BATCH, schedule='constant', warmup=0, progress=False)
     return (

@@ -1,29 +1,54 @@
-"Errors and private helpers of ftbook.memory.plan."
-from fastcore.test import test_eq as check_eq, test_fail as check_fail
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+"Names that a plan takes, and sizes that cannot be."
 
-from ftbook.memory.advice import longest_sequence
-from ftbook.memory.plan import plan
+import pytest
+
+from ftbook.memory.advice import advise, longest_sequence
+from ftbook.memory.plan import _named_methods, as_method, as_quantizer, plan
+from ftbook.memory.step import small_config
 from ftbook.methods.lora_method import LoRA
+from ftbook.methods.quant import quantize_
 
 
-def test_plan_1():
-    def small_config(layers=4, **more): return LlamaConfig(**dict(vocab_size=2000, hidden_size=128, intermediate_size=384, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True) | more)
-    shipped = plan('smollm2-135m', seq_len=256)
-    for wrong, said in ((lambda: plan('no-such-model'), 'Shipped with ftbook'), (lambda: plan(small_config(), dtype='int3'), 'dtype must be one of'), (lambda: plan(small_config(), optimizer='adam9'), 'optimizer must be one of'),
-                        (lambda: plan(small_config(), precision='fp16'), 'fp16 needs a GPU'), (lambda: plan(small_config(), seq_len=0), 'seq_len must be'), (lambda: shipped.fits(0), 'given in GiB'),
-                        (lambda: plan(small_config(), sharding='zero9'), 'sharding must be one of'), (lambda: longest_sequence(small_config(), gpu=-4), 'given in GiB')):
-        check_fail(wrong, contains=said)
+def test_nothing_fits_in_nothing():
+    assert longest_sequence(small_config(), gpu=0.001) == 0
+    with pytest.raises(ValueError, match="given in GiB"):
+        longest_sequence(small_config(), gpu=-4)
 
 
-def test_longest_sequence_1():
-    def small_config(layers=4, **more): return LlamaConfig(**dict(vocab_size=2000, hidden_size=128, intermediate_size=384, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True) | more)
-    def small_model(layers=4, **more):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(small_config(layers, **more))
-    check_fail(lambda: plan(small_config(), LoRA(target_modules=['no_such_layer'])), contains='matches nothing')
-    check_fail(lambda: plan(small_model().requires_grad_(False)), contains='nothing of the model would be trained')
-    check_eq(longest_sequence(small_config(), gpu=.001), 0)
+def test_methods_have_the_names_of_a_recipe():
+    from ftbook.recipe.config import METHODS
+
+    known = _named_methods()
+    assert known.keys() == METHODS.keys()
+    for name, (cls, fixed, _) in METHODS.items():
+        made = as_method(name)
+        assert made is None if cls is None else type(made) is cls
+        assert all(getattr(made, k) == v for k, v in fixed.items())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4", "int8"])
+def test_a_plan_by_name_is_the_plan_by_object(kind):
+    by_name = plan(small_config(2), "lora", quantize=kind, seq_len=16)
+    by_object = plan(small_config(2), LoRA(), quantize=lambda m: quantize_(m, kind), seq_len=16)
+    assert by_name.items == by_object.items and by_name.items["weights, quantised"] > 0
+
+
+def test_every_method_is_planned_by_its_name():
+    for name in _named_methods():
+        p = plan(small_config(2), name, seq_len=16)
+        assert ("adapters" in p.items) == (name != "full"), name
+
+
+def test_names_that_are_not_known():
+    with pytest.raises(ValueError, match="method must be one of lora, .*, or an object with `apply`, not 'qlora'"):
+        plan(small_config(), "qlora")
+    with pytest.raises(ValueError, match="quantize must be one of nf4, .*, or a function, not 'nf3'"):
+        plan(small_config(), "lora", quantize="nf3")
+    assert as_quantizer(quantize_) is quantize_
+
+
+def test_advice_takes_names_too():
+    p = plan(small_config(2), "full", seq_len=64)
+    gpu = 0.99 * p.peak / 2**30
+    named, unnamed = (advise(small_config(2), method, gpu=gpu, seq_len=64) for method in ("full", None))
+    assert named == unnamed and named[-1]["fits"]

@@ -1,8 +1,13 @@
-"Errors and private helpers of ftbook.training.launch."
-from fastcore.test import test_fail as check_fail
+"Processes that fail, and what is said of them."
+
+import pytest
+
 from ftbook.training.launch import run_processes
 
 
-def test_oserror_1():
-    def fails(): raise OSError('no such luck')
-    check_fail(lambda: run_processes(fails, n=1), contains='no such luck')
+def test_the_error_of_a_process_is_told():
+    def fails():
+        raise OSError("no such luck")
+
+    with pytest.raises(RuntimeError, match="1 processes failed.*(?s:.*)no such luck"):
+        run_processes(fails, n=1)

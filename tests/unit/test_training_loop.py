@@ -1,37 +1,36 @@
-"Errors and private helpers of ftbook.training.loop."
-from fastcore.test import test_close as check_close
+"One step of the loop against the same step written by hand."
+
 import copy
-import random
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import pytest, torch
 
-from ftbook.data.corpora import load_corpus, term_rows
-from ftbook.data.encoding import encode
+from ftbook.data.examples import Example
 from ftbook.data.isolate import isolate_
-from ftbook.data.split import split_rows
-from ftbook.models.load import load_model
+from ftbook.memory.step import small_model
 from ftbook.training.loop import Loop
 from ftbook.training.settings import Settings
 
 
-def test_zip_1():
-    model, tokenizer = load_model('smollm2-135m', dtype='float32', device='cpu')
-    jargon = term_rows(load_corpus('jargon'))
-    rows, held_out = split_rows(random.Random(0).sample(jargon, 60), 20)
-    examples = encode(rows[:16], tokenizer, max_length=128)
-    def make_tiny():
-        "A Llama with two layers of width 32, and random weights."
-        torch.manual_seed(0)
-        shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-        return isolate_(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)))
-    tiny = make_tiny()
-    def half_square(model, step): return .5*sum(p.square().sum() for p in model.parameters())
+def half_square(model, step):
+    "A regulariser whose gradient is the weights themselves, as that of a weight decay of one."
+    return 0.5 * sum(p.square().sum() for p in model.parameters())
 
-    def one_plain_step(**more):
-        loop = Loop(copy.deepcopy(tiny), examples, Settings(lr=.1, batch_size=8, warmup=0, max_grad_norm=None), **more)
-        return loop.take_step(), [p.detach() for p in loop.params]
 
-    pulled, by_hand = one_plain_step(optimizer=torch.optim.SGD, regularizer=half_square), one_plain_step(optimizer=lambda groups: torch.optim.SGD([g | dict(weight_decay=1.) for g in groups]))
-    for a, b in zip(pulled[1], by_hand[1]): check_close(a, b, eps=1e-6)
-    check_close(pulled[0]['penalty'], half_square(tiny, 0).item(), eps=1e-3)
+def one_plain_step(model, **more):
+    rows = [Example(list(range(n, 2 * n)), [False] + [True] * (n - 1)) for n in range(5, 13)]
+    settings = Settings(lr=0.1, batch_size=8, warmup=0, max_grad_norm=None)
+    loop = Loop(copy.deepcopy(model), rows, settings, **more)
+    return loop.take_step(), [p.detach() for p in loop.params]
+
+
+def test_a_regulariser_pulls_as_weight_decay_does():
+    def decaying(groups):
+        return torch.optim.SGD([g | dict(weight_decay=1.0) for g in groups])
+
+    model = isolate_(small_model(2, vocab_size=97, hidden_size=32, intermediate_size=64))
+    record, pulled = one_plain_step(model, optimizer=torch.optim.SGD, regularizer=half_square)
+    _, decayed = one_plain_step(model, optimizer=decaying)
+    _, free = one_plain_step(model, optimizer=torch.optim.SGD)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(pulled, decayed))
+    assert not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(pulled, free))
+    assert record["penalty"] == pytest.approx(half_square(model, 0).item(), rel=1e-4)

@@ -117,7 +117,7 @@ def _scratch(target):
     "An empty folder beside `target` that takes its place at the end of the block, and vanishes if the block fails."
     scratch = target.with_name(f'.{target.name}.part-{os.getpid()}')
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     try:
         yield scratch
         if target.exists():

@@ -11,7 +11,6 @@ __all__ = ['load_corpus']
 import gzip
 import io
 import json
-import os
 import shutil
 import string
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .rows import assistant, user
-from ..files import cache_dir
+from ..files import _beside, cache_dir
 from ..models.shipped import fetch_package
 
 # %% ../../nbs/inside/corpora.ipynb #5bcb963f
@@ -85,8 +84,8 @@ def _fetch_dictionary(name, folder):
             ) from e
         folder.mkdir(parents=True, exist_ok=True)
         for file in f'{name}.index', f'{name}.dict.dz':
-            beside = shutil.copy(Path(tmp) / 'usr/share/dictd' / file, folder / f'.{file}.{os.getpid()}')
-            os.replace(beside, folder / file)
+            with _beside(folder / file) as part:
+                shutil.copy(Path(tmp) / 'usr/share/dictd' / file, part)
 
 # %% ../../nbs/inside/corpora.ipynb #d8ede82b
 def _dictionary(name):

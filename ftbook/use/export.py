@@ -4,13 +4,12 @@
 __all__ = ['PROBE', 'FORMATS', 'Exported', 'export']
 
 # %% ../../nbs/27_using.ipynb #a3a7d951
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..files import _scratch
 from ..methods.files import load_adapter, read_adapter_config
 from ..methods.fold import merge_, remove_
 from ..models.load import load_model
@@ -71,16 +70,10 @@ def export(
     load_adapter(model.eval(), adapter)
     live = _probe(model, tokenizer)
     remove_(merge_(model, keep=False, untie=True))
-    beside = out.parent / f'.{out.name}.part'
-    try:
+    with _scratch(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         written = _probe(load_model(beside, dtype=dtype, device='cpu')[0].eval(), tokenizer)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     size = sum(f.stat().st_size for f in out.rglob('*') if f.is_file())
     pairs = list(zip(live, written))
     largest = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)

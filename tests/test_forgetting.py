@@ -11,12 +11,16 @@ from tiny import save_tiny_model, seeded
 
 from ftbook.forgetting import battery as forgetting_battery
 from ftbook.forgetting import choices as forgetting_choices
+from ftbook.forgetting import divergence as forgetting_divergence
 from ftbook.forgetting import harness as forgetting_harness
+from ftbook.forgetting import lost as forgetting_lost
 from ftbook.forgetting import remedies as forgetting_remedies
 from ftbook.forgetting import report as forgetting_report
 from ftbook.forgetting import sequences as forgetting_sequences
 from ftbook.data.examples import Example
 from ftbook.data.encoding import encode
+from ftbook.data.packs import pad
+from ftbook.data.split import normalise
 from ftbook.methods.lora_method import LoRA
 from ftbook.methods.fold import merge_, remove_
 from ftbook.methods.files import save_adapter
@@ -67,18 +71,18 @@ def test_merging_outcomes_lowers_a_divergence(vocab, k, seed):
     rng = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, 5, vocab, generator=rng) * 3
     ids = a.topk(min(k, vocab)).indices
-    p, q = (forgetting_battery.merged_log_probabilities(x, ids) for x in (a, b))
+    p, q = (forgetting_lost.merged_log_probabilities(x, ids) for x in (a, b))
     assert torch.allclose(p.exp().sum(1), torch.ones(5), atol=1e-4)
     part, whole = (
-        forgetting_battery.divergence(p, q),
-        forgetting_battery.divergence(a.log_softmax(-1), b.log_softmax(-1)),
+        forgetting_lost.divergence(p, q),
+        forgetting_lost.divergence(a.log_softmax(-1), b.log_softmax(-1)),
     )
     assert (part >= -1e-4).all() and (part <= whole + 1e-3).all()
 
 
 def test_remembered_divergence_is_torchs():
     base, other, rows = seeded(small_llama), seeded(small_llama, 1), rows_of_ids()
-    found = forgetting_battery.token_divergence(forgetting_battery.remember(base, rows, top=37), other, rows)
+    found = forgetting_divergence.token_divergence(forgetting_divergence.remember(base, rows, top=37), other, rows)
     for e, nats in zip(rows, found):
         ids = torch.tensor([e.input_ids])
         with torch.no_grad():
@@ -157,7 +161,7 @@ def test_a_stiffer_spring_holds_tighter_and_a_teacher_keeps_its_answers():
     other = rows_of_ids(seed=5)
     apart = [
         np.mean(
-            sum(forgetting_battery.token_divergence(forgetting_battery.remember(base, other), run(r)[1], other), [])
+            sum(forgetting_divergence.token_divergence(forgetting_divergence.remember(base, other), run(r)[1], other), [])
         )
         for r in (None, forgetting_remedies.Distill(base, other, 10.0, batch_size=6))
     ]
@@ -181,6 +185,33 @@ def test_a_run_does_not_go_on_with_another_regulariser(tmp_path):
     with pytest.raises(ValueError, match="regularizer was 'Spring"):
         run(forgetting_remedies.Spring(base, 2.0), resume=True)
     assert run(forgetting_remedies.Spring(base, 1.0), resume=True).stopped == "finished"
+
+
+def test_a_rows_fisher_is_its_gradient_squared():
+    model, row = seeded(small_llama).eval(), rows_of_ids()[0]
+    alone = forgetting_remedies.fisher(model, [row], answers="data")["lm_head.weight"]
+    Objective(model)(pad([row])).backward()
+    assert torch.allclose(alone * row.n_targets, model.lm_head.weight.grad.square(), atol=1e-5)
+
+
+def test_remedies_refuse_what_they_cannot_do():
+    model, rows = seeded(small_llama), rows_of_ids()
+    with pytest.raises(ValueError, match="strength must be at least 0, not -1"):
+        forgetting_remedies.Spring(model, -1)
+    with pytest.raises(ValueError, match="no row to take the Fisher information over"):
+        forgetting_remedies.fisher(model, [])
+    with pytest.raises(ValueError, match="no text to distil on"):
+        forgetting_remedies.Distill(model, [], 1.0)
+    with pytest.raises(ValueError, match="at least 0 and below 1, not 1"):
+        forgetting_remedies.replay(rows, rows, 1)
+    with pytest.raises(ValueError, match="no old row to replay"):
+        forgetting_remedies.replay(rows, [], 0.5)
+    with pytest.raises(ValueError, match="taken before the training"):
+        forgetting_remedies.Interpolation(model)
+    with pytest.raises(ValueError, match="no point at x = 0"):
+        forgetting_remedies.pick_interpolation([dict(x=0.5, task=1.0, other=1.0)])
+    with pytest.raises(ValueError, match="not finite"):
+        forgetting_remedies.pick_interpolation([dict(x=0, task=1.0, other=float("nan"))])
 
 
 # The line
@@ -218,6 +249,12 @@ def test_transfer_refuses_a_table_with_holes():
         forgetting_sequences.transfer([[0, 0], [1, float("nan")], [1, 1]])
     with pytest.raises(ValueError, match="T \\+ 1"):
         forgetting_sequences.transfer([[1], [2]])
+
+
+def test_what_goes_on_improving_is_not_forgotten():
+    "As in Chaudhry et al. 2018, the best before the last task counts, so forgetting can be below zero."
+    said = forgetting_sequences.transfer([[0.5, 0.5], [0.6, 0.5], [0.8, 0.9]])
+    assert said["forgetting"] == pytest.approx(-0.2) and said["backward"] == pytest.approx(0.2)
 
 
 @settings(max_examples=30, deadline=None)
@@ -285,6 +322,15 @@ def test_bad_input_is_named(loaded, tiny, tmp_path):
     (tmp_path / "bigger/tokenizer.json").write_text(json.dumps(shuffled))
     with pytest.raises(ValueError, match="with one tokenizer"):
         forgetting_report.forgetting_report(model, tmp_path / "bigger", battery)
+
+
+def test_what_cannot_be_asked_is_named(loaded):
+    tokenizer = loaded[1]
+    with pytest.raises(ValueError, match="a choice takes 2 to 50"):
+        forgetting_choices.make_task("one", forgetting_choices.shipped_battery()["facts"][:1], tokenizer)
+    everything = [normalise(t) for t in forgetting_lost.forgetting_texts("newspaper", 9999)]
+    with pytest.raises(ValueError, match="newspaper has 0 texts"):
+        forgetting_lost.forgetting_texts("newspaper", 5, everything)
 
 
 def test_an_adapter_for_another_base_is_refused_and_leaves_the_base(loaded, tmp_path):

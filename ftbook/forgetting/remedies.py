@@ -19,12 +19,8 @@ from tqdm.auto import tqdm
 
 from ..data.examples import Example
 from ..data.packs import pack, pad
-from ftbook.forgetting.battery import (
-    _target_logits,
-    divergence,
-    merged_log_probabilities,
-    remember,
-)
+from .divergence import remember, target_logits
+from .lost import divergence, merged_log_probabilities
 from ..methods.lora import LoRALinear
 from ..training.batches import isolated, to_device
 from ..training.objective import Objective
@@ -54,19 +50,12 @@ class Spring:
     ) -> Tensor:  # Nats
         "What the pull adds to the loss."
 
-        def one(n, p):
-            return (
-                (p - self.start[n])
-                .square()
-                .mul(1 if self.stiffness is None else self.stiffness[n])
-                .sum()
-            )
-
-        return (
-            self.strength
-            / 2
-            * sum(one(n, p) for n, p in model.named_parameters() if n in self.start)
-        )
+        total = 0.0
+        for n, p in model.named_parameters():
+            if n in self.start:
+                stiff = 1 if self.stiffness is None else self.stiffness[n]
+                total = total + ((p - self.start[n]).square() * stiff).sum()
+        return self.strength / 2 * total
 
     def __repr__(self):
         return f"Spring({self.strength:g}, {'L2-SP' if self.stiffness is None else 'EWC'})"
@@ -86,26 +75,17 @@ def fisher(
         raise ValueError("there is no row to take the Fisher information over")
     if answers not in ('model', 'data'):
         raise ValueError(f"answers must be 'model' or 'data', not {answers!r}")
-    found, rng, training = (
-        {
-            n: torch.zeros_like(p, dtype=torch.float32)
-            for n, p in model.named_parameters()
-            if p.requires_grad
-        },
-        torch.Generator().manual_seed(seed),
-        model.training,
-    )
+    rng, training = torch.Generator().manual_seed(seed), model.training
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in trained.items()}
     with isolated(model) as packs:
         objective = Objective(model.eval())
         for e in tqdm(examples, disable=not progress, desc='fisher', leave=False):
             model.zero_grad()
-            _row_loss(
-                objective,
-                pack([e])[0] if packs else pad([e]),
-                rng if answers == 'model' else None,
-            ).backward()
-            for n, p in model.named_parameters():
-                if p.grad is not None and n in found:
+            batch = pack([e])[0] if packs else pad([e])
+            _row_loss(objective, batch, rng if answers == 'model' else None).backward()
+            for n, p in trained.items():
+                if p.grad is not None:
                     found[n] += p.grad.float().square()
     model.zero_grad()
     model.train(training)
@@ -115,14 +95,11 @@ def fisher(
 def _row_loss(objective, batch, rng):
     "Summed loss of a row's answer, or of one that is drawn from the model."
     batch = to_device(batch, objective.model.device)
-    logits, targets = (
-        torch.cat(list(_target_logits(objective, batch))),
-        objective.at_targets(batch)[1],
-    )
+    logits = torch.cat(list(target_logits(objective, batch)))
+    targets = objective.at_targets(batch)[1]
     if rng:
-        targets = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=rng)[
-            :, 0
-        ].to(logits.device)
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=rng)
+        targets = drawn[:, 0].to(logits.device)
     return F.cross_entropy(logits, targets, reduction='sum')
 
 # %% ../../nbs/21_staying_close.ipynb #969c5e90
@@ -140,13 +117,8 @@ class Distill:
     ):
         if not examples:
             raise ValueError("there is no text to distil on")
-        self.examples, self.known, self.strength, self.batch_size, self.seed = (
-            list(examples),
-            remember(model, examples, top),
-            strength,
-            batch_size,
-            seed,
-        )
+        self.examples, self.known = list(examples), remember(model, examples, top)
+        self.strength, self.batch_size, self.seed = strength, batch_size, seed
 
     def __call__(
         self,
@@ -154,19 +126,13 @@ class Distill:
         step: int = 0,  # Which decides the examples
     ) -> Tensor:  # Nats per token
         "The divergence on a few examples."
-        here = random.Random(f'{self.seed} {step}').sample(
-            range(len(self.examples)), min(self.batch_size, len(self.examples))
-        )
+        rng = random.Random(f'{self.seed} {step}')
+        n = len(self.examples)
+        here = rng.sample(range(n), min(self.batch_size, n))
+        some = [self.examples[i] for i in here]
         with isolated(model) as packs:
-            some = [self.examples[i] for i in here]
-            q = torch.cat(
-                list(
-                    _target_logits(
-                        Objective(model),
-                        to_device(pack(some)[0] if packs else pad(some), model.device),
-                    )
-                )
-            )
+            batch = to_device(pack(some)[0] if packs else pad(some), model.device)
+            q = torch.cat(list(target_logits(Objective(model), batch)))
         ids, p = (torch.cat([self.known[i][k] for i in here]).to(q.device) for k in (0, 1))
         return self.strength * divergence(p, merged_log_probabilities(q, ids)).mean()
 

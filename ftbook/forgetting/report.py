@@ -17,13 +17,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ftbook.forgetting.battery import (
-    Battery,
-    compare_losses,
-    measure_battery,
-    n_tokens,
-    paired_bootstrap,
-)
+from .battery import Battery, measure_battery, n_tokens
+from .lost import compare_losses, paired_bootstrap
 from .moved import moved
 from ..methods.files import load_adapter
 from ..methods.fold import remove_

@@ -13,24 +13,20 @@ import numpy as np
 # %% ../../nbs/inside/sequences.ipynb #c80310fb
 def transfer(
     scores,  # (T + 1, T): row i after task i, row 0 before all; larger is better
-    # average, backward, forward and forgetting (the best a task ever was, minus its end; Chaudhry et al. 2018)
+    # average, backward, forward and forgetting (the best a task was before the last one, minus its end; below
+    # zero where it went on improving; Chaudhry et al. 2018)
 ) -> dict[str, float]:
     "What the table of a sequence of tasks says."
     R = np.asarray(scores, float)
     T = R.shape[-1] if R.ndim == 2 else 0
     if T < 2 or R.shape != (T + 1, T):
         raise ValueError(f"the scores must be (T + 1, T) with T of 2 or more, not {R.shape}")
-    if not np.isfinite(R).all():
-        raise ValueError(
-            (
-                f"the score of task {np.argwhere(~np.isfinite(R))[0][1] + 1} after task "
-                f"{np.argwhere(~np.isfinite(R))[0][0]} is missing"
-            )
-        )
+    for after, task in np.argwhere(~np.isfinite(R)):
+        raise ValueError(f"the score of task {task + 1} after task {after} is missing")
     own, end = R[1:].diagonal(), R[-1]
     return dict(
         average=float(end.mean()),
         backward=float((end - own)[:-1].mean()),
         forward=float(np.mean([R[j, j] - R[0, j] for j in range(1, T)])),
-        forgetting=float((R[1:].max(0) - end)[:-1].mean()),
+        forgetting=float((R[1:-1].max(0) - end)[:-1].mean()),
     )

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from ..forgetting.answers import write_answers
-from ..forgetting.battery import measure_battery, paired_bootstrap
+from ..forgetting.battery import measure_battery
+from ..forgetting.lost import paired_bootstrap
 from ..forgetting.choices import choice_ids, choice_scores
 from .checks import _answer, Prepared
 from ..training.evaluate import evaluate

@@ -104,7 +104,7 @@ def encoded(rows):
 @cache
 def other_text():
     "({kind: examples to judge by}, neutral examples)."
-    from ftbook.forgetting.battery import forgetting_texts, plain_example
+    from ftbook.forgetting.lost import forgetting_texts, plain_example
 
     tokenizer, judged, neutral = loaded(half())[1], {}, []
     for kind, n in OTHER.items():

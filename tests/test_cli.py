@@ -1,4 +1,4 @@
-"What the commands promise: one clear message for bad input, an exit code, JSON alone on standard output, and nothing lost."
+"What the commands promise: a clear message for bad input, an exit code, JSON alone on standard output, nothing lost."
 
 import errno, json, os, re, resource, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -67,12 +67,6 @@ def test_help_shows_every_key(name):
 
 
 def test_version():
-    from ftbook import cli
-    from ftbook.forgetting import battery as forgetting_battery
-    from ftbook.models import shipped as models_shipped
-    from ftbook.recipe import config as recipe_config
-    from ftbook.recipe import judge as recipe_judge
-    from ftbook.recipe import run as recipe_run
     from ftbook import __version__
 
     assert ftbook("--version").stdout.split() == [__version__]
@@ -463,6 +457,67 @@ def test_a_disk_that_fills_up_while_it_trains(long, tmp_path, monkeypatch):
     assert Path("ftbook-runs/it/before.json").exists() and not list(Path("ftbook-runs/it/checkpoints").glob("step-*"))
     assert ftbook("train", "it.yaml", "--resume").exit_code == 0
     assert same_result(long[0] / "ftbook-runs/it", Path("ftbook-runs/it"))
+
+
+# A bare file
+
+
+def settings(config):
+    "The same configuration as options of a command."
+    return [
+        o
+        for section, keys in config.items()
+        for key, value in keys.items()
+        for o in ("--set", f"{section}.{key}={json.dumps(value)}")
+    ]
+
+
+def write_reviews(path, n=60):
+    rows = [f"{i},{r['text']},{r['label']}" for i, r in enumerate(good_rows(n))]
+    path.write_text("\n".join(["id,review,verdict", *rows]) + "\n")
+
+
+def test_a_bare_file_is_trained_as_by_the_function(desk, tiny):
+    write_reviews(desk / "reviews.csv")
+    config = tiny_config(tiny, "", evaluate=dict(samples=0), forgetting=dict(measure=False))
+    del config["data"]["source"]
+    checked = ftbook("check", "reviews.csv", *settings(config))
+    assert checked.exit_code == 0 and "60 rows read; 40 to train on, 20 to judge by" in checked.stdout
+    done = ftbook("train", "reviews.csv", *settings(config))
+    assert done.exit_code == 0 and done.stdout.splitlines()[-2:] == [
+        "report   ftbook-runs/reviews/report.html",
+        "adapter  ftbook-runs/reviews/adapter",
+    ]
+    ours = Path("ftbook-runs/reviews")
+    assert all(line in done.stderr for line in (ours / "recipe.yaml").read_text().splitlines())
+    other = recipe_run.run("reviews.csv", "other", progress=False, **config)
+    assert same_result(ours, other.folder)
+    assert (ours / "recipe.yaml").read_bytes() == (other.folder / "recipe.yaml").read_bytes()
+    again = ftbook("train", "ftbook-runs/reviews", "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout) == json.loads((ours / "report.json").read_text())
+    assert ftbook("train", "reviews.csv", *settings(config)).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["reviews.csv", "--set", "train.epocks=2"], "did you mean train.epochs?"),
+        (["reviews.csv", "--set", "train.epochs"], "--set takes KEY=VALUE"),
+        (["reviews.csv", "--set", "out=here"], "unknown key out"),
+        (["reviews.csv", "--set", "data.label_column=stars"], "there is no column 'stars'"),
+        (["reviews.csv", "--set", "method.rank=0"], "method.rank must be a whole number, 1 or more, not 0"),
+        (["gone.csv"], "there is no file"),
+        (["pairs.jsonl"], "no column looks like a label; there are 'question', 'answer'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["check", "train"])
+def test_what_a_bare_file_lacks_is_said_and_nothing_is_written(desk, name, args, says):
+    write_reviews(desk / "reviews.csv")
+    write_rows(desk / "pairs.jsonl", [dict(question=f"what is {i}?", answer=f"it is {i}") for i in range(30)])
+    before = files(desk)
+    done = ftbook(name, *args)
+    assert done.exit_code == 1 and done.stdout == "" and says in done.stderr, done.output
+    assert files(desk) == before
 
 
 # Faults

@@ -8,7 +8,7 @@ import pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 
 from ftbook import files
-from ftbook.forgetting import battery as forgetting_battery
+from ftbook.forgetting import lost as forgetting_lost
 from ftbook.forgetting import choices as forgetting_choices
 from ftbook.recipe import checks as recipe_checks
 from ftbook.recipe import config as recipe_config
@@ -437,7 +437,7 @@ def test_the_bootstrap_agrees_with_theory():
     rng = np.random.default_rng(0)
     before = rng.normal(0, 1, 500)
     after = before + rng.normal(0.1, 0.3, 500)
-    change, low, high = forgetting_battery.paired_bootstrap(before, after)
+    change, low, high = forgetting_lost.paired_bootstrap(before, after)
     d = after - before
     assert abs((high - low) - 2 * 1.96 * d.std() / 500**0.5) < 0.006 and abs(change - d.mean()) < 1e-12
 
@@ -824,6 +824,163 @@ def test_the_same_seed_gives_the_same_run(make, tmp_path):
     )
     assert [h["loss"] for h in a["history"]] == [h["loss"] for h in b["history"]] != [h["loss"] for h in c["history"]]
     assert [s["row"] for s in a["samples"]] != [s["row"] for s in c["samples"]]
+
+
+# From a bare file
+
+
+def write_reviews(path, n=60):
+    "Good rows under names of their own, in the format that the ending says."
+    rows = [dict(id=i, review=r["text"], verdict=r["label"]) for i, r in enumerate(good_rows(n))]
+    if path.suffix == ".jsonl":
+        write_rows(path, rows)
+    elif path.suffix == ".csv":
+        path.write_text("\n".join(["id,review,verdict", *(",".join(map(str, r.values())) for r in rows)]) + "\n")
+    else:
+        import pyarrow as pa, pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def small_changes(tiny, **sections):
+    "What makes a run of a bare file small."
+    config = tiny_config(tiny, "", **sections)
+    del config["data"]["source"]
+    return config
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_bare_file_goes_to_a_report(tiny, tmp_path, monkeypatch, capsys, ending):
+    monkeypatch.chdir(tmp_path)
+    write_reviews(tmp_path / f"reviews.{ending}")
+    result = recipe_run.run(f"reviews.{ending}", **small_changes(tiny))
+    assert result.folder == tmp_path / "ftbook-runs/reviews" and result.stopped == "finished"
+    assert (result.folder / "report.html").exists() and result.facts["n_eval"] == 20
+    made = recipe_config.load_recipe(result.folder)
+    assert (made.data.text_column, made.data.label_column, made.data.labels) == ("review", "verdict", ["bad", "good"])
+    written, said = (result.folder / "recipe.yaml").read_text(), capsys.readouterr().err
+    assert set(recipe_checks._flat(yaml.safe_load(written))) == {k["key"] for k in recipe_config.list_keys()}
+    assert all(line in said for line in written.splitlines()), "every default is shown"
+    again = recipe_run.run("ftbook-runs/reviews", progress=False)
+    assert again.facts == result.facts
+    with pytest.raises(recipe_checks.CheckFailed, match="holds another run"):
+        recipe_run.run(f"reviews.{ending}", progress=False, **small_changes(tiny))
+
+
+def test_every_kind_of_source_is_the_same_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = small_changes(tiny, evaluate=dict(samples=0), forgetting=dict(measure=False))
+    first = recipe_run.run(write_reviews(tmp_path / "reviews.csv"), "first", progress=False, **changes)
+    made = recipe_config.load_recipe("first")
+    for n, source in enumerate([made, asdict(made), "first/recipe.yaml", Path("first")]):
+        other = recipe_run.run(source, f"run{n}", progress=False)
+        assert same_files(first.folder, other.folder)
+        assert (other.folder / "recipe.yaml").read_bytes() == (first.folder / "recipe.yaml").read_bytes()
+
+
+def test_a_folder_goes_on_with_its_run(make, tmp_path, monkeypatch):
+    whole = recipe_run.run(make(), tmp_path / "whole", progress=False)
+    with monkeypatch.context() as m:
+        m.setattr(recipe_run, "note_training", lambda *a: crash())
+        pytest.raises(RuntimeError, recipe_run.run, make(), tmp_path / "run", progress=False)
+    assert recipe_run.run(tmp_path / "run", progress=False).stopped == "finished"
+    assert same_files(tmp_path / "run", whole.folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no configuration .*empty/recipe.yaml"):
+        recipe_run.run(tmp_path / "empty", progress=False)
+
+
+def test_a_bare_file_that_cannot_be_told_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "pairs.jsonl", [dict(question=f"what is {i}?", answer=f"it is {i}") for i in range(30)])
+    with pytest.raises(ValueError, match="pairs.jsonl: no column looks like a label"):
+        recipe_run.run("pairs.jsonl", progress=False)
+    assert [f.name for f in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+# Writes that are interrupted
+
+
+class Killed(BaseException):
+    "Ends a process at once, as nothing else does."
+
+
+class Watch:
+    "Sees what happens to the files below a folder, and ends the process before one of its renames."
+
+    def __init__(self, folder, last=None):
+        self.folder, self.last, self.renames, self.opened = str(folder) + os.sep, last, 0, []
+
+    def __call__(self, event, args):
+        if event == "os.rename" and str(args[1]).startswith(self.folder):
+            self.renames += 1
+            if self.renames == self.last:
+                raise Killed
+        if event == "open" and str(args[0]).startswith(self.folder) and args[2] & (os.O_WRONLY | os.O_RDWR):
+            self.opened.append(str(args[0])[len(self.folder) :])
+
+
+@pytest.fixture(scope="module")
+def watching():
+    "A list; the last `Watch` in it is told of every file that is opened or renamed."
+    found = []
+    sys.addaudithook(lambda event, args: found and event in ("open", "os.rename") and found[-1](event, args))
+    yield found
+    found.clear()
+
+
+def seen(watching, watch, *args, **kwargs):
+    "Run while somebody watches."
+    watching.append(watch)
+    try:
+        return recipe_run.run(*args, progress=False, **kwargs)
+    finally:
+        watching.pop()
+
+
+def whole_files(folder):
+    "Every file that is not hidden, as bytes; all of them must be whole."
+    from safetensors.torch import load_file
+
+    found = {}
+    for f in folder.rglob("*") if folder.exists() else ():
+        if f.is_file() and not any(part.startswith(".") for part in f.relative_to(folder).parts):
+            found[f.relative_to(folder).as_posix()] = f.read_bytes()
+            json.loads(f.read_text()) if f.suffix == ".json" else None
+            load_file(f) if f.suffix == ".safetensors" else None
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_ends_at_any_write_leaves_the_old_state_and_goes_on(make, tmp_path, watching, method):
+    recipe = make(
+        method=dict(type=method),
+        model=dict(dtype=None if method == "full" else "float32"),
+        train=dict(max_steps=2, save_every=1),
+        evaluate=dict(rows=4, samples=0),
+        forgetting=dict(measure=False),
+    )
+    watch = Watch(tmp_path / "whole")
+    seen(watching, watch, recipe, tmp_path / "whole")
+    assert watch.opened and all(any(p.startswith(".") for p in Path(o).parts) for o in watch.opened), (
+        "no file that can be seen is written in its place"
+    )
+    result = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
+    wanted, before = whole_files(tmp_path / "whole"), {}
+    for n in range(1, watch.renames + 1):
+        folder = tmp_path / f"run{n}"
+        with pytest.raises(Killed):
+            seen(watching, Watch(folder, n), recipe, folder)
+        left = whole_files(folder)
+        assert all(left[name] for name in left)
+        before = left
+        recipe_run.run(recipe, folder, resume=True, progress=False)
+        ended = whole_files(folder)
+        assert ended.keys() == wanted.keys() and ended[result] == wanted[result], f"rename {n}"
+    assert before.keys() == wanted.keys() - {"report.json"} | {
+        k for k in before if k.startswith(("checkpoints", "trained"))
+    }
 
 
 # What the report says to do

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..data.rows import row_parts
 from ..files import write_text
-from ..forgetting.battery import compare_losses
+from ..forgetting.lost import compare_losses
 from ..forgetting.moved import moved
 from ftbook.forgetting.report import (
     battery_words,
@@ -216,15 +216,27 @@ def summary_sentence(
     )
 
 # %% ../../nbs/inside/run_report.ipynb #f64c5ec9
-_css = """<style>.ft-hero{display:flex;flex-wrap:wrap;align-items:baseline;gap:.1em .4em;margin:.5em 0 .4em;font-size:clamp(2.2rem,9vw,3.6rem);font-weight:700;line-height:1.1;letter-spacing:-.03em;font-variant-numeric:tabular-nums}
-.ft-hero span{opacity:.5;font-weight:400}.ft-hero small{flex-basis:100%;font-size:1.05rem;font-weight:400;letter-spacing:0;line-height:1.5;margin-top:.5em}
-.ft-cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));gap:.7rem;margin:1.4em 0}.ft-cards div,.ft-says article{border:1px solid color-mix(in srgb,currentColor 16%,transparent);border-radius:10px;padding:.65rem .9rem}
-.ft-cards b{display:block;font-size:1.3rem;line-height:1.25;letter-spacing:-.01em;font-variant-numeric:tabular-nums}.ft-cards span{font-size:.8rem;opacity:.75;line-height:1.3;display:block}
-.ft-says{display:grid;gap:.8rem;margin:1em 0}.ft-says p{margin:0 0 .5em}.ft-says section{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.5rem 1.2rem;font-size:.92rem;line-height:1.45}
-.ft-says h4{margin:0;font-size:.8rem;font-weight:400;opacity:.75}.ft-says section p{margin:0;white-space:pre-wrap}.ft-says .ft-note{margin:.5em 0 0}
-.ft-says i{margin-left:.5em}.ft-says i,.ft-found i{font-style:normal;font-size:.76rem;border-radius:1em;padding:.02em .6em;white-space:nowrap;border:1px solid currentColor}
-.ft-ok{color:#00754f;color:color-mix(in oklab,#009E73 70%,currentColor)}.ft-no{color:#b04800;color:color-mix(in oklab,#D55E00 75%,currentColor)}.ft-note{font-size:.88rem;opacity:.8}
-.ft-found div{display:flex;flex-wrap:wrap;gap:0 1rem;padding:.45rem 0;font-size:.92rem;line-height:1.45;border-bottom:1px solid color-mix(in srgb,currentColor 12%,transparent)}.ft-found i{margin:0 .3em 0 0}.ft-found b{flex:0 0 12.5rem}.ft-found span{flex:1 1 18rem}summary{cursor:pointer}</style>"""
+_css = """<style>
+.ft-hero{display:flex;flex-wrap:wrap;align-items:baseline;gap:.1em .4em;margin:.5em 0 .4em;
+  font-size:clamp(2.2rem,9vw,3.6rem);font-weight:700;line-height:1.1;letter-spacing:-.03em;
+  font-variant-numeric:tabular-nums}.ft-hero span{opacity:.5;font-weight:400}
+.ft-hero small{flex-basis:100%;font-size:1.05rem;font-weight:400;letter-spacing:0;line-height:1.5;margin-top:.5em}
+.ft-cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));gap:.7rem;margin:1.4em 0}
+.ft-cards div,.ft-says article{border:1px solid color-mix(in srgb,currentColor 16%,transparent);border-radius:10px;
+  padding:.65rem .9rem}
+.ft-cards b{display:block;font-size:1.3rem;line-height:1.25;letter-spacing:-.01em;font-variant-numeric:tabular-nums}
+.ft-cards span{font-size:.8rem;opacity:.75;line-height:1.3;display:block}
+.ft-says{display:grid;gap:.8rem;margin:1em 0}.ft-says p{margin:0 0 .5em}
+.ft-says section{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.5rem 1.2rem;
+  font-size:.92rem;line-height:1.45}.ft-says h4{margin:0;font-size:.8rem;font-weight:400;opacity:.75}
+.ft-says section p{margin:0;white-space:pre-wrap}.ft-says .ft-note{margin:.5em 0 0}.ft-says i{margin-left:.5em}
+.ft-says i,.ft-found i{font-style:normal;font-size:.76rem;border-radius:1em;padding:.02em .6em;white-space:nowrap;
+  border:1px solid currentColor}.ft-ok{color:#00754f;color:color-mix(in oklab,#009E73 70%,currentColor)}
+.ft-no{color:#b04800;color:color-mix(in oklab,#D55E00 75%,currentColor)}.ft-note{font-size:.88rem;opacity:.8}
+.ft-found div{display:flex;flex-wrap:wrap;gap:0 1rem;padding:.45rem 0;font-size:.92rem;line-height:1.45;
+  border-bottom:1px solid color-mix(in srgb,currentColor 12%,transparent)}.ft-found i{margin:0 .3em 0 0}
+.ft-found b{flex:0 0 12.5rem}.ft-found span{flex:1 1 18rem}summary{cursor:pointer}
+</style>"""
 
 # %% ../../nbs/inside/run_report.ipynb #6171a13a
 def _bytes(n):
@@ -516,7 +528,7 @@ class Report:
         self,
         facts: dict,  # From `collect`
         mask: Picture | None = None,  # From `show_mask`
-        # Lists of HTML and pictures for 'audit', 'plan', 'preflight' or 'forgetting', from the chapters that make them
+        # Lists of HTML and pictures for 'audit', 'plan', 'preflight' or 'forgetting'
         **slots,
     ):
         self.facts, self.mask, self.slots = facts, mask, slots

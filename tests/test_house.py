@@ -126,12 +126,22 @@ def test_import_is_light():
     assert not {"torch", "transformers", *heavy} & set(names[0].split())
 
 
-@every_module
-def test_a_module_needs_nothing_optional(name):
-    code = f"import sys\nfor o in {optional}: sys.modules[o] = None\nimport ftbook.{name}\nprint(*sys.modules)"
+def test_modules_need_nothing_optional_and_nothing_slow():
+    "One process imports them all, one after the other, and says which brought what it should not."
+    code = f"""
+import importlib, sys
+for name in {optional}:
+    sys.modules[name] = None
+slow = {heavy - set(optional) - {"IPython"}}
+for name in {order}:
+    importlib.import_module('ftbook.' + name)
+    if found := slow & set(sys.modules):
+        print(name, 'imports', *sorted(found))
+        slow -= found
+"""
     done = run_python(code)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not (heavy - set(optional)) & set(done.stdout.split()) - {"IPython"}
+    assert not done.stdout, done.stdout
 
 
 # Arrows

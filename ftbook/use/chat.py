@@ -91,7 +91,7 @@ class Chat:
                 if who != 'question':
                     print(f'{who}: {said}')
 
-
+# %% ../../nbs/27_using.ipynb #9e90ad61
 def chat(
     model: nn.Module,  # A causal language model, with a method on it or without
     tokenizer,  # Its tokenizer

@@ -40,7 +40,7 @@ class Judgement:
         low, high = self.accuracy_interval
         return f'{self.accuracy:.1%} right ({low:.1%} to {high:.1%}), {said}'
 
-
+# %% ../../nbs/27_using.ipynb #dccc34a1
 def loss_interval(
     nats: list[float],  # Summed loss of each row
     targets: list[int],  # Target tokens of each row

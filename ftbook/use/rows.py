@@ -38,7 +38,7 @@ def _records(source):
         source = source.to_dict('records')
     return list(read_rows(source))
 
-
+# %% ../../nbs/inside/your_rows.ipynb #89c672e1
 def _first_refused(refused, keys):
     "The error for rows that cannot be used."
     row, why = refused[0]
@@ -63,7 +63,7 @@ def shaped_rows(
         raise _first_refused(refused, keys)
     return shaped, labels
 
-
+# %% ../../nbs/inside/your_rows.ipynb #89c672e2
 def prepare_rows(
     source,  # As for `shaped_rows`, or a list of `Example`s
     tokenizer=None,  # The model's; needed unless the rows are encoded

@@ -12,13 +12,21 @@ from .examples import _special, Example
 from ..show.page import escape, Picture
 
 # %% ../../nbs/inside/mask_viewer.ipynb #9c9fb5c9
-_mask_css = """<style>.ftbook-mask{font:13px/1.9 ui-monospace,monospace;margin:.5em 0 1em;max-width:56em;overflow-wrap:anywhere}
-.ftbook-mask i{font-style:normal;padding:.15em .1em;border-radius:3px;margin-right:1px;white-space:pre-wrap;opacity:.62}
-.ftbook-mask .t{background:rgba(0,114,178,.28);border-bottom:2px solid rgb(0,114,178);opacity:1}
-.ftbook-mask .e{background:rgba(230,159,0,.42);border-bottom:2px solid rgb(213,94,0);opacity:1}
-.ftbook-mask .u{outline:1px dashed currentColor;outline-offset:-1px}
-.ftbook-mask .p{background:repeating-linear-gradient(45deg,transparent 0 3px,rgba(128,128,128,.35) 3px 5px)}
-.ftbook-mask p{font:13px/1.5 system-ui,sans-serif;margin:0 0 .5em}.ftbook-mask p i{margin:0 .35em 0 0}.ftbook-mask p b{font-weight:400;margin-right:1.4em;white-space:nowrap}</style>"""
+_mask_css = (
+    '<style>.ftbook-mask{font:13px/1.9 ui-monospace,monospace;margin:.5em 0 1em;max-width:56em;'
+    'overflow-wrap:anywhere}\n'
+    '.ftbook-mask i{font-style:normal;padding:.15em .1em;border-radius:3px;margin-right:1px;'
+    'white-space:pre-wrap;opacity:.62}\n'
+    '.ftbook-mask .t{background:rgba(0,114,178,.28);border-bottom:2px solid rgb(0,114,178);opacity:1}'
+    '\n'
+    '.ftbook-mask .e{background:rgba(230,159,0,.42);border-bottom:2px solid rgb(213,94,0);opacity:1}\n'
+    '.ftbook-mask .u{outline:1px dashed currentColor;outline-offset:-1px}\n'
+    '.ftbook-mask .p{background:repeating-linear-gradient(45deg,transparent 0 3px,rgba(128,128,128,'
+    '.35) 3px 5px)}\n'
+    '.ftbook-mask p{font:13px/1.5 system-ui,sans-serif;margin:0 0 .5em}'
+    '.ftbook-mask p i{margin:0 .35em 0 0}.ftbook-mask p b{font-weight:400;margin-right:1.4em;'
+    'white-space:nowrap}</style>'
+)
 _kinds = dict(t='trained', e='end of turn, trained', u='end of turn, ignored', n='ignored', p='padding')
 
 # %% ../../nbs/inside/mask_viewer.ipynb #3e5a113d
@@ -49,6 +57,6 @@ def show_mask(
     spans = [
         f'<i class={k} title="{i}: {t}">{escape(text).replace(chr(10), "↵" + chr(10))}</i>'
         for i, (k, text, t) in enumerate(zip(kinds, texts, example.input_ids))
-    ] + [f'<i class=p title="padding">&nbsp;</i>'] * gap
+    ] + ['<i class=p title="padding">&nbsp;</i>'] * gap
     more = f'<p>and {len(spans) - max_tokens} more tokens</p>' if len(spans) > max_tokens else ''
     return Picture(f'{_mask_css}<div class="ftbook-mask"><p>{legend}</p>{"".join(spans[:max_tokens])}{more}</div>')

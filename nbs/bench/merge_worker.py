@@ -416,22 +416,18 @@ def fill_forked(plan, folder, names, threads, hashes, progress):
     """In place of `_fill_files`: a forked process for each core, all of them taking tensors from one pipe, the largest
     first."""
     import numpy as np
-    from ftbook.merging import checkpoints as merging_checkpoints
-    from ftbook.merging import engine as merging_engine
-    from ftbook.merging import parts as merging_parts
-    from ftbook.merging import threshold as merging_threshold
-    from ftbook.merging import write as merging_write
+    from ftbook.merging import write
 
     files, todo = {n: open(folder / n, 'r+b', buffering=0) for n in names}, sorted(plan.jobs, key=lambda j: -j.n)
     np.seterr(all='ignore')
-    merging_write._keep_memory()
+    write._keep_memory()
     take, give = os.pipe()
     os.write(give, b''.join(i.to_bytes(2, 'little') for i in range(len(todo))))
     os.close(give)
 
     def work():
         while got := os.read(take, 2):
-            merging_write._make(
+            write._make(
                 plan, job := todo[int.from_bytes(got, 'little')], files[job.file], map, [True] * len(job.models)
             )
 
@@ -448,20 +444,29 @@ def fill_forked(plan, folder, names, threads, hashes, progress):
         raise RuntimeError('a process failed')
     for f in files.values():
         os.fsync(f.fileno())
-    (folder / engine._DONE).write_text('')
+    (folder / write._DONE).write_text('')
     return {}, [True] * len(plan.jobs[0].models)
 
 
-def forked(engine):
-    merging_write._fill_files = fill_forked
+# Each sets a name in the module that uses it: the engine calls `_fill_files`, every tensor's `Parts` reads CHUNK.
 
 
-def small_pieces(engine):
-    merging_parts.CHUNK //= 4
+def forked():
+    from ftbook.merging import engine
+
+    engine._fill_files = fill_forked
 
 
-def unkept(engine):
-    merging_write._keep_memory = lambda: None
+def small_pieces():
+    from ftbook.merging import parts
+
+    parts.CHUNK //= 4
+
+
+def unkept():
+    from ftbook.merging import write
+
+    write._keep_memory = lambda: None
 
 
 TRIED = dict(forked=forked, small=small_pieces, unkept=unkept)
@@ -523,10 +528,8 @@ def repeats(densities=(0.2, 0.5)):
     """How many passes over the tensors of SmolLM2 had to be made again because the bracket was missed: with the
     engine's width, and with that for mixed values."""
     from ftbook.merging import checkpoints as merging_checkpoints
-    from ftbook.merging import engine as merging_engine
     from ftbook.merging import parts as merging_parts
     from ftbook.merging import threshold as merging_threshold
-    from ftbook.merging import write as merging_write
     from ftbook.models.shipped import model_folder
 
     model, found = merging_checkpoints.Checkpoint('base', model_folder('smollm2-135m')), {}
@@ -653,16 +656,12 @@ if __name__ == '__main__':
 
         resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     if what in ('ours', 'unhashed', 'limited', *TRIED):
-        from ftbook.merging import checkpoints as merging_checkpoints
-        from ftbook.merging import engine as merging_engine
-        from ftbook.merging import parts as merging_parts
-        from ftbook.merging import threshold as merging_threshold
-        from ftbook.merging import write as merging_write
+        from ftbook.merging import engine
 
         if what in TRIED:
-            TRIED[what](engine)
+            TRIED[what]()
         start = time.perf_counter()
-        merging_engine.merge(given[0], given[1], hashes=what == 'ours')
+        engine.merge(given[0], given[1], hashes=what == 'ours')
     else:
         dict(parity=measure_parity, answer=answer, speed=speed, theirs=theirs, copy=copy, big=big, copies=copies)[what](
             *given

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 
-from ftbook import files
 from ftbook.forgetting import lost as forgetting_lost
 from ftbook.forgetting import choices as forgetting_choices
 from ftbook.recipe import checks as recipe_checks
@@ -318,7 +317,7 @@ def test_a_folder_that_cannot_be_written(make, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(recipe_checks.tempfile, "NamedTemporaryFile", refuse)
     assert errors(make(), tmp_path / "new") == [("out", f"{tmp_path} cannot be written: Read-only file system")]
 
 

@@ -562,12 +562,13 @@ class Report:
     def cost(self) -> Picture:  # Boxes
         "What it cost."
         f, where = self.facts, 'process' if self.facts['device'] == 'cpu' else 'device'
+        share = f['trained_parameters'] / f['total_parameters']
         return cards(
             {
                 'from the rows to this report': _time(f['seconds']),
                 'training tokens a second': f"{f['tokens_per_second']:,.0f}",
                 f'peak memory of the {where}': _bytes(f['peak_memory_bytes']),
-                f"of {f['total_parameters']:,} parameters trained": f"{f['trained_parameters'] / f['total_parameters']:.1%}",
+                f"of {f['total_parameters']:,} parameters trained": f'{share:.1%}',
             }
         )
 

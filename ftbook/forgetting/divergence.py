@@ -31,6 +31,12 @@ def target_logits(
         yield head(states).float()
 
 # %% ../../nbs/inside/divergence.ipynb #54024e99
+def _kept(logits, top):
+    "The likeliest tokens at some places, and the distribution over these and the rest."
+    ids = logits.topk(min(top, logits.shape[1])).indices
+    return ids, merged_log_probabilities(logits, ids)
+
+
 @torch.no_grad()
 def remember(
     model: nn.Module,  # The base
@@ -44,10 +50,8 @@ def remember(
     with isolated(model) as packs:
         objective = Objective(model.eval())
         for batch, here in portions(examples, order, max_tokens, packs):
-            ids, known = [], []
-            for logits in target_logits(objective, to_device(batch, model.device)):
-                ids.append(logits.topk(min(top, logits.shape[1])).indices)
-                known.append(merged_log_probabilities(logits, ids[-1]))
+            logits = target_logits(objective, to_device(batch, model.device))
+            ids, known = zip(*(_kept(z, top) for z in logits))
             sizes = [examples[i].n_targets for i in here]
             found |= zip(here, zip(torch.cat(ids).cpu().split(sizes), torch.cat(known).cpu().split(sizes)))
     model.train(training)

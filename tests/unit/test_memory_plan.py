@@ -48,7 +48,7 @@ def test_names_that_are_not_known():
 
 
 def test_advice_takes_names_too():
-    p = plan(small_config(2), "full", seq_len=64)
-    gpu = 0.99 * p.peak / 2**30
-    named, unnamed = (advise(small_config(2), method, gpu=gpu, seq_len=64) for method in ("full", None))
-    assert named == unnamed and named[-1]["fits"]
+    gpu = 0.99 * plan(small_config(2), seq_len=64).peak / 2**30
+    how = dict(gpu=gpu, seq_len=64, offered=dict(method="lora", quantize="nf4"))
+    named, unnamed = (advise(small_config(2), method, **how) for method in ("full", None))
+    assert named == unnamed and named[-1]["fits"] and named[-1]["change"] == "train an adapter"

@@ -65,31 +65,55 @@ def resolves(name):
     return True
 
 
-def names_of_modules(tree):
-    "{name in this code: the module of ftbook that it stands for}."
+def within(scope):
+    "The nodes of a scope, and the functions that open scopes of their own in it."
+    todo, nodes, inner = list(ast.iter_child_nodes(scope)), [], []
+    while todo:
+        node = todo.pop()
+        nodes.append(node)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            inner.append(node)
+        else:
+            todo += ast.iter_child_nodes(node)
+    return nodes, inner
+
+
+def names_of_modules(nodes):
+    "{name: the module of ftbook that these nodes import under it}."
     found = {}
-    for o in ast.walk(tree):
+    for o in nodes:
         if isinstance(o, ast.Import):
-            found |= {a.asname or a.name: a.name for a in o.names if a.name.split(".")[0] == "ftbook"}
+            ours = [a for a in o.names if a.name.split(".")[0] == "ftbook"]
+            found |= {a.asname: a.name for a in ours if a.asname} | {"ftbook": "ftbook" for a in ours if not a.asname}
         if isinstance(o, ast.ImportFrom) and (o.module or "").split(".")[0] == "ftbook":
             full = {a.asname or a.name: f"{o.module}.{a.name}" for a in o.names}
             found |= {k: v for k, v in full.items() if is_module(v)}
     return found
 
 
+def attributes(scope, outer=None):
+    "Every (module of ftbook, attribute) that code in a scope names; a local variable hides a module of its name."
+    nodes, inner = within(scope)
+    local = {o.id for o in nodes if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)}
+    local |= {o.arg for o in nodes if isinstance(o, ast.arg)}
+    here = {k: v for k, v in (outer or {}).items() if k not in local} | names_of_modules(nodes)
+    for o in nodes:
+        if isinstance(o, ast.Attribute) and isinstance(o.value, ast.Name) and o.value.id in here:
+            yield here[o.value.id], o.attr
+    for function in inner:
+        yield from attributes(function, here)
+
+
 def unresolved(text):
     "What some code takes from ftbook and would not find there."
     wrong = []
     for tree in trees(text):
-        here = names_of_modules(tree)
         for o in ast.walk(tree):
             if isinstance(o, ast.Import):
                 wrong += [a.name for a in o.names if a.name.split(".")[0] == "ftbook" and not is_module(a.name)]
             if isinstance(o, ast.ImportFrom) and (o.module or "").split(".")[0] == "ftbook":
                 wrong += [f"{o.module}.{a.name}" for a in o.names if a.name != "*" and not has(o.module, a.name)]
-            if isinstance(o, ast.Attribute) and isinstance(o.value, ast.Name) and o.value.id in here:
-                if not has(here[o.value.id], o.attr):
-                    wrong.append(f"{here[o.value.id]}.{o.attr}")
+        wrong += [f"{module}.{name}" for module, name in attributes(tree) if not has(module, name)]
     return sorted({*wrong})
 
 
@@ -105,6 +129,8 @@ def test_a_name_that_is_gone_is_found():
     assert unresolved("import ftbook.no_such_room") == ["ftbook.no_such_room"]
     assert unresolved("from ftbook.models import load\nload.load_model\nload.gone(1)") == ["ftbook.models.load.gone"]
     assert unresolved("program = 'from ftbook.lora import LoRA'") == ["ftbook.lora.LoRA"]
+    inside = "def f():\n    from ftbook.models import load\n    return load.gone\ndef g(load):\n    return load.fine"
+    assert unresolved(inside) == ["ftbook.models.load.gone"]
     assert unresolved("import ftbook as ft\nft.finetune\nft.gone") == ["ftbook.gone"]
 
 

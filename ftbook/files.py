@@ -112,17 +112,36 @@ def write_files(
     return folder
 
 # %% ../nbs/inside/files.ipynb #60b077ae
+def _put_in_place(scratch, target):
+    "Let a finished folder take the place of `target`; the old one is there until the new one is."
+    old = target.with_name(f'.{target.name}.old')
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    try:
+        scratch.rename(target)
+    finally:
+        _bring_back(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(target):
+    "Undo a replacement that was cut off between its two steps."
+    old = target.with_name(f'.{target.name}.old')
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
 @contextmanager
 def _scratch(target):
     "An empty folder beside `target` that takes its place at the end of the block, and vanishes if the block fails."
     scratch = target.with_name(f'.{target.name}.part-{os.getpid()}')
     shutil.rmtree(scratch, ignore_errors=True)
+    _bring_back(target)
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
+        _put_in_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from ftbook.files import (
     _beside,
     _check_place,
     _error_number,
+    _scratch,
     _whole,
     _writing,
     build_once,
@@ -133,3 +135,41 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):
             (inside / 'mark').touch()
             raise RuntimeError
     assert names(tmp_path) == ['theirs'] and names(tmp_path / 'theirs') == ['thesis.txt']
+
+
+@pytest.fixture
+def replaced(tmp_path):
+    "A folder with an old state, and what replaces it."
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "state.txt").write_text("old")
+
+    def replace():
+        with _scratch(target) as scratch:
+            (scratch / "state.txt").write_text("new")
+
+    return target, replace
+
+
+def test_a_folder_is_replaced_and_nothing_is_left_beside_it(replaced):
+    target, replace = replaced
+    replace()
+    assert (target / "state.txt").read_text() == "new" and [p.name for p in target.parent.iterdir()] == ["result"]
+
+
+def test_a_replacement_that_fails_half_way_leaves_the_old_folder(replaced, monkeypatch):
+    target, replace = replaced
+    real = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: real(self, to) if ".part" not in self.name else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replace()
+    assert (target / "state.txt").read_text() == "old" and [p.name for p in target.parent.iterdir()] == ["result"]
+
+
+def test_a_replacement_that_was_killed_half_way_is_undone_by_the_next(replaced):
+    target, replace = replaced
+    target.rename(target.with_name(".result.old"))
+    with pytest.raises(ZeroDivisionError), _scratch(target):
+        assert (target / "state.txt").read_text() == "old"
+        1 / 0
+    assert (target / "state.txt").read_text() == "old"

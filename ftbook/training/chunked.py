@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..ghost import runs_on
+
 # %% ../../nbs/inside/chunked_loss.ipynb #3791073f
 def nats_and_gradient_(
     logits: Tensor,  # (n, V), float32; becomes the gradient of the summed loss
@@ -25,9 +27,6 @@ def nats_and_gradient_(
     return (log_total - at_target).sum()
 
 # %% ../../nbs/inside/chunked_loss.ipynb #731b84af
-from ftbook.ghost import runs_on
-
-
 # a GPU has no such cache, and every call of a kernel costs
 def _turn_rows(hidden):
     return 32 if runs_on(hidden) == 'cpu' else 256

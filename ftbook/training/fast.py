@@ -8,6 +8,7 @@ Docs: https://ftbook.github.io/ftbook/inside/fast.html.md"""
 __all__ = []
 
 # %% ../../nbs/inside/fast.ipynb #33092c8b
+import copy
 import math
 import sys
 from types import MethodType
@@ -15,6 +16,7 @@ from types import MethodType
 import torch
 from torch import nn
 
+from ..ghost import runs_on, traced
 from .attention import _Attention
 from .kernels import _Gate, _made_again, _Norm, rotate_both
 from .objective import _agree
@@ -49,11 +51,6 @@ def _candidate(module):
     return None, None
 
 # %% ../../nbs/inside/fast.ipynb #3681fda3
-import copy
-
-from ftbook.ghost import traced
-
-
 def _small_copy(module, width):
     "A copy of `module` that has numbers, and small matrices."
     small = copy.copy(module)
@@ -123,9 +120,6 @@ def _swap_rotary(file):
         file.apply_rotary_pos_emb = _switch(original)
 
 # %% ../../nbs/inside/fast.ipynb #82726a69
-from ftbook.ghost import runs_on
-
-
 def _own_attention(
     module,
     query,
@@ -171,7 +165,7 @@ def _own_attention(
 def fast_(
     model: nn.Module,  # A transformers model; changed in place
 ) -> nn.Module:  # The same model
-    "Swap in the operators of this chapter, wherever they give the same numbers; `slow_` takes them out again."
+    "Swap in operators that keep less, wherever they give the same numbers; `slow_` takes them out again."
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for module in model.modules():

@@ -14,12 +14,10 @@ from torch import nn, Tensor
 
 from ..data.examples import IGNORE
 from ..data.layouts import laid
+from ..ghost import traced
 from .chunked import chunked_loss
 
 # %% ../../nbs/inside/objective.ipynb #c05e9323
-from ftbook.ghost import traced
-
-
 def _agree(a, b, rtol=2e-2):
     "Are all of `a` within `rtol` of the largest entry of `b`'s? What is not a number agrees with nothing."
     return all((x.float() - y.float()).abs().max() <= rtol * y.float().abs().max() for x, y in zip(a, b))

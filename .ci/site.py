@@ -59,6 +59,44 @@ def finish_page(
     return n
 
 
+folded = re.compile(r'<details[^>]* class="code-fold">\s*<summary>Source of ([^<]*)</summary>')
+named = re.compile(r'<a href="([^"#:]*)#([^"]+)"([^>]*)>(<code>)')
+
+
+def add_places(
+    path: Path,  # A rendered page; changed in place
+) -> None:
+    "Give each name whose source is folded a place of its own, in the lower case that nbdev's links have."
+
+    def place(match):
+        names = [o.strip().lower() for o in match[1].split(",")]
+        return "".join(f'<a id="{html.escape(n)}"></a>' for n in names) + match[0]
+
+    path.write_text(folded.sub(place, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def mend_links(
+    paths: list[Path],  # All rendered pages; changed in place
+) -> int:  # Links that changed
+    "A name that nbdev links to may have no place of its own: a method leads to its class, the rest to the page."
+    places = {p: set(re.findall(r'(?:id|name)="([^"]+)"', p.read_text(encoding="utf-8"))) for p in paths}
+    changed = 0
+    for path in paths:
+
+        def mend(match):
+            nonlocal changed
+            target = (path.parent / match[1]).resolve() if match[1] else path.resolve()
+            if target not in places or match[2] in places[target]:
+                return match[0]
+            changed += 1
+            whole = match[2].split(".")[0]
+            anchor = f"#{whole}" if whole in places[target] else ""
+            return f'<a href="{match[1] or path.name}{anchor}"{match[3]}>{match[4]}'
+
+        path.write_text(named.sub(mend, path.read_text(encoding="utf-8")), encoding="utf-8")
+    return changed
+
+
 def build() -> None:
     "Stage, rename, render and finish every page."
     os.chdir(root)
@@ -74,8 +112,11 @@ def build() -> None:
         style.write_text(
             re.sub(r'@import url\("?https?:[^)]*\);?', "", style.read_text(encoding="utf-8")), encoding="utf-8"
         )
-    done = {p: finish_page(p) for p in sorted((root / "_docs").rglob("*.html"))}
-    print(f"_docs: {len(done)} pages, {sum(done.values())} formulas")
+    done = {p.resolve(): finish_page(p) for p in sorted((root / "_docs").rglob("*.html"))}
+    for path in done:
+        add_places(path)
+    changed = mend_links(list(done))
+    print(f"_docs: {len(done)} pages, {sum(done.values())} formulas, {changed} links to what has no place of its own")
 
 
 if __name__ == "__main__":

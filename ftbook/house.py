@@ -98,6 +98,7 @@ class FoldPlumbing:
         if {'hide', 'default_exp'} & found.keys() or only_imports(cell.source):
             del cell['source']
             return
-        if 'code-fold:' not in cell.source:
-            names = ', '.join(defined_names(cell.source)) or 'code'
-            cell.source = f'#| code-fold: true\n#| code-summary: "Source of {names}"\n{cell.source}'
+        names = ', '.join(defined_names(cell.source)) or 'code'
+        fold = 'show' if '#| code-fold: false' in cell.source else 'true'
+        source = cell.source.replace('#| code-fold: false\n', '')
+        cell.source = f'#| code-fold: {fold}\n#| code-summary: "Source of {names}"\n{source}'

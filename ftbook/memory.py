@@ -15,7 +15,7 @@ __all__ = ['STATE_BLOCK', 'PIECE', 'SMALL', 'OPTIMIZERS', 'DEPTHS', 'GIB', 'CONT
            'uncheckpoint_', 'offload_activations', 'tiled_attention', 'LossScaler', 'stacked']
 
 # %% ../nbs/05_memory.ipynb #bbcfd182
-import contextlib, copy, gc, math, os, re, sys, weakref
+import contextlib, copy, gc, math, os, re, sys, warnings, weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
@@ -128,11 +128,22 @@ def bury(self:Tracker,
 
 # %% ../nbs/05_memory.ipynb #e240c6b9
 _silent, _answers = ('_fused_adamw_', '_fused_adam_', '_fused_sgd_', '_fused_adagrad_'), {'any': 0., 'all': 1.}
+_ALIGNED = 16 # Bytes: rows of a grouped product begin at multiples of it
+
+def _grouped_product(a, b, offsets=None, bias=None, dtype=None):
+    "An empty result of `torch._grouped_mm`: rows side by side if one factor has a matrix for each group, else a matrix for each."
+    dtype, n_groups = dtype or a.dtype, len(offsets if a.dim() == b.dim() == 2 else b if b.dim() == 3 else a)
+    shape = (n_groups, a.shape[-2], b.shape[-1]) if a.dim() == b.dim() else (a.shape[-2], b.shape[-1])
+    step = _ALIGNED//dtype.itemsize
+    row = -(-shape[-1]//step)*step
+    return a.new_empty_strided(shape, (shape[-2]*row, row, 1)[-len(shape):], dtype=dtype)
+
 def _without_numbers(tracker, func, args):
-    "The result of an operation that needs numbers, or `NotImplemented`."
+    "The result of an operation that needs numbers or is refused without them, or `NotImplemented`."
     name = func.overloadpacket.__name__
     if name == 'nonzero': return args[0].new_empty((tracker.n_targets, args[0].dim()), dtype=torch.int64)
     if name == '_local_scalar_dense': return getattr(args[0], 'ftbook_answer', 1.)
+    if name == '_grouped_mm': return _grouped_product(*args)
     return None if name in _silent else NotImplemented
 
 # %% ../nbs/05_memory.ipynb #5feeaa3b
@@ -732,10 +743,18 @@ def build_ghost(
 
 # %% ../nbs/05_memory.ipynb #80e550c2
 DEPTHS = 4, 5 # Layers of the two that are simulated
+def _goes_on(config):
+    "Do all layers from the first that the line adds have the same tensors?"
+    model = build_ghost(config)
+    layers = list(model.get_submodule(_blocks_of(model)[0]).children())[DEPTHS[0]:]
+    shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in layers]
+    return all(s == shapes[0] for s in shapes)
+
 def _depth(config):
     "How many layers there are to draw a line through; 0 where the model has to be run whole."
     n, kinds = getattr(config, 'num_hidden_layers', 0), set(getattr(config, 'layer_types', None) or ())
-    return n if n > max(DEPTHS) + 2 and len(kinds) <= 1 and not getattr(config, 'is_encoder_decoder', False) else 0
+    if n <= max(DEPTHS) + 2 or len(kinds) > 1 or getattr(config, 'is_encoder_decoder', False): return 0
+    return n if _goes_on(config) else 0
 
 # %% ../nbs/05_memory.ipynb #58bb71e2
 def _at_depth(config, n):
@@ -818,14 +837,22 @@ def _accounts(source, s, *how):
     return _seen[key]
 
 # %% ../nbs/05_memory.ipynb #abe81f70
+def _shallow(config, *how):
+    "The two ghosts of a line. Where they warn, the whole model does it for them, in its own numbers."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        ghosts = [_made(_at_depth(config, n), *how) for n in DEPTHS]
+    if said: _made(config, *how)
+    return ghosts
+
 def _account_of(source, s, dtype, method, quantize):
     "(name, accounts by part, largest layer in bytes)."
-    if isinstance(source, nn.Module): name, models, n = type(source).__name__, [source], 0
+    how = dtype, method, quantize, s.attention
+    if isinstance(source, nn.Module): name, n, ghosts = type(source).__name__, 0, [_made(source, *how)]
     else:
         config = read_config(source)
         name, n = source if isinstance(source, str) else config.model_type, _depth(config)
-        models = [_at_depth(config, d) for d in DEPTHS] if n else [config]
-    ghosts = [_made(m, dtype, method, quantize, s.attention) for m in models]
+        ghosts = _shallow(config, *how) if n else [_made(config, *how)]
     found = [account(*trace(g, s)) for g in ghosts]
     layers = [m for g in ghosts[:1] for l in g.modules() if isinstance(l, nn.ModuleList) for m in l]
     return str(name), draw_line(*found, n) if n else found[0], max((_weight(m) for m in layers), default=0)

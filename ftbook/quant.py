@@ -11,7 +11,7 @@ __all__ = ['VALUES', 'BLOCK_SIZES', 'CHUNK', 'normal_float', 'code_bits', 'neare
            'merge_quantized_']
 
 # %% ../nbs/10_qlora.ipynb #9982bfaa
-import math
+import math, warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .lora import working_dtype
+from .lora import OUTSIDE, coverage, working_dtype
 from .memory import alike, pieces, runs_on, with_numbers
 from .methods import head_of, is_linear, linear_size, merge_part_, method_of, name_matches, parts_of, remove_, replace_
 from .models import as_dtype, check_weights, load_model, load_tokenizer, model_folder, probe_device, skeleton
@@ -362,6 +362,18 @@ def quantizable(
     fits = lambda n, m: n and is_linear(m) and m not in head and uses[id(m.weight)] == 1 and not (skip and name_matches(n, skip))
     return [n for n, m in model.named_modules() if fits(n, m)]
 
+# %% ../nbs/10_qlora.ipynb #d1b7e5a2
+def _say_dense(model, names, skip):
+    "Warn of matrices in no linear layer, which stay as they are, unless `skip` names what holds them."
+    found = coverage(model, names)
+    found.outside = {n: size for n, size in found.outside.items() if not (skip and name_matches(n.rpartition('.')[0], skip))}
+    if found.share_outside < OUTSIDE: return
+    left, holders = ', '.join(f'{name} ({n:,})' for name, n in found.named().items()), found.holders()
+    held = sum(p.numel()*p.element_size() for p in map(model.get_parameter, found.outside))/2**30
+    meant = f'If that is meant, say so with skip={holders!r}; if not, take a model' if holders else 'For fewer bits take a model'
+    warnings.warn(f'{1 - found.share:.0%} of the numbers in the matrices of {type(model).__name__} stay as they are, embeddings and head aside. '
+        f'{sum(found.outside.values()):,} of them ({found.share_outside:.0%}) are in no linear layer, and take {held:.2g} GiB: {left}. {meant} whose matrices are linear layers', stacklevel=3)
+
 # %% ../nbs/10_qlora.ipynb #102f7c66
 def _to_bnb(layer, kind, block_size, double_quant, name):
     "The same layer through bitsandbytes."
@@ -405,6 +417,7 @@ def quantize_(
     names = quantizable(model, skip)
     if not names: raise ValueError(f'no linear layer is left to quantise in {type(model).__name__}, with skip={skip!r}; a layer by itself is taken by `QuantLinear.from_layer`')
     for name in names: _check_weight(model.get_submodule(name).weight, f'{name}.weight')
+    _say_dense(model, names, skip)
     for name in names: replace_(model, name, _shorten(model.get_submodule(name), kind, block_size, double_quant, backend, name))
     if backend == 'bitsandbytes': model.is_loaded_in_4bit = True # PEFT looks for it
     return model
@@ -474,6 +487,7 @@ def _read(where, name, dtype, device):
 def _fill_short(model, where, device, skip, given):
     "Fill an empty model from files, its linear layers in few bits."
     dtype, short = model.dtype, set(quantizable(model, skip))
+    _say_dense(model, short, skip)
     for name, module in list(model.named_modules()):
         for k, p in list(module.named_parameters(recurse=False)):
             full = f'{name}.{k}'.lstrip('.')

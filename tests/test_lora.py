@@ -1,5 +1,5 @@
 "LoRA against peft, and against everything that may happen to a layer between forward and backward."
-import copy, gc, json, math, weakref
+import copy, gc, json, math, warnings, weakref
 
 import pytest, torch
 from torch import nn
@@ -520,6 +520,68 @@ def test_members_that_were_replaced():
     x = torch.randn(3, 16)
     q, k, v = m(x)
     assert (k - m.k_proj(x)).abs().max() == 0 and not family.waiting
+
+
+def experts(name):
+    "A small mixture of experts, its experts in one parameter."
+    from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+    small = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts_per_tok=2)
+    own = Qwen3MoeConfig(**small, intermediate_size=64, moe_intermediate_size=48, num_experts=8) if name == "Qwen3-MoE" else MixtralConfig(**small, intermediate_size=96, num_local_experts=4)
+    return seeded(lambda: AutoModelForCausalLM.from_config(own))
+
+
+def left_out(method, model):
+    "What is said of matrices that `method` does not reach."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        method.apply(model)
+    return [str(w.message) for w in said if "in no linear layer" in str(w.message)]
+
+
+@pytest.mark.parametrize("name, router", [("Qwen3-MoE", 8), ("Mixtral", 4)])
+def test_fused_experts_are_not_left_out_silently(name, router):
+    model = experts(name)
+    fused = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+    linear = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    n_router = 2*router*32
+    said, = left_out(LoRA(rank=2), model)
+    assert f"reaches {linear/(linear + fused + n_router):.0%} of the numbers" in said and f"{fused + n_router:,} numbers ({(fused + n_router)/(linear + fused + n_router):.0%})" in said
+    assert f"model.layers.*.mlp.experts.gate_up_proj ({fused*2//3:,}), model.layers.*.mlp.experts.down_proj ({fused//3:,}), model.layers.*.mlp.gate.weight ({n_router:,})" in said
+    assert "modules_to_save=['experts']" in said and "target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']" in said
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral"])
+def test_what_the_warning_advises_ends_it_and_works(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+    assert left_out(LoRA(rank=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), experts(name)) == []
+    model = experts(name)
+    assert left_out(LoRA(rank=2, modules_to_save=["experts"]), model) == []
+    ids = torch.arange(12).view(2, 6)
+    model(ids, labels=ids).loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if ".whole." in n}
+    assert len(trained) == 4 and all(p.grad.abs().sum() > 0 for p in trained.values())
+    with torch.no_grad():
+        for p in trained.values(): p.sub_(p.grad)
+    save_adapter(model, tmp_path)
+    with torch.no_grad(): assert torch.equal(load_adapter(experts(name), tmp_path).eval()(ids).logits, model.eval()(ids).logits) and gap([(experts(name).eval()(ids).logits, model(ids).logits)]) > 1e-4
+
+
+@pytest.mark.parametrize("name", small_models)
+def test_dense_models_are_told_nothing(name):
+    assert left_out(LoRA(rank=2), make(name)) == []
+
+
+def test_coverage():
+    from ftbook.lora import coverage
+    from ftbook.quant import quantize_
+    model, names = make("Llama"), LoRA().targets(make("Llama"))
+    whole = coverage(model, names)
+    n = sum(m.weight.numel() for k, m in model.named_modules() if isinstance(m, nn.Linear) and k != "lm_head")
+    assert (whole.total, whole.reached, whole.outside, whole.share) == (n, n, {}, 1)
+    attention = [k for k in names if "self_attn" in k]
+    assert coverage(model, attention).reached == sum(model.get_submodule(k).weight.numel() for k in attention) < n
+    assert coverage(quantize_(make("Llama")), names) == whole and coverage(make("Llama"), ["model.layers"]) == whole and coverage(model, ["model.layer"]).reached == 0
+    with pytest.raises(ValueError, match="before a method is applied"): coverage(LoRA().apply(model), names)
 
 
 def test_meta_device_costs_nothing():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from ftbook import memory, train
 from ftbook.lora import LoRA
@@ -50,6 +50,72 @@ def test_the_plan_is_the_allocators(how):
 @pytest.mark.parametrize("method", [LoRA(), Bottleneck(), PromptTuning(num_virtual_tokens=8)], ids=lambda m: type(m).__name__)
 def test_methods_are_planned(method):
     assert plan(llama(), method, seq_len=128).peak == pytest.approx(real(llama(), Setting(seq_len=128), method), rel=.01)
+
+
+def qwen_experts(layers=4, **more):
+    return Qwen3MoeConfig(vocab_size=2000, hidden_size=64, intermediate_size=192, moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16, **more)
+
+
+def mixtral(layers=4, **more):
+    return MixtralConfig(vocab_size=2000, hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16, **more)
+
+
+experts = pytest.mark.parametrize("config", [qwen_experts, mixtral], ids=["Qwen3-MoE", "Mixtral"])
+attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@experts
+@pytest.mark.parametrize("method", [None, LoRA(target_modules=attention)], ids=["full", "LoRA"])
+@pytest.mark.parametrize("how", [{}, dict(gradient_checkpointing=True), dict(precision="bf16")], ids=["plain", "checkpointing", "bf16"])
+def test_experts_are_planned_as_the_allocator_has_them(config, method, how):
+    beside = head_scratch(127) if "precision" in how else 0
+    s = dict(seq_len=128) | how
+    assert plan(config(), method, **s).peak + beside == pytest.approx(real(config(), Setting(**s), method), rel=.001 if beside else .01)
+
+
+@experts
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_planned_in_both_precisions(config, device, dtype):
+    width, n = dict(float32=4, bfloat16=2)[dtype], sum(p.numel() for p in AutoModelForCausalLM.from_config(config()).parameters())
+    p = plan(config(), optimizer="sgd", seq_len=4, dtype=dtype, device=device) # so short that the peak has every gradient
+    assert p.items[f"weights, {dtype}"] == p.items["gradients"] == width*n
+    frozen = plan(config(), LoRA(target_modules=attention), seq_len=64, dtype=dtype, device=device)
+    assert frozen.items[f"weights, {dtype}"] == width*n
+
+
+def narrow(*shape):
+    "A matrix or a stack whose last dimension is no multiple of 16 bytes, while its rows in memory are."
+    return torch.randn(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+
+
+grouped = {"rows, each by the matrix of its group": (torch.randn(16, 32), narrow(3, 32, 10), [4, 8, 16]),
+    "groups of the inner dimension": (torch.randn(24, 16), narrow(16, 10), [4, 8, 16]),
+    "a matrix for each group of columns": (torch.randn(3, 24, 32), narrow(32, 10), [4, 8, 10]),
+    "matrix by matrix": (torch.randn(3, 24, 32), narrow(3, 32, 10), None)}
+@pytest.mark.parametrize("name", grouped)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_grouped_product_is_like_the_real_one(name, dtype):
+    a, b, ends = grouped[name]
+    a, b, offsets = a.to(dtype), b.to(dtype), ends and torch.tensor(ends, dtype=torch.int32)
+    want, found = torch._grouped_mm(a, b, offs=offsets), memory._grouped_product(a, b, offsets)
+    def form(t): return t.shape, t.stride(), t.dtype, t.untyped_storage().nbytes()
+    assert form(found) == form(want)
+
+
+def test_layers_with_and_without_experts_are_not_drawn_as_a_line():
+    "Dense layers at the bottom leave the line straight; those in between are run as they are."
+    for config, line in ((qwen_experts(9, mlp_only_layers=[0, 2]), 9), (qwen_experts(9, mlp_only_layers=[6]), 0), (qwen_experts(9, decoder_sparse_step=2), 0)):
+        n = sum(p.numel() for p in memory.build_ghost(config).parameters())
+        assert memory._depth(config) == line and plan(config, seq_len=16).items["weights, float32"] == 4*n
+
+
+def test_a_plan_by_a_line_warns_in_the_numbers_of_the_whole_model():
+    from ftbook.quant import quantize_
+    n = 12*8*3*48*64
+    with pytest.warns(UserWarning) as said: plan(qwen_experts(12), LoRA(), quantize=quantize_, seq_len=16)
+    told = [str(w.message) for w in said if "in no linear layer" in str(w.message)]
+    assert len(told) == 2 and all(f"experts.gate_up_proj ({n*2//3:,})" in t for t in told)
 
 
 @pytest.mark.parametrize("how", [{}, dict(gradient_checkpointing=True), dict(optimizer="sgd", batch_size=3), dict(method=LoRA())], ids=str)

@@ -1,5 +1,5 @@
 "NF4 and its kin against bitsandbytes, the quantised layer against the dense one, and adapters on it against peft."
-import copy, json, logging, math
+import copy, json, logging, math, warnings
 
 import pytest, torch
 import torch.nn.functional as F
@@ -317,6 +317,53 @@ def test_adapters_cross_every_border(tmp_path):
     assert gap(logits(peft.PeftModel.from_pretrained(quantize_(make("Llama"), backend="bitsandbytes"), tmp_path)), want) < 1e-4
     assert gap(logits(load_adapter(dequantize_(quantize_(make("Llama"))), tmp_path)), want) < 1e-4
     assert torch.equal(logits(remove_(ours)), logits(quantize_(make("Llama"))))
+
+
+# What no linear layer holds
+
+def experts(name):
+    "A small mixture of experts, its experts in one parameter."
+    from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+    small = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts_per_tok=2)
+    own = Qwen3MoeConfig(**small, intermediate_size=128, moe_intermediate_size=64, num_experts=8) if name == "Qwen3-MoE" else MixtralConfig(**small, intermediate_size=128, num_local_experts=4)
+    return seeded(lambda: AutoModelForCausalLM.from_config(own))
+
+
+def stays(run):
+    "What `run` says of matrices that stay as they are."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in said if "in no linear layer" in str(w.message)]
+
+
+@pytest.mark.parametrize("backend", ["ftbook", "bitsandbytes"])
+@pytest.mark.parametrize("name, router", [("Qwen3-MoE", 8), ("Mixtral", 4)])
+def test_fused_experts_stay_dense_with_a_word(name, router, backend):
+    model = experts(name)
+    fused, n_router = sum(p.numel() for p in model.parameters() if p.dim() == 3), 2*router*64
+    linear = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    said, = stays(lambda: quantize_(model, backend=backend))
+    assert len(quantized_layers(model)) == 8
+    share = f"{(fused + n_router)/(fused + n_router + linear):.0%}"
+    assert said.startswith(f"{share} of the numbers") and f"{fused + n_router:,} of them ({share})" in said and f"take {4*(fused + n_router)/2**30:.2g} GiB" in said
+    assert f"model.layers.*.mlp.experts.gate_up_proj ({fused*2//3:,}), model.layers.*.mlp.experts.down_proj ({fused//3:,}), model.layers.*.mlp.gate.weight ({n_router:,})" in said
+    assert "skip=['experts']" in said and stays(lambda: quantize_(experts(name), backend=backend, skip=["experts"])) == []
+
+
+@pytest.mark.parametrize("name", small_models)
+def test_dense_models_are_told_nothing(name):
+    assert stays(lambda: quantize_(make(name))) == [] and stays(lambda: quantize_(make(name), skip=["q_proj", "c_attn", "q"])) == []
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral"])
+def test_loading_says_it_too(name, tmp_path):
+    from transformers import AutoTokenizer
+    from ftbook.models import model_folder
+    experts(name).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder("smollm2-135m")).save_pretrained(tmp_path)
+    said, = stays(lambda: load_quantized(tmp_path, dtype="float32", device=cpu))
+    assert "mlp.experts.gate_up_proj" in said
 
 
 # Loading

@@ -8,7 +8,7 @@ Docs: https://ftbook.github.io/ftbook/data.html.md"""
 __all__ = ['IGNORE', 'SURVEYS', 'DICTIONARIES', 'MAGIC', 'READERS', 'load_corpus', 'user', 'assistant', 'classification_row',
            'term_rows', 'read_rows', 'normalise', 'deduplicate', 'split_rows', 'prompt_ids', 'row_parts', 'Example',
            'to_example', 'show_mask', 'Encoded', 'encode', 'pad', 'length_batches', 'Batch', 'pack', 'shared_prefix',
-           'gpu_attention', 'attend', 'without_cudnn_attention', 'isolate_']
+           'gpu_attention', 'attend', 'without_cudnn_attention', 'isolate_', 'laid', 'Layout', 'layout_of']
 
 # %% ../nbs/02_data.ipynb #9c553513
 import csv, gzip, io, json, os, random, shutil, string, subprocess, tarfile, tempfile, unicodedata
@@ -717,14 +717,238 @@ def _mask(**kwargs):
     return mask if packed else mask()
 
 # %% ../nbs/02_data.ipynb #2761da79
+def _takes_attention(model):
+    "Can `isolate_` reach the attention of `model`?"
+    return bool(getattr(model, '_supports_sdpa', False) and model._can_set_attn_implementation())
+
 def isolate_(
     model:nn.Module, # A transformers model; changed in place
 )->nn.Module: # The same model
-    "Let `model` attend within each example of a pack; padded batches and generation work as before."
+    "Let `model` attend within each example of a pack; `layout_of` tells whether that is enough."
     from transformers import AttentionInterface, AttentionMaskInterface
-    if not (getattr(model, '_supports_sdpa', False) and model._can_set_attn_implementation()): raise ValueError(
+    if not _takes_attention(model): raise ValueError(
         f"{type(model).__name__} does not take attention functions from outside: use padded batches (`pad`) with it")
     AttentionInterface.register('ftbook_isolated', _attention)
     AttentionMaskInterface.register('ftbook_isolated', _mask)
     model.set_attn_implementation('ftbook_isolated')
     return model
+
+# %% ../nbs/02_data.ipynb #a1c0f205
+def _epsilon(model, logits):
+    "The precision of the coarsest numbers that `model` computes with; at least float32's."
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    kinds = {logits.dtype, *(p.dtype for p in weights if p.dtype.itemsize > 1)}
+    finest = torch.finfo(torch.float32).eps if logits.device.type == 'cpu' else 2.**-10
+    return max(finest, *(torch.finfo(kind).eps for kind in kinds))
+
+def _trial_rows(model):
+    "A short row, and two neighbours of one length."
+    n_words = model.get_input_embeddings().weight.shape[0]
+    middle = n_words//8, n_words - n_words//8 # special tokens are at the ends of a vocabulary
+    ids = torch.randint(*middle, (22,), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = ids[:6], ids[6:14], ids[14:]
+    return [Example(part, [False] + [True]*(len(part) - 1)) for part in parts]
+
+# %% ../nbs/02_data.ipynb #a1c0f207
+def _forward(model, given, here):
+    "Logits at the places `here`, a mask (B, T)."
+    with torch.no_grad(): return model(**given).logits[here]
+
+def _reach(model, given, here):
+    "Logits at `here`, and their largest derivative by an embedding elsewhere (None: unknown)."
+    embedded = []
+    def note(module, args, out):
+        embedded.append(out.detach().requires_grad_())
+        return embedded[-1]
+    hook = model.get_input_embeddings().register_forward_hook(note)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = model(**given).logits[here]
+            largest = logits.float().amax(-1).sum()
+            grads = torch.autograd.grad(largest, embedded, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError): logits, grads = None, ()
+    finally: hook.remove()
+    if logits is None: return _forward(model, given, here), None
+    grads = [g for g in grads if g is not None and g.shape[:2] == here.shape]
+    found = [g.abs().amax(-1)[~here].max().item() for g in grads]
+    return logits.detach(), max(found, default=None)
+
+# %% ../nbs/02_data.ipynb #a1c0f208
+def _fault(model, alone, batches, here):
+    "What is wrong with a row that runs together with others; '' if nothing is."
+    first, reach = _reach(model, batches[0], here)
+    second = _forward(model, batches[1], here)
+    allowed = torch.finfo(alone.dtype).max/2 # a forbidden token has the lowest number
+    usable = alone.float().abs() < allowed
+    if not usable.any(): return "its logits are no finite numbers"
+    want, first, second = (t.float()[usable] for t in (alone, first, second))
+    scale, epsilon = want.abs().max().item(), _epsilon(model, alone)
+    moved, off = _distance(first, second), _distance(first, want)
+    if not moved <= 16*epsilon*scale:
+        return f"a row reads its neighbour: its logits move by {moved:.1g} of {scale:.1g}"
+    if reach is not None and reach != 0:
+        return f"a row reads its neighbour: a derivative by it is {reach:.1g} and not zero"
+    if not off <= epsilon**.5*scale:
+        return f"a row's logits are off by {off:.1g} of {scale:.1g}"
+    return ''
+
+def _distance(a, b): return (a - b).abs().max().item()
+
+# %% ../nbs/02_data.ipynb #a1c0f20a
+def laid(
+    batch:dict, # That `pad` made
+    way:str, # 'right': as it is, 'left': padded on the left, 'alone': every row by itself
+)->list[dict]: # One batch, or one for each row; targets keep their order
+    "Lay out a padded batch as a model needs it."
+    sizes = batch['attention_mask'].sum(1)
+    if way == 'alone':
+        spans = list(enumerate(sizes.tolist()))
+        return [{k: v[i:i + 1, :n] for k, v in batch.items()} for i, n in spans]
+    if way == 'right': return [batch]
+    if way != 'left': raise ValueError(f"way must be 'right', 'left' or 'alone', not {way!r}")
+    n_columns = batch['attention_mask'].shape[1]
+    source = (torch.arange(n_columns, device=sizes.device) + sizes[:, None]) % n_columns
+    moved = dict(batch)
+    if 'labels' in batch: # the first token of a row has nothing before it, so it is no target
+        moved['labels'] = batch['labels'].clone()
+        moved['labels'][:, 0] = IGNORE
+    return [{k: v.gather(1, source) for k, v in moved.items()}]
+
+# %% ../nbs/02_data.ipynb #a1c0f20c
+def _trial_packs(rows, device):
+    "Two packs, each the row between two copies of a neighbour; and where the row is."
+    row, *neighbours = rows
+    packs = [pack([other, row, other])[0].to(device).kwargs() for other in neighbours]
+    beside = [False]*len(neighbours[0])
+    return packs, torch.tensor([beside + [True]*len(row) + beside], device=device)
+
+def _trial_padded(rows, device, side):
+    "Two padded batches of the row and a longer one, and where the row is; gaps differ too."
+    row, *neighbours = rows
+    batches = []
+    for neighbour, filling in zip(neighbours, (0, row.input_ids[0])):
+        box = {k: v.to(device) for k, v in pad([row, neighbour], filling).items()}
+        batch, = laid(box, side)
+        batches.append({k: v for k, v in batch.items() if k != 'labels'})
+    here = batches[0]['attention_mask'].bool()
+    here[1] = False
+    return batches, here
+
+# %% ../nbs/02_data.ipynb #a1c0f20e
+@dataclass(frozen=True)
+class Layout:
+    "How rows run without touching one another."
+    way:str # 'packed', padded on the 'right' or the 'left', or 'alone'
+    why:str='' # What stood against the better ways
+
+    @property
+    def packs(self): return self.way == 'packed'
+
+    def __str__(self):
+        chosen = dict(packed="rows are packed", right="rows are padded instead of packed",
+                      left="rows are padded on the left instead of packed",
+                      alone="rows run one by one")
+        return chosen[self.way] + (f", since {self.why}" if self.why else '')
+
+# %% ../nbs/02_data.ipynb #a1c0f20f
+@contextmanager
+def _on_trial(model):
+    "Evaluation mode and no cache, all given back as it was."
+    modes = {module: module.training for module in model.modules()}
+    attention = model.config._attn_implementation
+    cache = getattr(model.config, 'use_cache', None)
+    model.eval()
+    if cache is not None: model.config.use_cache = False
+    try:
+        with without_cudnn_attention(): yield
+    finally:
+        for module, mode in modes.items(): module.training = mode
+        if cache is not None: model.config.use_cache = cache
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+
+def _tried(try_it):
+    "The fault that a trial finds; an error of the model is one."
+    try:
+        return try_it()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        said = ' '.join(str(e).split())
+        return f"{type(e).__name__}: {said[:200]}"
+
+def _alone(model, row):
+    "Logits of a row by itself, (T, V)."
+    ids = torch.tensor([row.input_ids], device=model.device)
+    everything = torch.ones_like(ids)
+    try:
+        given = dict(input_ids=ids, attention_mask=everything)
+        return _forward(model, given, everything.bool())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f"{type(model).__name__} does not run even a single row of {len(row)} tokens: "
+            f"{type(e).__name__}: {e}. Load it in another dtype or on another device, "
+            "update transformers, or take another model") from e
+
+# %% ../nbs/02_data.ipynb #a1c0f210
+def _packing_fault(model, rows, alone):
+    "What is wrong with packed rows; '' if nothing is."
+    before = model.config._attn_implementation
+    def look():
+        if not str(before).startswith(('ftbook', 'flash')): isolate_(model)
+        return _fault(model, alone, *_trial_packs(rows, model.device))
+    fault = _tried(look)
+    if fault and model.config._attn_implementation != before:
+        model.set_attn_implementation(before)
+    if fault.startswith(('a row', 'its logits')): return f"in a pack {fault}"
+    return fault and f"a pack does not run: {fault}"
+
+def _layout_by_trial(model):
+    "The best way in which a row's logits are those that it has alone."
+    rows, faults = _trial_rows(model), []
+    alone = _alone(model, rows[0])
+    if getattr(model, 'ftbook_packs', True): # False: each row has virtual tokens of its own
+        fault = _packing_fault(model, rows, alone)
+        if not fault: return Layout('packed')
+        faults.append(fault)
+    for side in ('right', 'left'):
+        fault = _tried(lambda: _fault(model, alone, *_trial_padded(rows, model.device, side)))
+        if not fault: return Layout(side, '; '.join(faults))
+        faults.append(f"padded on the {side} {fault}")
+    return Layout('alone', '; '.join(faults))
+
+# %% ../nbs/02_data.ipynb #a1c0f212
+_layouts = {} # what decides -> `Layout`
+
+def _decides(model):
+    "What the answer of a trial depends on."
+    import transformers
+    attention = str(model.config._attn_implementation).split('_')[0]
+    if attention == 'ftbook': attention = 'sdpa' # which padded rows go through there
+    config = model.config.to_dict()
+    config.pop('use_cache', None) # a trial uses none
+    kind = f'{type(model).__module__}.{type(model).__qualname__}'
+    takes = getattr(model, 'ftbook_packs', True), _takes_attention(model), attention
+    versions = transformers.__version__, torch.__version__
+    return kind, repr(config), model.dtype, model.device.type, takes, versions
+
+def _has_numbers(model):
+    first = next(model.parameters())
+    if type(first).__name__ == 'FakeTensor': return False
+    return not first.is_meta or hasattr(model, 'hf_device_map') # a map brings the weights
+
+def layout_of(
+    model:nn.Module, # A causal language model of transformers; given back as it was
+)->Layout: # ValueError if the model runs no row at all
+    "Find out by trial whether rows may be packed or padded, or have to run one by one."
+    if not _has_numbers(model):
+        packs = getattr(model, 'ftbook_packs', True) and _takes_attention(model)
+        return Layout('packed' if packs else 'right')
+    key = _decides(model)
+    if key not in _layouts:
+        with _on_trial(model): _layouts[key] = _layout_by_trial(model)
+    return _layouts[key]

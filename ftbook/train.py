@@ -12,7 +12,7 @@ __all__ = ['BLOCK', 'nats_and_gradient_', 'chunked_loss', 'has_linear_head', 'Ob
            'NonFiniteLoss', 'fingerprint', 'until_interrupted', 'finetune']
 
 # %% ../nbs/04_training.ipynb #001d3880
-import atexit, contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
+import atexit, contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time, warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch.autograd import Function
 from tqdm.auto import tqdm
 
-from .data import IGNORE, Batch, Example, isolate_, length_batches, pack, pad, shared_prefix, without_cudnn_attention
+from .data import (IGNORE, Batch, Example, isolate_, laid, layout_of, length_batches, pack, pad, shared_prefix,
+                         without_cudnn_attention)
 from .explore import Picture, plot
 
 # %% ../nbs/04_training.ipynb #3791073f
@@ -126,8 +127,17 @@ class Objective(nn.Module):
         batch, # A `Batch` (pack), or the dict that `pad` makes
     )->tuple[Tensor, Tensor]: # (n, d) hidden states, or (n, V) logits where the head is not linear; (n,) targets
         "What stands in front of every target, and the target."
-        if isinstance(batch, dict): inputs, labels = {k: v for k, v in batch.items() if k != 'labels'}, batch['labels']
-        else: inputs, labels = batch.kwargs(), batch.labels
+        if not isinstance(batch, dict): return self.at_targets_of(batch.kwargs(), batch.labels)
+        rows = getattr(self.model, 'ftbook_rows', None) # how this model takes rows, inside of `isolated`
+        parts = laid(batch, rows.way if rows and not rows.packs else 'right')
+        found = [self.at_targets_of({k: v for k, v in part.items() if k != 'labels'}, part['labels']) for part in parts]
+        return found[0] if len(found) == 1 else tuple(torch.cat(of_rows) for of_rows in zip(*found))
+
+    def at_targets_of(self,
+        inputs:dict, # Of the model's forward
+        labels:Tensor, # (B, T)
+    )->tuple[Tensor, Tensor]: # As `at_targets`
+        "The same, of what one forward takes."
         row, at = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         out = self.model.base_model(**inputs)[0] if self.linear else self.model(**inputs).logits
         return out[row, at], labels[row, at + 1]
@@ -491,16 +501,22 @@ def isolated(
     fast:bool=False, # With the operators of `fast_`?
 ): # Yields whether the model takes packs
     "Lend `model` the attention that keeps packed examples apart; give it back as it was."
-    before, packs = model.config._attn_implementation, getattr(model, 'ftbook_packs', True) # virtual tokens stand before every row
-    if packs and not str(before).startswith(('ftbook', 'flash')):
-        try: isolate_(model)
-        except ValueError: packs = False
+    before, cache = model.config._attn_implementation, getattr(model.config, 'use_cache', None)
+    borrowed = getattr(model, 'ftbook_rows', None) # by a run that is going on
+    rows = borrowed or layout_of(model)
+    if rows.why and not borrowed: warnings.warn(f"{type(model).__name__}: {rows}", stacklevel=3)
+    if rows.packs and not str(before).startswith(('ftbook', 'flash')): isolate_(model)
+    if not rows.packs and cache: model.config.use_cache = False # some models keep a state from call to call in it
+    model.ftbook_rows = rows
     if fast: fast_(model)
     try:
-        with without_cudnn_attention(): yield packs
+        with without_cudnn_attention(): yield rows.packs
     finally:
         if fast: slow_(model)
+        if not borrowed: del model.ftbook_rows
+        if not rows.packs and cache: model.config.use_cache = cache
         if model.config._attn_implementation != before: model.set_attn_implementation(before)
+
 
 # %% ../nbs/04_training.ipynb #b2de75bc
 def _sharing(model): return str(model.config._attn_implementation).startswith('ftbook')
@@ -780,7 +796,7 @@ class Loop:
         optimizer=None, # A function of the parameter groups; None: AdamW
         regularizer=None, # A function of the model and the step; what it gives is added to the loss
     ):
-        self.model, self.examples, self.settings, self.packs, self.shares, self.regularizer = model, examples, settings, packs, _sharing(model), regularizer
+        self.model, self.examples, self.settings, self.packs, self.shares, self.regularizer = model, examples, settings, packs, packs and _sharing(model), regularizer
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         _check_trainable(self.named, settings.precision, model.device.type)
         self.accelerator = _accelerator(settings.precision, model.device, trackers, out)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, masking_utils
 
 from ftbook import data
-from ftbook.data import (IGNORE, Example, assistant, deduplicate, encode, isolate_, length_batches, normalise, pack, pad,
+from ftbook.data import (IGNORE, Example, assistant, deduplicate, encode, isolate_, laid, layout_of, length_batches, normalise, pack, pad,
     prompt_ids, read_rows, row_parts, show_mask, split_rows, to_example, user)
 
 settings.register_profile("ftbook", max_examples=60, deadline=None, derandomize=True)
@@ -294,6 +294,82 @@ def test_gradient_checkpointing_hands_the_lengths_on():
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     assert torch.equal(grad(), want)
     with pytest.raises(ValueError, match="a pack is one row: the examples have 3 tokens"): model(**b.kwargs() | dict(lengths=[3]))
+
+
+def plain_llama(seed=0, **more):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small | more)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_trial_packs_where_attention_is_all(dtype):
+    for kind, given in families.items():
+        shape = dict(vocab_size=128, **given) if kind == "gpt2" else small | given
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).to(dtype)
+        assert layout_of(model).way == "packed", kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_trial_finds_a_leak_below_rounding(dtype):
+    "A convolution whose neighbours move logits by less than bfloat16's rounding."
+    torch.manual_seed(0)
+    shape = dict(vocab_size=128, hidden_size=32, block_ff_dim=48, num_attention_heads=4, num_key_value_heads=2)
+    config = AutoConfig.for_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"], **shape)
+    found = layout_of(AutoModelForCausalLM.from_config(config).to(dtype))
+    assert found.way == "right" and not found.packs
+    assert "in a pack a row reads its neighbour" in str(found)
+
+
+def test_the_trial_gives_the_model_back_and_is_made_once(monkeypatch):
+    model = plain_llama(vocab_size=131).train()
+    model.model.layers[1].eval()
+    before, draws = {n: m.training for n, m in model.named_modules()}, torch.random.get_rng_state()
+    calls = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    assert layout_of(model).packs and len(calls) == 3
+    assert {n: m.training for n, m in model.named_modules()} == before
+    assert torch.equal(torch.random.get_rng_state(), draws)
+    assert model.config._attn_implementation == "sdpa" and model.config.use_cache
+    assert all(p.grad is None for p in model.parameters()) and not model.model.embed_tokens._forward_hooks
+    assert layout_of(model).packs and len(calls) == 3
+    again = plain_llama(vocab_size=132)
+    with torch.inference_mode(): assert layout_of(again).packs
+
+
+def last_slot(module, args, out): return out + out[:, -1:]
+def mean_of_slots(module, args, out): return out + out.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("mix, way, vocab_size", [(last_slot, "left", 133), (mean_of_slots, "alone", 134)])
+def test_where_padding_is_wrong(mix, way, vocab_size):
+    model = plain_llama(vocab_size=vocab_size)
+    model.model.norm.register_forward_hook(mix)
+    found = layout_of(model)
+    assert found.way == way
+    assert "padded on the right a row" in found.why and ("padded on the left a row" in found.why) == (way == "alone")
+    few = [example(n, i) for i, n in enumerate([4, 9, 6])]
+    got = [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits[b["attention_mask"].bool()] for b in laid(pad(few), way)]
+    want = one_by_one(model, few)[0]
+    assert (torch.cat(got) - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_a_model_that_runs_nothing_is_refused():
+    model = plain_llama(vocab_size=135)
+    def fail(module, args, out): raise RuntimeError("no such kernel")
+    model.model.norm.register_forward_hook(fail)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not run even a single row of 6 tokens: RuntimeError: no such kernel. Load it in another dtype"):
+        layout_of(model)
+
+
+def test_the_ways_to_lay_rows_keep_every_target():
+    few = [example(n, i) for i, n in enumerate([4, 9, 1, 6])]
+    few[1].trained[0] = True  # the first token of a row is no target, wherever its row begins
+    box = pad(few)
+    def targets(way): return [t for b in laid(box, way) for t in b["labels"][:, 1:][b["labels"][:, 1:] != IGNORE].tolist()]
+    assert targets("left") == targets("alone") == targets("right")
+    assert len(targets("right")) == sum(len(e) - 1 for e in few)
 
 
 def test_a_shared_opening_leaves_every_row_something():

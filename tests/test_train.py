@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ftbook.train as train
-from ftbook.data import Example, isolate_, pack, pad
+from ftbook.data import Example, Layout, isolate_, layout_of, pack, pad
 from ftbook.lora import LoRA
 from ftbook.train import (Loop, NonFiniteLoss, Objective, Settings, checkpoints, chunked_loss, evaluate, finetune, isolated, like_lengths,
                           write_checkpoint)
@@ -195,6 +195,126 @@ def test_a_head_that_does_more():
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     want = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
     assert off(gradient(model, objective(pack(few)[0])), gradient(model, want)) < 1e-5
+
+
+# Models in which tokens meet elsewhere than in attention
+
+BASE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+WIDE = BASE | dict(intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+STATE = dict(mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_chunk_size=8)
+DELTA = dict(head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
+             linear_key_head_dim=8, linear_value_head_dim=8)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
+MIXED = {
+    "lfm2": WIDE | dict(layer_types=["conv", "full_attention"], block_ff_dim=48),
+    "falcon_h1": WIDE | STATE | dict(mamba_d_ssm=64, head_dim=8),
+    "qwen3_next": WIDE | DELTA | EXPERTS | dict(moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    "qwen3_5_text": WIDE | DELTA,
+    "granitemoehybrid": WIDE | STATE | dict(layer_types=["mamba", "attention"], num_local_experts=4, num_experts_per_tok=2,
+                                            shared_intermediate_size=48),
+    "jamba": WIDE | EXPERTS | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8,
+                                   mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=4),
+    "bamba": WIDE | STATE | dict(attn_layer_indices=[1]),
+    "zamba2": WIDE | dict(mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, n_mamba_heads=4, mamba_headdim=16, mamba_ngroups=1, chunk_size=8,
+                          layers_block_type=["mamba", "hybrid"], num_mem_blocks=1, num_key_value_heads=4, attention_hidden_size=64,
+                          attention_head_dim=16, adapter_rank=4),
+    "recurrent_gemma": WIDE | dict(lru_width=32, attention_window_size=16, conv1d_width=4, block_types=["recurrent", "attention"], head_dim=8,
+                                   num_key_value_heads=1),
+    "mamba2": BASE | dict(num_heads=4, head_dim=16, state_size=8, n_groups=1, expand=2, conv_kernel=4, chunk_size=8),
+}
+ATTENTION_ONLY = {"llama": WIDE, "qwen3_moe": WIDE | EXPERTS | dict(head_dim=8, moe_intermediate_size=16)}
+RAISE_IN_A_PACK = "qwen3_next", "qwen3_5_text", "mamba2"
+rows_few = [example(random.Random(n), n, index=n) for n in (7, 19, 4, 12, 9)]
+
+
+def mixed(kind):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(MIXED | ATTENTION_ONLY)[kind])).float()
+
+
+class Keep(torch.optim.SGD):
+    "An optimizer that keeps the gradients it is given and changes nothing."
+    def step(self, closure=None): self.kept = {id(p): p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None}
+
+
+def gradient_of_run(model, examples, **more):
+    "The loss and the gradient of one step of `finetune`."
+    made = []
+    def make(groups): made.append(Keep(groups, lr=1.)); return made[-1]
+    run = finetune(model, examples, batch_size=len(examples), max_steps=1, optimizer=make, max_grad_norm=None, progress=False, **more)
+    assert made[0].kept
+    return run.history[0]["loss"], torch.cat([made[0].kept.get(id(p), torch.zeros_like(p)).flatten() for p in model.parameters()])
+
+
+def row_by_row(model, examples):
+    "The nats of every row and the gradient of their mean, by the model's own forward of each row alone."
+    model.train(); model.zero_grad()
+    n, nats = sum(e.n_targets for e in examples), []
+    for e in examples:
+        logits = model(torch.tensor([e.input_ids]), use_cache=False).logits[0, :-1].float()
+        loss = F.cross_entropy(logits, torch.tensor(e.labels)[1:], reduction="sum")
+        (loss/n).backward()
+        nats.append(loss.item())
+    found = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return nats, found
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are padded")
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("kind", [*MIXED, *ATTENTION_ONLY])
+def test_every_row_learns_what_it_learns_alone(kind, fast):
+    "Packed and proved not to leak, or padded: loss and gradient of `finetune` are those of one row after the other."
+    model = mixed(kind)
+    assert layout_of(model).way == ("packed" if kind in ATTENTION_ONLY else "right")
+    nats, want = row_by_row(model, rows_few)
+    loss, got = gradient_of_run(model, rows_few, fast=fast)
+    assert loss == pytest.approx(sum(nats)/sum(e.n_targets for e in rows_few), rel=1e-5)
+    assert off(got, want) < 1e-5
+    assert evaluate(model, rows_few).nats == pytest.approx(nats, rel=1e-5)
+    assert evaluate(model, rows_few, max_tokens=25).nats == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_without_the_trial_rows_would_read_one_another(kind, monkeypatch):
+    "What the test above sees if models are packed unasked."
+    monkeypatch.setattr(train, "layout_of", lambda model: Layout("packed"))
+    model = mixed(kind)
+    want = row_by_row(model, rows_few)[1]
+    if kind in RAISE_IN_A_PACK:
+        with pytest.raises(ValueError, match="can't keep packed sequences apart|does not take attention functions"): gradient_of_run(model, rows_few)
+    else: assert off(gradient_of_run(model, rows_few)[1], want) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next"])
+def test_a_run_says_that_rows_are_padded(kind):
+    said = {"lfm2": "in a pack a row reads its neighbour", "qwen3_next": "a pack does not run: ValueError"}[kind]
+    for act in (lambda m: evaluate(m, rows_few), lambda m: finetune(m, rows_few, progress=False)):
+        model = mixed(kind)
+        cache = model.config.use_cache
+        with pytest.warns(UserWarning, match=f"ForCausalLM: rows are padded instead of packed, since {said}"): act(model)
+        assert model.config._attn_implementation == "sdpa" and model.config.use_cache is cache and not hasattr(model, "ftbook_rows")
+
+
+@pytest.mark.filterwarnings("ignore:.*rows (run one by one|are padded)")
+@pytest.mark.parametrize("way, vocab_size", [("left", 98), ("alone", 99)])
+def test_where_padding_is_wrong_rows_still_learn_what_they_learn_alone(way, vocab_size):
+    model = tiny(vocab_size=vocab_size)
+    mix = dict(left=lambda module, args, out: out + out[:, -1:], alone=lambda module, args, out: out + out.mean(1, keepdim=True))[way]
+    model.model.norm.register_forward_hook(mix)
+    assert layout_of(model).way == way
+    nats, want = row_by_row(model, rows_few)
+    loss, got = gradient_of_run(model, rows_few)
+    assert off(got, want) < 1e-5
+    assert evaluate(model, rows_few).nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_a_model_that_does_not_run_is_refused_by_name():
+    model = tiny(vocab_size=100)
+    def fail(module, args, out): raise RuntimeError("no such kernel")
+    model.model.norm.register_forward_hook(fail)
+    for act in (lambda: evaluate(model, rows_few), lambda: finetune(model, rows_few, progress=False)):
+        with pytest.raises(ValueError, match="LlamaForCausalLM does not run even a single row"): act()
 
 
 SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)

@@ -1192,7 +1192,7 @@ def test_a_merge_onto_another_base_is_noted(models, tmp_path):
 def test_merging_needs_no_torch():
     "What makes a merge start quickly."
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, ftbook.merge; print('torch' in sys.modules)"],
+        [sys.executable, "-c", "import sys, ftbook.merging.engine; print('torch' in sys.modules)"],
         cwd=root,
         capture_output=True,
         text=True,

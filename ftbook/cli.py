@@ -92,7 +92,8 @@ def _short(path):
 
 def _hand_over(result, as_json):
     "Say what a run left."
-    folder, saved = _short(result.folder), 'model' if (result.folder / 'model').exists() else 'adapter'
+    folder = _short(result.folder)
+    saved = 'model' if (result.folder / 'model').exists() else 'adapter'
     if result.stopped == 'interrupted':
         _fail(
             (
@@ -636,7 +637,8 @@ def merge(
         from ftbook.merging.engine import merge
         from ftbook.merging.plan import plan_merge
 
-        size, plan = _sized(shard), plan_merge(config, seed=seed)
+        size = _sized(shard)
+        plan = plan_merge(config, seed=seed)
         folder = out or Path('ftbook-merges') / config.stem
         if not only_plan:
             print(plan, flush=True)

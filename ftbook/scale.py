@@ -25,7 +25,8 @@ def ring_all_reduce(
 ) -> tuple[list[Tensor], list[int]]:
     "Sum over devices of which each speaks to one neighbour alone."
     n = len(parts)
-    chunks, sent = [list(p.flatten().tensor_split(n)) for p in parts], [0] * n
+    chunks = [list(p.flatten().tensor_split(n)) for p in parts]
+    sent = [0] * n
     for turn in range(2 * (n - 1)):
         # all send at once
         moving = [(d, (d - turn) % n, chunks[d][(d - turn) % n]) for d in range(n)]
@@ -46,7 +47,8 @@ def all_reduce_bytes(
     return 2 * (n_devices - 1) / n_devices * n_bytes
 
 # %% ../nbs/18_scale.ipynb #d3a4b0eb
-_moments, _weights = ('AdamW', 'master copy'), ('trained weights', 'frozen weights')
+_moments = ('AdamW', 'master copy')
+_weights = ('trained weights', 'frozen weights')
 # what is divided
 SHARDING = {
     'ddp': (),
@@ -79,7 +81,8 @@ def traffic(
 ) -> float:  # Bytes that each device sends in a step
     "What sharing costs in messages."
     sharded_bytes(items, n_devices, sharding)  # refuses what cannot be
-    half, sharding = (n_devices - 1) / n_devices, as_sharding(sharding)
+    half = (n_devices - 1) / n_devices
+    sharding = as_sharding(sharding)
     gathered = sum(items.get(k, 0) for k in _weights)
     if sharding == 'ddp':
         return all_reduce_bytes(items['gradients'], n_devices)

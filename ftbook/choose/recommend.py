@@ -250,12 +250,11 @@ def recommend(
     )
     if not view.usable:
         raise ValueError(
-            (
-                f"{source}: none of its {len(view)} rows can be used; "
-                f"{next(iter(view.unusable.values()), 'there are none')}"
-            )
+            f"{source}: none of its {len(view)} rows can be used; "
+            f"{next(iter(view.unusable.values()), 'there are none')}"
         )
-    findings, n = audit(view, encoder=encoder, progress=False).findings, len(view.usable)
+    findings = audit(view, encoder=encoder, progress=False).findings
+    n = len(view.usable)
     longest, counted = row_lengths([view.texts[i] for i in view.usable], model)
     decision = decide(
         n,

@@ -106,7 +106,8 @@ def _why(name, config, surfaces, plain):
     "What the surface says about the value of a setting."
     values = options(sum((s.runs for s in surfaces), []), name, 7)
     found = dict(zip(values, score(surfaces, [dict(config, **{name: v}) for v in values], 0.0)))
-    here, worst = float(score(surfaces, [config], 0.0)[0]), min(found, key=found.get)
+    here = float(score(surfaces, [config], 0.0)[0])
+    worst = min(found, key=found.get)
     said = lambda v: tidy(v) if isinstance(v, float) else str(v)
     if max(found.values()) - min(found.values()) < 2 * WITHIN:
         return 'the sweep cannot tell its values apart' + '; this is the default' * plain

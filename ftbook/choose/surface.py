@@ -57,8 +57,11 @@ class Surface:
 
         if len(runs) < 8:
             raise ValueError(f"a surface needs 8 runs or more, and there are {len(runs)}")
-        self.runs, self.measure, self.shift = runs, measure, SHIFTS.get(measure)
-        X, y = np.array([coordinates(r) for r in runs]), np.array([r[measure] for r in runs])
+        self.runs = runs
+        self.measure = measure
+        self.shift = SHIFTS.get(measure)
+        X = np.array([coordinates(r) for r in runs])
+        y = np.array([r[measure] for r in runs])
         self.y = y if self.shift is None else np.log(np.maximum(y, 0) + self.shift)
         kernel = ConstantKernel(1.0, (0.05, 50)) * Matern(np.full(X.shape[1], 1.0), (0.15, 20.0), nu=2.5) + WhiteKernel(
             0.1, (1e-4, 2.0)
@@ -92,7 +95,8 @@ def left_out(
     surface: Surface,  # Fitted
 ) -> np.ndarray:  # For every run what the others say it gives, on the scale of the fit
     "Guess every run from the others."
-    gp, y = surface.model, (surface.y - surface.y.mean()) / surface.y.std()
+    gp = surface.model
+    y = (surface.y - surface.y.mean()) / surface.y.std()
     inverse = np.linalg.inv(gp.kernel_(gp.X_train_))
     return (y - inverse @ y / np.diag(inverse)) * surface.y.std() + surface.y.mean()
 
@@ -185,7 +189,8 @@ def as_recipe(
         method |= dict(bottleneck_size=config['rank'])
     if config['method'] == 'prompt':
         method |= dict(num_virtual_tokens=config['rank'])
-    full, half = config['method'] == 'full', config['precision'] == 'bfloat16'
+    full = config['method'] == 'full'
+    half = config['precision'] == 'bfloat16'
     train = {k: config[k] for k in ('lr', 'epochs', 'batch_size', 'warmup')} | dict(
         precision='bf16' if full and half else None
     )
@@ -212,7 +217,10 @@ class TrainButton:
         act: Callable,  # Takes it and gives something with `_repr_html_`
         label: str = 'Train this point',  # On the button
     ):
-        self.explorer, self.act, self.label, self.widget = explorer, act, label, None
+        self.explorer = explorer
+        self.act = act
+        self.label = label
+        self.widget = None
 
     def press(self):  # What `act` gives
         "Do it."
@@ -239,7 +247,8 @@ class TrainButton:
         }
 
     def _made(self, W):
-        button, out = W.Button(description=self.label), W.HTML()
+        button = W.Button(description=self.label)
+        out = W.HTML()
 
         def pressed(_):
             out.value = 'training ...'

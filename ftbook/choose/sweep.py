@@ -102,10 +102,8 @@ def load_sweep(
     path = shipped('sweep.parquet') if path is None else Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            (
-                f"there is no sweep {path}; nbs/bench/sweep_worker.py writes one, and without a path the shipped "
-                "one is read"
-            )
+            f"there is no sweep {path}; nbs/bench/sweep_worker.py writes one, and without a path the shipped "
+            "one is read"
         )
     try:
         found = pq.read_table(pa.BufferReader(path.read_bytes()))
@@ -113,10 +111,8 @@ def load_sweep(
         raise ValueError(f"{path} is not Parquet ({e}): write it again with `python sweep_worker.py parquet`") from e
     if lacking := [c for c in COLUMNS if c not in found.column_names]:
         raise ValueError(
-            (
-                f"{path} lacks the column{'s' * (len(lacking) > 1)} {', '.join(lacking)}: write it again with "
-                "`python sweep_worker.py parquet`"
-            )
+            f"{path} lacks the column{'s' * (len(lacking) > 1)} {', '.join(lacking)}: write it again with "
+            "`python sweep_worker.py parquet`"
         )
     about = json.loads((found.schema.metadata or {}).get(b'ftbook', b'{}'))
     return Sweep([_completed(r, about.get('rows', {})) for r in found.to_pylist()], about)
@@ -124,6 +120,9 @@ def load_sweep(
 
 def _completed(r, rows):
     "A run with its memory in GiB, and its accuracy over validation and test rows together."
-    a, b, n, m = r['accuracy'], r.get('valid_accuracy'), rows.get('test', 1), rows.get('valid', 0)
+    a = r['accuracy']
+    b = r.get('valid_accuracy')
+    n = rows.get('test', 1)
+    m = rows.get('valid', 0)
     right = a if a is None or b is None else (n * a + m * b) / (n + m)
     return r | dict(accuracy=right, test_accuracy=a, gib=r['peak_bytes'] and r['peak_bytes'] / GIB)

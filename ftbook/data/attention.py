@@ -38,7 +38,9 @@ def gpu_attention(
     "PyTorch's attention, so that a GPU keeps no scores: heads get keys of their own where they cannot share them."
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not _takes_flash(query, mask):
-        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+        key = key.repeat_interleave(groups, 1)
+        value = value.repeat_interleave(groups, 1)
+        groups = 1
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
     )

@@ -45,7 +45,8 @@ def _draft(row, tokenizer, loss_on, index):
         return _chat(messages, tokenizer, _where(index), generate, row.get('tools')), False
 
     messages = [*prompt, *completion]
-    whole, first = piece(messages), {'completion': len(prompt), 'assistant': 0, 'all': len(messages)}[loss_on]
+    whole = piece(messages)
+    first = {'completion': len(prompt), 'assistant': 0, 'all': len(messages)}[loss_on]
     spoken = [k for k in range(first, len(messages)) if messages[k]['role'] == 'assistant']
     turns = [
         (piece(messages[:k], generate=True), whole if k == len(messages) - 1 else piece(messages[: k + 1]))
@@ -74,7 +75,8 @@ def _finish(draft, ids, tokenizer, special, max_length, loss_on):
 
 # %% ../../nbs/inside/encoding.ipynb #4e2fb56b
 def _cut(example, max_length, tokenizer, where):
-    n, limit = len(example), max_length or tokenizer.model_max_length
+    n = len(example)
+    limit = max_length or tokenizer.model_max_length
     if n > limit and max_length is None:
         raise ValueError(
             f"{where} has {n} tokens, the model's limit is {limit}: give `max_length={limit}` to cut what is longer"
@@ -134,7 +136,8 @@ class Encoded(list):
         n_without_end: int = 0,  # Examples whose last target is no special token: they do not teach the model to stop
     ):
         super().__init__(examples)
-        self.refused, self.n_without_end = list(refused), n_without_end
+        self.refused = list(refused)
+        self.n_without_end = n_without_end
 
     def report(self) -> dict:  # Rows and tokens by what became of them
         "Count what was encoded, cut and refused."

@@ -43,10 +43,8 @@ def prompt_ids(
         return list(tokenizer(row)['input_ids'])
     prompt, tools = row, None
     if isinstance(row, dict):
-        prompt, tools = (
-            row['prompt'] if 'prompt' in row else row_parts(row)[0],
-            row.get('tools'),
-        )
+        prompt = row['prompt'] if 'prompt' in row else row_parts(row)[0]
+        tools = row.get('tools')
     elif row and row[-1]['role'] == 'assistant':
         prompt = row[:-1]
     if isinstance(prompt, str):

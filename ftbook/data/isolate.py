@@ -22,7 +22,9 @@ def attend(
     scale: float | None = None,  # Multiplies the scores; None: 1/sqrt(d)
 ) -> Tensor:  # (1, n_heads, L, d)
     "Causal attention within one example."
-    n, past, dtype = query.shape[2], key.shape[2] - query.shape[2], query.dtype
+    n = query.shape[2]
+    past = key.shape[2] - query.shape[2]
+    dtype = query.dtype
     mask = (
         torch.ones(n, past + n, dtype=torch.bool, device=query.device).tril(past) if past or n > (window or n) else None
     )
@@ -31,7 +33,9 @@ def attend(
     if runs_on(query) != 'cpu':
         return gpu_attention(query, key, value, mask, dropout, scale).to(dtype)
     if dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()
+        query = query.float()
+        key = key.float()
+        value = value.float()
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -77,10 +81,8 @@ def _attention(
         )
     if len(query) != 1 or sum(lengths) != query.shape[2]:
         raise ValueError(
-            (
-                f"a pack is one row: the examples have {sum(lengths)} tokens, the batch is "
-                f"{query.shape[0]} x {query.shape[2]}"
-            )
+            f"a pack is one row: the examples have {sum(lengths)} tokens, the batch is "
+            f"{query.shape[0]} x {query.shape[2]}"
         )
     queries, keys, values = (t.split(lengths, 2) for t in (query, key, value))
     if prefix:
@@ -128,10 +130,7 @@ def isolate_(
 
     if not _takes_attention(model):
         raise ValueError(
-            (
-                f"{type(model).__name__} does not take attention functions from outside: "
-                "use padded batches (`pad`) with it"
-            )
+            f"{type(model).__name__} does not take attention functions from outside: use padded batches (`pad`) with it"
         )
     AttentionInterface.register('ftbook_isolated', _attention)
     AttentionMaskInterface.register('ftbook_isolated', _mask)

@@ -79,8 +79,10 @@ def _fault(model, alone, batches, here):
     if not usable.any():
         return "its logits are no finite numbers"
     want, first, second = (t.float()[usable] for t in (alone, first, second))
-    scale, epsilon = want.abs().max().item(), _epsilon(model, alone)
-    moved, off = _distance(first, second), _distance(first, want)
+    scale = want.abs().max().item()
+    epsilon = _epsilon(model, alone)
+    moved = _distance(first, second)
+    off = _distance(first, want)
     if not moved <= 16 * epsilon * scale:
         return f"a row reads its neighbour: its logits move by {moved:.1g} of {scale:.1g}"
     if reach is not None and reach != 0:

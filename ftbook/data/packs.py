@@ -49,7 +49,8 @@ def length_batches(
     "Shuffled batches of examples of like length."
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-    rng, order = random.Random(f'{seed} {epoch}'), list(range(len(examples)))
+    rng = random.Random(f'{seed} {epoch}')
+    order = list(range(len(examples)))
     rng.shuffle(order)
     step = batch_size * window
     near = [
@@ -94,7 +95,8 @@ class Batch:
         if self.prefix:
             return given | dict(prefix=self.prefix)
         ends = F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))
-        ends, longest = ends.to(self.input_ids.device, torch.int32), max(self.lengths)
+        ends = ends.to(self.input_ids.device, torch.int32)
+        longest = max(self.lengths)
         given |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
         return given | dict(max_length_q=longest, max_length_k=longest)
 
@@ -111,10 +113,8 @@ def pack(
     for e in examples:
         if max_tokens is not None and len(e) > max_tokens:
             raise ValueError(
-                (
-                    f"row {e.index} has {len(e)} tokens, more than a pack of {max_tokens}: "
-                    f"raise max_tokens, or cut with `encode(..., max_length={max_tokens})`"
-                )
+                f"row {e.index} has {len(e)} tokens, more than a pack of {max_tokens}: "
+                f"raise max_tokens, or cut with `encode(..., max_length={max_tokens})`"
             )
         if not packs or (max_tokens is not None and len(e) > room):
             packs.append([])

@@ -39,10 +39,8 @@ def _text(path):
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(
-            (
-                f"{path}:{line(e.start)}: byte {data[e.start]:#04x} is not UTF-8; open the file in its own "
-                "encoding and save it as UTF-8"
-            )
+            f"{path}:{line(e.start)}: byte {data[e.start]:#04x} is not UTF-8; open the file in its own "
+            "encoding and save it as UTF-8"
         ) from e
     if b'\0' in data:
         raise ValueError(f"{path}:{line(data.index(0))}: a NUL character; the file is damaged, or no text")

@@ -157,7 +157,9 @@ def cross_validate(
     on_step=None,  # As in `tune_`
 ) -> Checked:  # Scores of every row from models that never saw it
     "Ask, on rows that were held out, whether tuning helps."
-    start, kept, y = tuning.start(body), _kept(body, tuning), shots.targets
+    start = tuning.start(body)
+    kept = _kept(body, tuning)
+    y = shots.targets
     folds = torch.tensor(deal_folds(y.argmax(1).numpy(), n_folds, tuning.seed))
     scores = {w: torch.zeros_like(y) for w in ('frozen', 'tuned')}
     frozen = _vectors(body, rows, start)
@@ -166,7 +168,8 @@ def cross_validate(
         return fit_head(vectors[fit], y[fit], head, shots.exclusive, balanced=balanced).scores(vectors[held])
 
     for f in range(n_folds):
-        fit, held = (folds != f).nonzero()[:, 0].tolist(), (folds == f).nonzero()[:, 0].tolist()
+        fit = (folds != f).nonzero()[:, 0].tolist()
+        held = (folds == f).nonzero()[:, 0].tolist()
         scores['frozen'][held] = judge(frozen, fit, held)
         try:
             tune_(body, [rows[i] for i in fit], y[fit], tuning, on_step)

@@ -52,9 +52,14 @@ class FewShotClassifier:
             raise ValueError(f"tuning must be 'auto', None or a Tuning, not {tuning!r}")
         self.given = encoder, device, dtype
         self.body = load_body(*self.given)
-        self.source, self.kind, self.tuning, self.seed = str(encoder), head, tuning, seed
+        self.source = str(encoder)
+        self.kind = head
+        self.tuning = tuning
+        self.seed = seed
         self.head = self.classes = self.chosen = self.checked = None
-        self.losses, self.tuned, self.calibrated = [], False, False
+        self.losses = []
+        self.tuned = False
+        self.calibrated = False
 
     def __repr__(self) -> str:
         "The encoder, the head and the classes."
@@ -92,13 +97,18 @@ def fit(
 ) -> FewShotClassifier:  # Itself
     "Learn from a few labelled texts, beginning with the encoder as it came."
     if self.tuned:
-        self.body, self.tuned = load_body(*self.given), False
-    self.head, self.checked, self.losses = None, None, []
+        self.body = load_body(*self.given)
+        self.tuned = False
+    self.head = None
+    self.checked = None
+    self.losses = []
     with warnings.catch_warnings():
         if descriptions:
             warnings.filterwarnings('ignore', message='.*classes have')
         shots = _with_descriptions(make_shots(texts, labels, classes, same_labels), descriptions)
-    self.classes, self.exclusive, self.balanced = shots.classes, shots.exclusive, bool(descriptions)
+    self.classes = shots.classes
+    self.exclusive = shots.exclusive
+    self.balanced = bool(descriptions)
     ids = self._read(shots.texts)
     self.chosen = self.tuning
     if self.tuning == 'auto':
@@ -220,7 +230,8 @@ def evaluate(
     labels: Sequence,  # Their labels, all of them among the classes
 ) -> Evaluation:  # ValueError for a label that was not learnt
     "Test the classifier."
-    texts, labels = check_texts(texts, empty=True), list(labels)
+    texts = check_texts(texts, empty=True)
+    labels = list(labels)
     if len(texts) != len(labels) or not texts:
         raise ValueError(f'{len(texts)} texts and {len(labels)} labels')
     if not self.exclusive:

@@ -35,7 +35,8 @@ def _pooling(source):
         except (OSError, TypeError):
             return None  # a plain encoder has no such file
 
-    modules, config = read('modules.json'), read('1_Pooling/config.json') or {}
+    modules = read('modules.json')
+    config = read('1_Pooling/config.json') or {}
     mode = config.get('pooling_mode') or next(
         (k.split('_')[2] for k, on in config.items() if k.startswith('pooling_mode_') and on is True), 'mean'
     )
@@ -65,11 +66,16 @@ class Body:
         normalise: bool = True,  # Bring vectors to length 1?
         dtype: torch.dtype = None,  # Of the products; None asks `probe_device`
     ):
-        self.encoder, self.tokenizer, self.pooling, self.normalise = encoder, tokenizer, pooling, normalise
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.normalise = normalise
         self.dtype = dtype or probe_device(encoder.device.type).dtype
         one = tokenizer('a', return_special_tokens_mask=True)
-        ids, special = one['input_ids'], one['special_tokens_mask']
-        first, last = special.index(0), len(ids) - special[::-1].index(0)
+        ids = one['input_ids']
+        special = one['special_tokens_mask']
+        first = special.index(0)
+        last = len(ids) - special[::-1].index(0)
         self.ends = ids[:first], ids[last:]  # such as [CLS] and [SEP]
 
     @contextmanager

@@ -45,7 +45,8 @@ def f1(self: Evaluation) -> float:  # Every class counts the same
     "The mean of the classes' F1."
     if self.exclusive:
         return macro_f1(self.targets.argmax(1), self.probabilities.argmax(1), len(self.classes))
-    hit, both = (self.said * self.targets).sum(0), self.said.sum(0) + self.targets.sum(0)
+    hit = (self.said * self.targets).sum(0)
+    both = self.said.sum(0) + self.targets.sum(0)
     return float((2 * hit / np.maximum(both, 1)).mean())
 
 
@@ -101,7 +102,8 @@ def draw_confusion(
     most: int = 12,  # With more classes, only the pairs most often confused
 ) -> Picture:  # A table
     "Draw what was taken for what."
-    m, names = evaluation.confusion, list(map(str, evaluation.classes))
+    m = evaluation.confusion
+    names = list(map(str, evaluation.classes))
     if len(names) <= most:
         return table(
             [{'true class': c, **{f'said {n}': int(v) for n, v in zip(names, line)}} for c, line in zip(names, m)]

@@ -51,7 +51,8 @@ def _read_head(folder, facts):
             f'{folder}/head.safetensors is no safetensors file ({e}); a head in another form, such as a '
             'pickle, is not opened'
         ) from e
-    n, wanted = len(tensors['bias']), len(facts['classes'])
+    n = len(tensors['bias'])
+    wanted = len(facts['classes'])
     if tensors['bias'].shape != (wanted,):
         raise ValueError(f'{folder}: the head has {n} classes, fewshot.json {wanted}')
     return Head(tensors['weight'], tensors['bias'], facts['exclusive'], facts['temperature'])
@@ -59,8 +60,12 @@ def _read_head(folder, facts):
 # %% ../../nbs/inside/exchange.ipynb #cd9d3818
 def _assembled(folder, head, facts, device, dtype):
     model = FewShotClassifier(folder, head=facts['head'], device=device, dtype=dtype)
-    model.head, model.classes, model.exclusive = head, facts['classes'], facts['exclusive']
-    model.tuned, model.calibrated, model.source = facts['tuned'], facts['calibrated'], facts['source']
+    model.head = head
+    model.classes = facts['classes']
+    model.exclusive = facts['exclusive']
+    model.tuned = facts['tuned']
+    model.calibrated = facts['calibrated']
+    model.source = facts['source']
     return model
 
 # %% ../../nbs/inside/exchange.ipynb #cd9d3819
@@ -86,8 +91,11 @@ def _as_logistic(head, classes):
     if len(classes) == 2:
         w, b = w[1:] - w[:1], b[1:] - b[:1]
     out = LogisticRegression()
-    out.classes_, out.coef_, out.intercept_ = np.array(classes), w, b
-    out.n_features_in_, out.n_iter_ = w.shape[1], np.array([1])
+    out.classes_ = np.array(classes)
+    out.coef_ = w
+    out.intercept_ = b
+    out.n_features_in_ = w.shape[1]
+    out.n_iter_ = np.array([1])
     return out
 
 # %% ../../nbs/inside/exchange.ipynb #1058da99
@@ -132,9 +140,12 @@ def _from_sklearn(fitted, labels):
         return _head(w, b, False), labels or list(range(len(w)))
     if not hasattr(fitted, 'coef_'):
         raise ValueError(f'the head is a {type(fitted).__name__}, of which only linear ones can be read')
-    w, b, classes = fitted.coef_, fitted.intercept_, fitted.classes_.tolist()
+    w = fitted.coef_
+    b = fitted.intercept_
+    classes = fitted.classes_.tolist()
     if len(w) == 1:
-        w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2
+        w = np.concatenate([-w, w]) / 2
+        b = np.concatenate([-b, b]) / 2
     if labels and all(isinstance(c, int) for c in classes):
         classes = [labels[c] for c in classes]
     return _head(w, b, True), classes
@@ -157,10 +168,8 @@ def load_setfit(
         raise ValueError(f'{folder} has no model_head.pkl: SetFit did not write it')
     if not trust_pickle:
         raise ValueError(
-            (
-                f'{folder}/model_head.pkl is a pickle, which can run code when it is opened. If you trust whoever '
-                'made it, say trust_pickle=True'
-            )
+            f'{folder}/model_head.pkl is a pickle, which can run code when it is opened. If you trust whoever '
+            'made it, say trust_pickle=True'
         )
     from sklearn.utils.parallel import joblib
 

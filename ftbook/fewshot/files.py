@@ -34,7 +34,8 @@ def save_body(
     folder: str | Path,  # Made if it is not there
 ):
     "Write an encoder as sentence-transformers reads it."
-    folder, d = Path(folder), body.encoder.config.hidden_size
+    folder = Path(folder)
+    d = body.encoder.config.hidden_size
     with _quiet():
         body.encoder.save_pretrained(folder)
     body.tokenizer.save_pretrained(folder)

@@ -21,7 +21,8 @@ def count_pairs(
     batch_size: int = 16,  # Pairs in a step of SetFit
 ) -> dict[str, int]:  # Pairs of one class, pairs of two, and what an epoch of SetFit's defaults makes of them
     "Count the pairs of sentences, without writing one down."
-    n, alike = sum(counts), sum(c * (c - 1) // 2 for c in counts)
+    n = sum(counts)
+    alike = sum(c * (c - 1) // 2 for c in counts)
     apart = n * (n - 1) // 2 - alike
     epoch = 2 * max(alike + n, apart)
     return dict(

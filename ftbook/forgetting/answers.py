@@ -37,7 +37,9 @@ def write_ids(
     batch_size: int = 12,  # Rows at a time
 ) -> list[list[int]]:  # Token ids of each answer; the last is the end token where the model stopped by itself
     "Let the model write, always the likeliest token."
-    answers, end, device = [], tokenizer.eos_token_id, model.device
+    answers = []
+    end = tokenizer.eos_token_id
+    device = model.device
     for at in range(0, len(prompts), batch_size):
         some = prompts[at : at + batch_size]
         longest = max(map(len, some))

@@ -53,7 +53,9 @@ class _Reader:
     "A model that has read how all prompts begin."
 
     def __init__(self, model, prefix):
-        self.model, self.linear, self.past = model, has_linear_head(model), None
+        self.model = model
+        self.linear = has_linear_head(model)
+        self.past = None
         if len(prefix) < 8:
             return
         out = model(torch.tensor([prefix], device=model.device), use_cache=True, logits_to_keep=1)
@@ -69,7 +71,8 @@ class _Reader:
 
     def states(self, rows):
         "Final hidden states of `rows` (lists of ids), (B, T, d); logits where the head is more than a matrix."
-        longest, kwargs = max(map(len, rows)), dict(use_cache=False)
+        longest = max(map(len, rows))
+        kwargs = dict(use_cache=False)
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.device)
         if self.past is not None:
             kwargs = {'use_cache': True, self.name: copy.deepcopy(self.past)}
@@ -109,7 +112,8 @@ def choice_scores(
     known = 0 if reader.past is None else reader.past.get_seq_length()
     stems = {tuple(c[:-1]): [k for k, d in enumerate(choices) if d[:-1] == c[:-1]] for c in choices}
     jobs = [(i, list(stem), ks) for i in range(len(prompts)) for stem, ks in stems.items()]
-    inputs, scores = [prompts[i][known:] + stem for i, stem, _ in jobs], torch.zeros(len(prompts), len(choices))
+    inputs = [prompts[i][known:] + stem for i, stem, _ in jobs]
+    scores = torch.zeros(len(prompts), len(choices))
     for group in tqdm(
         _like_length(list(map(len, inputs)), max_tokens), disable=not progress, desc='judge', leave=False
     ):
@@ -146,10 +150,8 @@ def make_task(
     answers = sorted(set(said))
     if not 2 <= len(answers) <= 50:
         raise ValueError(
-            (
-                f"task {name!r} has {len(answers)} different answers in {len(rows)} rows: a choice takes 2 to 50. "
-                "Give rows of a classification, or measure the text by its loss (`texts`)"
-            )
+            f"task {name!r} has {len(answers)} different answers in {len(rows)} rows: a choice takes 2 to 50. "
+            "Give rows of a classification, or measure the text by its loss (`texts`)"
         )
     return Task(
         name,

@@ -98,8 +98,6 @@ def draw_divergence(
         for i, s in zip(example.input_ids, shades)
     )
     return Picture(
-        (
-            '<div role="figure" aria-label="text tinted by divergence" '
-            f'style="max-width:46rem;line-height:1.7;white-space:pre-wrap">{tokens}</div>'
-        )
+        '<div role="figure" aria-label="text tinted by divergence" '
+        f'style="max-width:46rem;line-height:1.7;white-space:pre-wrap">{tokens}</div>'
     )

@@ -34,10 +34,8 @@ def harness_tasks(
     for t in found:
         if not _metric(t):
             raise ValueError(
-                (
-                    f"the harness's task {t.config.task} has no answers that are right or wrong, but "
-                    f"{', '.join(t.aggregation())}: take one with acc or exact_match"
-                )
+                f"the harness's task {t.config.task} has no answers that are right or wrong, but "
+                f"{', '.join(t.aggregation())}: take one with acc or exact_match"
             )
     return found
 

@@ -42,13 +42,11 @@ class StopForgetting:
         limit: float = 0.05,  # Nats per token
         every: int = 10,  # Steps between two looks
     ):
-        self.examples, self.limit, self.every, self.before, self.seen = (
-            examples,
-            limit,
-            every,
-            evaluate(model, examples).loss,
-            [],
-        )
+        self.examples = examples
+        self.limit = limit
+        self.every = every
+        self.before = evaluate(model, examples).loss
+        self.seen = []
 
     def __call__(
         self,

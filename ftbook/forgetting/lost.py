@@ -40,10 +40,8 @@ def forgetting_texts(
     ]
     if len(texts) < 2:
         raise ValueError(
-            (
-                f"{name} has {len(texts)} texts of four words or more in a field 'text' "
-                "that were not trained on; it takes two"
-            )
+            f"{name} has {len(texts)} texts of four words or more in a field 'text' "
+            "that were not trained on; it takes two"
         )
     random.Random(seed).shuffle(texts)
     return texts[:n]
@@ -68,7 +66,8 @@ def paired_bootstrap(
     seed: int = 0,  # Of the draws
 ) -> tuple[float, float, float]:  # (change, low, high), 95 %
     "The mean change from `before` to `after`, and its interval."
-    d, n = np.subtract(after, before, dtype=float), len(before)
+    d = np.subtract(after, before, dtype=float)
+    n = len(before)
     w = np.ones(n) if weights is None else np.asarray(weights, float)
     # (draws, rows): how often each row was drawn
     times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws)

@@ -75,7 +75,8 @@ def fisher(
         raise ValueError("there is no row to take the Fisher information over")
     if answers not in ('model', 'data'):
         raise ValueError(f"answers must be 'model' or 'data', not {answers!r}")
-    rng, training = torch.Generator().manual_seed(seed), model.training
+    rng = torch.Generator().manual_seed(seed)
+    training = model.training
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in trained.items()}
     with isolated(model) as packs:
@@ -117,8 +118,11 @@ class Distill:
     ):
         if not examples:
             raise ValueError("there is no text to distil on")
-        self.examples, self.known = list(examples), remember(model, examples, top)
-        self.strength, self.batch_size, self.seed = strength, batch_size, seed
+        self.examples = list(examples)
+        self.known = remember(model, examples, top)
+        self.strength = strength
+        self.batch_size = batch_size
+        self.seed = seed
 
     def __call__(
         self,
@@ -149,7 +153,8 @@ def replay(
     "New rows with a share of old ones."
     if not 0 <= share < 1:
         raise ValueError(f"share must be at least 0 and below 1, not {share}")
-    n, rng = round(share / (1 - share) * len(new)), random.Random(seed)
+    n = round(share / (1 - share) * len(new))
+    rng = random.Random(seed)
     if n and not old:
         raise ValueError("there is no old row to replay")
     return (
@@ -183,12 +188,11 @@ class Interpolation:
         }
         if before is None and not factors:
             raise ValueError(
-                (
-                    "the base's weights are needed: `before=trained_weights(model)`, taken "
-                    "before the training"
-                )
+                "the base's weights are needed: `before=trained_weights(model)`, taken "
+                "before the training"
             )
-        self.model, self.before = model, before if before is not None else factors
+        self.model = model
+        self.before = before if before is not None else factors
         self.after = {
             n: p.detach().clone() for n, p in model.named_parameters() if n in self.before
         }

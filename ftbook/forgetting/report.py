@@ -89,7 +89,8 @@ def compare_batteries(
     }
     tasks = {k: (sum(before['tasks'][k]), sum(v), len(v)) for k, v in after['tasks'].items()}
     right = [sum((list(map(float, t)) for t in m['tasks'].values()), []) for m in (before, after)]
-    said, end = [(m['answers'] or [[]]) for m in (before, after)], tokenizer.eos_token_id
+    said = [(m['answers'] or [[]]) for m in (before, after)]
+    end = tokenizer.eos_token_id
     ended = tuple(sum(a[-1:] == [end] for a in some) for some in said)
     apart = after.get('divergence')
     return ForgettingReport(
@@ -143,14 +144,13 @@ def forgetting_report(
 # %% ../../nbs/inside/forgetting_report.ipynb #22dce8da
 def _same_tokenizer(folder, battery):
     "Refuse a model whose ids mean something else."
-    theirs, ours = load_tokenizer(str(folder)).get_vocab(), battery.tokenizer.get_vocab()
+    theirs = load_tokenizer(str(folder)).get_vocab()
+    ours = battery.tokenizer.get_vocab()
     other = next((t for t, i in ours.items() if theirs.get(t) != i), None)
     if other is not None:
         raise ValueError(
-            (
-                f"{folder}: its tokenizer has {other!r} as {theirs.get(other)}, the battery's as {ours[other]}; "
-                "losses per token can only be compared between models with one tokenizer"
-            )
+            f"{folder}: its tokenizer has {other!r} as {theirs.get(other)}, the battery's as {ours[other]}; "
+            "losses per token can only be compared between models with one tokenizer"
         )
 
 # %% ../../nbs/inside/forgetting_report.ipynb #00e93104
@@ -159,10 +159,8 @@ def _reported(before, after, then, battery, seed, progress):
     sizes = [n_tokens(m) for m in (before, after)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            (
-                f"before has {sizes[0]:,} tokens and after {sizes[1]:,}: losses per token can only be compared "
-                "between models with one tokenizer"
-            )
+            f"before has {sizes[0]:,} tokens and after {sizes[1]:,}: losses per token can only be compared "
+            "between models with one tokenizer"
         )
     now = measure_battery(after, battery, then, progress)
     return compare_batteries(then, now, battery.tokenizer, moved(after, dict(before.named_parameters())), seed)
@@ -190,10 +188,8 @@ def battery_words(
         before, after, n = (sum(t[k] for t in facts['tasks'].values()) for k in range(3))
         change, low, high = (100 * v for v in facts['accuracy'])
         said.append(
-            (
-                f"Of {n} questions that have nothing to do with the task it got {before} right before and {after} "
-                f"after: {signed(change, 1)} points, 95% interval {signed(low, 1)} to {signed(high, 1)}."
-            )
+            f"Of {n} questions that have nothing to do with the task it got {before} right before and {after} "
+            f"after: {signed(change, 1)} points, 95% interval {signed(low, 1)} to {signed(high, 1)}."
         )
     if facts['stopped']:
         words = [int(np.median([len(a[k].split()) for a in facts['answers']])) for k in (1, 2)]
@@ -213,10 +209,8 @@ def battery_words(
     if facts['moved']:
         far = max(facts['moved'], key=lambda m: m['share'])
         said.append(
-            (
-                f"{len(facts['moved'])} matrices moved, {far['name']} furthest: by {far['share']:.1%} of its norm, "
-                f"in about {far['rank']:.1f} directions."
-            )
+            f"{len(facts['moved'])} matrices moved, {far['name']} furthest: by {far['share']:.1%} of its norm, "
+            f"in about {far['rank']:.1f} directions."
         )
     return said
 

@@ -92,7 +92,8 @@ def _note_weights(tracker, model, adapted):
     In a quantised layer the codes are its largest integers, and the rest are constants.
     """
     for m in model.modules():
-        own, codes = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None], _codes_of(m)
+        own = [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        codes = _codes_of(m)
         for t in own:
             if t is codes:
                 label = 'weights, quantised'
@@ -233,7 +234,9 @@ def account(
     held, total = [], 0
     for c in change:
         held.append(total := total + c)
-    owners, vocab, found = dict(model.named_modules()), getattr(model.config, 'vocab_size', 0), {}
+    owners = dict(model.named_modules())
+    vocab = getattr(model.config, 'vocab_size', 0)
+    found = {}
     for part, spans in _spans(tracker.parts).items():
         at = max((i for t, u in spans for i in range(t, u + 1)), key=held.__getitem__)
         found[part] = Counter()

@@ -115,7 +115,8 @@ def advise(
             cost=cost,
         )
 
-    found, fields = [line('as asked', '', now)], Setting.__dataclass_fields__
+    found = [line('as asked', '', now)]
+    fields = Setting.__dataclass_fields__
     for change, new, cost in _changes(
         Setting(**{k: v for k, v in settings.items() if k in fields}), method, quantize, offered or {}
     ):
@@ -160,10 +161,8 @@ def plan_report(
     **settings,  # More for `plan`
 ) -> tuple[str, str]:  # A text table; an SVG document
     "A plan for people: what it holds, where it fits, what to change."
-    p, quick = (
-        plan(model, method, **settings),
-        {k: v for k, v in settings.items() if k not in ('sharding', 'n_devices')},
-    )
+    p = plan(model, method, **settings)
+    quick = {k: v for k, v in settings.items() if k not in ('sharding', 'n_devices')}
     lines = [f'{k:<34}{v / GIB:>9.2f} GiB' for k, v in _sorted(p.items) if v >= 1e-3 * p.peak]
     lines += [
         f'{"peak":<34}{p.peak / GIB:>9.2f} GiB  in {p.when}',

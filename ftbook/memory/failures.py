@@ -32,7 +32,8 @@ def held_items(
     model: nn.Module,  # In training
 ) -> dict[str, int]:  # Bytes of its weights, their gradients, and the states of its optimizers
     "What a model holds beside activations."
-    params, own = list(model.parameters()), {id(p) for p in model.parameters()}
+    params = list(model.parameters())
+    own = {id(p) for p in model.parameters()}
     optimizers = [
         o
         for o in gc.get_objects()

@@ -21,7 +21,8 @@ _tints = (
 
 def _bar(name, row, top, y, tints):
     "One plan: its name and its items."
-    at, drawn = 0.0, f'<text x="0" y="{y + 12}">{escape(name)}: {sum(row.values()):.1f} GiB</text>'
+    at = 0.0
+    drawn = f'<text x="0" y="{y + 12}">{escape(name)}: {sum(row.values()):.1f} GiB</text>'
     for item, gib in row.items():
         drawn += (
             f'<rect x="{at / top:.2%}" y="{y + 18}" width="{gib / top:.2%}" height="20" '

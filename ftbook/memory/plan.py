@@ -93,7 +93,8 @@ def _goes_on(config):
 
 def _depth(config):
     "How many layers there are to draw a line through; 0 where the model has to be run whole."
-    n, kinds = getattr(config, 'num_hidden_layers', 0), set(getattr(config, 'layer_types', None) or ())
+    n = getattr(config, 'num_hidden_layers', 0)
+    kinds = set(getattr(config, 'layer_types', None) or ())
     if n <= max(DEPTHS) + 2 or len(kinds) > 1 or getattr(config, 'is_encoder_decoder', False):
         return 0
     return n if _goes_on(config) else 0
@@ -229,10 +230,13 @@ def _account_of(source, s, dtype, method, quantize):
     "(name, accounts by part, largest layer in bytes)."
     how = dtype, method, quantize, s.attention
     if isinstance(source, nn.Module):
-        name, n, ghosts = type(source).__name__, 0, [_made(source, *how)]
+        name = type(source).__name__
+        n = 0
+        ghosts = [_made(source, *how)]
     else:
         config = read_config(source)
-        name, n = source if isinstance(source, str) else config.model_type, _depth(config)
+        name = source if isinstance(source, str) else config.model_type
+        n = _depth(config)
         ghosts = _shallow(config, *how) if n else [_made(config, *how)]
     found = [account(*trace(g, s)) for g in ghosts]
     layers = [m for g in ghosts[:1] for l in g.modules() if isinstance(l, nn.ModuleList) for m in l]
@@ -320,8 +324,10 @@ def plan(
     **setting,  # Fields of `Setting`
 ) -> Plan:  # ValueError says what to change
     "Everything a training step would hold at its fullest moment."
-    s, sharding = _checked(Setting(**setting)), sharding and as_sharding(sharding)
-    method, quantize = as_method(method), as_quantizer(quantize)
+    s = _checked(Setting(**setting))
+    sharding = sharding and as_sharding(sharding)
+    method = as_method(method)
+    quantize = as_quantizer(quantize)
     if dtype is None and not isinstance(model, nn.Module) and s.device == 'cuda' and (method or quantize):
         dtype = 'bfloat16'
     name, parts, layer = _accounts(model, s, dtype and as_dtype(dtype), method, quantize)

@@ -42,16 +42,14 @@ class Tracker(TorchDispatchMode):
         device: str = 'cpu',  # Where the step would run
     ):
         super().__init__()
-        self.n_targets, self.device, self.blocks, self.known, self.parts, self.stack, self.seen, self.time = (
-            n_targets,
-            device,
-            [],
-            {},
-            [],
-            [],
-            {},
-            0,
-        )
+        self.n_targets = n_targets
+        self.device = device
+        self.blocks = []
+        self.known = {}
+        self.parts = []
+        self.stack = []
+        self.seen = {}
+        self.time = 0
 
     def enter(
         self,
@@ -97,14 +95,16 @@ def bury(
     self.known.pop(key).died = self.time
 
 # %% ../../nbs/inside/trace.ipynb #e240c6b9
-_silent, _answers = ('_fused_adamw_', '_fused_adam_', '_fused_sgd_', '_fused_adagrad_'), {'any': 0.0, 'all': 1.0}
+_silent = ('_fused_adamw_', '_fused_adam_', '_fused_sgd_', '_fused_adagrad_')
+_answers = {'any': 0.0, 'all': 1.0}
 _ALIGNED = 16  # Bytes: rows of a grouped product begin at multiples of it
 
 
 def _grouped_product(a, b, offsets=None, bias=None, dtype=None):
     """An empty result of `torch._grouped_mm`: rows side by side if one factor has a matrix for each group, else a
     matrix for each."""
-    dtype, n_groups = dtype or a.dtype, len(offsets if a.dim() == b.dim() == 2 else b if b.dim() == 3 else a)
+    dtype = dtype or a.dtype
+    n_groups = len(offsets if a.dim() == b.dim() == 2 else b if b.dim() == 3 else a)
     shape = (n_groups, a.shape[-2], b.shape[-1]) if a.dim() == b.dim() else (a.shape[-2], b.shape[-1])
     step = _ALIGNED // dtype.itemsize
     row = -(-shape[-1] // step) * step
@@ -177,10 +177,8 @@ def again(
         return out
     lives, before, after, shape, dtype = self.seen[key]
     self.time += before
-    out, where = (
-        torch.empty(shape, dtype=dtype),
-        (self.stack[-1] if self.stack else '', self.parts[-1][1] if self.parts else ''),
-    )
+    out = torch.empty(shape, dtype=dtype)
+    where = (self.stack[-1] if self.stack else '', self.parts[-1][1] if self.parts else '')
     self.blocks += [Block(n, self.time + born, self.time + died, size, *where) for n, born, died, size in lives]
     self.time += after
     return out
@@ -235,7 +233,8 @@ def has_linear_head(
     model: nn.Module,  # A causal language model without numbers
 ) -> bool:  # As the function of that name in `training.objective`
     "Does one product stand behind the base model, and nothing else?"
-    head, listener = model.get_output_embeddings(), _Listener()
+    head = model.get_output_embeddings()
+    listener = _Listener()
     if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
         return False
     handle = model.base_model.register_forward_hook(lambda *o: setattr(listener, 'on', True))

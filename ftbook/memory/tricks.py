@@ -96,9 +96,11 @@ def _attend_rows(q, k, v, rows, size):
     for columns in _tiles(rows.stop, size):
         S = _scores(q, k, rows, columns)
         higher = torch.maximum(top, S.amax(-1, keepdim=True))
-        P, shrink = (S - higher).exp_(), (top - higher).exp()
+        P = (S - higher).exp_()
+        shrink = (top - higher).exp()
         total = total * shrink + P.sum(-1, keepdim=True)
-        out, top = out * shrink + P @ v[..., columns, :], higher
+        out = out * shrink + P @ v[..., columns, :]
+        top = higher
     return out / total, top + total.log()
 
 # %% ../../nbs/16_memory.ipynb #0614be21

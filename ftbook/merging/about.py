@@ -34,13 +34,11 @@ _COPIED = (
 # %% ../../nbs/inside/merge_engine.ipynb #9463f9eb
 def _template(plan):
     "The chat template that the configuration asks for; None where the lead's is kept."
-    asked, read = (
-        plan.config.get('chat_template'),
-        lambda m: (
-            (m.folder / 'chat_template.jinja').read_text(encoding='utf-8')
-            if (m.folder / 'chat_template.jinja').is_file()
-            else _json(m.folder / 'tokenizer_config.json').get('chat_template')
-        ),
+    asked = plan.config.get('chat_template')
+    read = lambda m: (
+        (m.folder / 'chat_template.jinja').read_text(encoding='utf-8')
+        if (m.folder / 'chat_template.jinja').is_file()
+        else _json(m.folder / 'tokenizer_config.json').get('chat_template')
     )
     if not asked:
         return None
@@ -55,7 +53,8 @@ def _template(plan):
 # %% ../../nbs/inside/merge_engine.ipynb #9811f177
 def _write_about(plan, folder, shards):
     "Write all but the weights and the card."
-    source, config = plan.config['tokenizer']['source'], dict(plan.lead.config)
+    source = plan.config['tokenizer']['source']
+    config = dict(plan.lead.config)
     giver = plan.lead.folder if source in (None, 'base', 'union') else find_folder(source)
     for name in _COPIED:
         if (giver / name).is_file():

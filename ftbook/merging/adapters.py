@@ -61,7 +61,8 @@ def merge_adapters(
 
     if rank is not None and rank < 1:
         raise ValueError(f'rank={rank}: it must be at least 1')
-    products, config = [adapter_products(f) for f in adapters], read_adapter_config(next(iter(adapters)))
+    products = [adapter_products(f) for f in adapters]
+    config = read_adapter_config(next(iter(adapters)))
     if len({p[3] for o in products for p in o.values()}) > 1:
         raise ValueError('some of the adapters hold transposed matrices and some do not: they are of different models')
     found, lost = {}, {}

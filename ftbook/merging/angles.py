@@ -54,7 +54,8 @@ def karcher_weights(
     tol: float = 1e-5,  # Lengths and angles below this are zero
 ) -> np.ndarray:  # (k,), of the models
     "Weights with which the models add up to their mean on a sphere."
-    sizes, cos = np.sqrt(np.diag(products)), cosines(products)
+    sizes = np.sqrt(np.diag(products))
+    cos = cosines(products)
     live = sizes > tol
     share, mean = live / max(1, live.sum()), live / max(1, live.sum())  # in units of unit vectors
     length = lambda c: math.sqrt(max(0.0, c @ cos @ c))

@@ -27,10 +27,8 @@ def between(
     "A value between measured neighbours, on the flat triangle that they span."
     sides = []
     for i, x in enumerate(at):
-        low, high = (
-            max((p[i] for p in measured if p[i] <= x), default=None),
-            min((p[i] for p in measured if p[i] >= x), default=None),
-        )
+        low = max((p[i] for p in measured if p[i] <= x), default=None)
+        high = min((p[i] for p in measured if p[i] >= x), default=None)
         if low is None or high is None:
             raise ValueError(f'{tuple(at)} lies outside of what was measured')
         sides.append((low, high, (x - low) / ((high - low) or 1)))

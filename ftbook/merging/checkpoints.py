@@ -83,7 +83,8 @@ def read_header(
 ) -> dict[str, Stored]:  # By name. ValueError for a file that is damaged, and for a type that is not known
     "What a file holds, without reading it."
     with open(file, 'rb') as f:
-        n, total = int.from_bytes(f.read(8), 'little'), file.stat().st_size
+        n = int.from_bytes(f.read(8), 'little')
+        total = file.stat().st_size
         try:
             header = json.loads(f.read(min(n, 10**8)))
         except ValueError:
@@ -93,10 +94,8 @@ def read_header(
     header.pop('__metadata__', None)
     if strange := [k for k, v in header.items() if v['dtype'] not in {**KINDS, **OTHER}]:
         raise ValueError(
-            (
-                f"{file}: {strange[0]} is of type {header[strange[0]]['dtype']}, which cannot be merged: "
-                "dequantise the model first"
-            )
+            f"{file}: {strange[0]} is of type {header[strange[0]]['dtype']}, which cannot be merged: "
+            "dequantise the model first"
         )
     found = {k: Stored(v['dtype'], tuple(v['shape']), file, 8 + n + v['data_offsets'][0]) for k, v in header.items()}
     for k, t in found.items():
@@ -168,16 +167,17 @@ class Checkpoint:
         name: str,  # As the configuration says it
         folder: Path,  # Holds config.json and safetensors
     ):
-        self.name, self.folder, self.files = name, folder, weight_files(folder)
-        self.tensors, self.config = {}, _json(folder / 'config.json')
+        self.name = name
+        self.folder = folder
+        self.files = weight_files(folder)
+        self.tensors = {}
+        self.config = _json(folder / 'config.json')
         for file in self.files:
             found = read_header(file)
             if twice := self.tensors.keys() & found:
                 raise ValueError(
-                    (
-                        f'{folder}: {min(twice)} is in two files, and nothing says which one counts: remove one, '
-                        f'or add {INDEX}'
-                    )
+                    f'{folder}: {min(twice)} is in two files, and nothing says which one counts: remove one, '
+                    f'or add {INDEX}'
                 )
             self.tensors |= found
         self.open = {f: open(f, 'rb', buffering=0) for f in self.files}
@@ -226,14 +226,14 @@ class Adapted(Checkpoint):
     ):
         from ftbook.methods.files import WEIGHTS, read_adapter_config
 
-        self.name, self.folder, self.config, self.open, self.tensors = (
-            name,
-            base.folder,
-            base.config,
-            base.open,
-            base.tensors,
-        )
-        self.files, self.products, self.onto = [*base.files, folder / WEIGHTS], adapter_products(folder), base.name
+        self.name = name
+        self.folder = base.folder
+        self.config = base.config
+        self.open = base.open
+        self.tensors = base.tensors
+        self.files = [*base.files, folder / WEIGHTS]
+        self.products = adapter_products(folder)
+        self.onto = base.name
         self.said = read_adapter_config(folder).get('base_model_name_or_path')
         self.places = {self._place(k, folder): v for k, v in self.products.items()}
 
@@ -246,19 +246,15 @@ class Adapted(Checkpoint):
         ]
         if len(hits) != 1:
             raise ValueError(
-                (
-                    f'{folder}: the adapter changes {module}, which {self.folder} '
-                    f'{"has twice" if hits else "lacks"}: it was made for another base'
-                )
+                f'{folder}: the adapter changes {module}, which {self.folder} '
+                f'{"has twice" if hits else "lacks"}: it was made for another base'
             )
         scaling, a, b, turned = self.products[module]
         shape = (a.shape[1], len(b)) if turned else (len(b), a.shape[1])
         if self.tensors[hits[0]].shape != shape:
             raise ValueError(
-                (
-                    f'{folder}: the change of {module} is {shape}, and {hits[0]} is {self.tensors[hits[0]].shape}: '
-                    'it was made for another base'
-                )
+                f'{folder}: the change of {module} is {shape}, and {hits[0]} is {self.tensors[hits[0]].shape}: '
+                'it was made for another base'
             )
         return hits[0]
 
@@ -291,16 +287,15 @@ def adapter_products(
     from ftbook.methods.lora_method import LoRA
     from ftbook.methods.files import read_adapter_config, read_adapter_tensors
 
-    config, tensors = read_adapter_config(folder), read_adapter_tensors(folder)
+    config = read_adapter_config(folder)
+    tensors = read_adapter_tensors(folder)
     if config['peft_type'] != 'LORA':
         raise ValueError(f"{folder} is of type {config['peft_type']}: only LoRA adapters can be merged")
     method = LoRA.from_peft(config)
     if method.use_dora or (more := [k for k in tensors if not re.search(r'\.lora_[AB]\.weight$', k)]):
         raise ValueError(
-            (
-                f"{folder} has {'DoRA' if method.use_dora else more[0]}, which is more than a product of two "
-                "matrices: merge it into its base first, with `merge_`"
-            )
+            f"{folder} has {'DoRA' if method.use_dora else more[0]}, which is more than a product of two "
+            "matrices: merge it into its base first, with `merge_`"
         )
     names = {k.removeprefix('base_model.model.').rpartition('.lora_')[0] for k in tensors}
     pair = lambda n: (tensors[f'base_model.model.{n}.lora_{o}.weight'].float() for o in 'AB')

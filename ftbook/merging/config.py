@@ -60,10 +60,8 @@ def read_config(
         c = dict(text) if isinstance(text, dict) else yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise ValueError(
-            (
-                f'the configuration is not one YAML document: {e}. Several in one file are a plan for '
-                'mergekit-mega: merge them one after the other'
-            )
+            f'the configuration is not one YAML document: {e}. Several in one file are a plan for '
+            'mergekit-mega: merge them one after the other'
         ) from e
     _check_keys(c, _TOP, 'the configuration')
     c.update(_module(c.pop('modules', None)))
@@ -120,7 +118,8 @@ def _slice(given, base, alone, found):
         )
         if not s.get('model'):
             raise ValueError(f'{s!r} names no model')
-    base, names = given.get('base_model', base), [str(s['model']) for s in given['sources']]
+    base = given.get('base_model', base)
+    names = [str(s['model']) for s in given['sources']]
     if twice := [n for n, k in Counter(names).items() if k > 1]:
         raise ValueError(f'{twice[0]} is listed twice: give it the sum of the weights instead')
     sources = [dict(s, model=str(s['model'])) for s in given['sources']]

@@ -55,7 +55,9 @@ def _fingerprint(plan, shard):
 # %% ../../nbs/inside/merge_engine.ipynb #b10f6343
 def _scratch_folder(plan, out, shard):
     "The folder beside `out`, with what an earlier run of the same merge left in it, or empty; and the files' layout."
-    folder, files, mark = out.parent / f'.{out.name}.merging', lay_out_(plan.jobs, shard), _fingerprint(plan, shard)
+    folder = out.parent / f'.{out.name}.merging'
+    files = lay_out_(plan.jobs, shard)
+    mark = _fingerprint(plan, shard)
     if (folder / _PLANNED).is_file() and (folder / _PLANNED).read_text() == mark:
         return folder, files
     shutil.rmtree(folder, ignore_errors=True)
@@ -95,11 +97,9 @@ def merge(
     progress: bool = False,  # Draw a bar?
 ) -> Merged:  # It prints well. ValueError before anything is written, OSError where the disk is full
     "Merge models into one; interrupted, the same call goes on where it was."
-    start, plan, out = (
-        time.perf_counter(),
-        config if isinstance(config, Plan) else plan_merge(config, seed=seed),
-        Path(out),
-    )
+    start = time.perf_counter()
+    plan = config if isinstance(config, Plan) else plan_merge(config, seed=seed)
+    out = Path(out)
     _check_out(out, plan, overwrite)
     _template(plan)
     try:

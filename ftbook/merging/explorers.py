@@ -78,7 +78,8 @@ def half_matrix(
     title: str,  # Above it
 ) -> Picture:
     "A value for every pair; darker is larger, and a pair without a value is blank."
-    low, high = min(values.values(), default=0), max(values.values(), default=1)
+    low = min(values.values(), default=0)
+    high = max(values.values(), default=1)
     shade = lambda v: 0.1 + 0.6 * (v - low) / max(1e-9, high - low)
     heads = ''.join(
         _words(116 + 62 * i, 14, t)
@@ -208,7 +209,9 @@ class MergeButton:
         explorer,  # Whose point is merged
         made,  # Of (tasks, job, say): the scores by task
     ):
-        self.explorer, self.made, self.shown = explorer, made, 0
+        self.explorer = explorer
+        self.made = made
+        self.shown = 0
 
     def say(
         self,

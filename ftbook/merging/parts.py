@@ -30,9 +30,14 @@ class Parts:
         rows: bool = False,  # Do pieces have to be whole rows?
         spread: Callable = map,  # Like `map`, perhaps on several cores
     ):
-        self.name, self.shape, self.base, self.models, self.spread = name, tuple(shape), base, models, spread
+        self.name = name
+        self.shape = tuple(shape)
+        self.base = base
+        self.models = models
+        self.spread = spread
         self.keys = keys or [str(i) for i in range(len(models))]
-        self.n, self.width = math.prod(shape), shape[-1] if len(shape) > 1 else math.prod(shape)
+        self.n = math.prod(shape)
+        self.width = shape[-1] if len(shape) > 1 else math.prod(shape)
         self.step = max(1, CHUNK // max(1, self.width)) * max(1, self.width) if rows else CHUNK
 
     def read(
@@ -41,7 +46,8 @@ class Parts:
         stop: int,  # One past the last
     ) -> tuple:  # base (n,) or None, models (k, n), float32
         "The entries from `start` to `stop` of every model."
-        base, stack = np.empty(stop - start, np.float32), np.empty((len(self.models), stop - start), np.float32)
+        base = np.empty(stop - start, np.float32)
+        stack = np.empty((len(self.models), stop - start), np.float32)
         if self.base is not None:
             self.base(start, stop, base)
         for fill, out in zip(self.models, stack):
@@ -94,7 +100,8 @@ def crumb_limits(
     at = lambda ranks: kth_largest(
         partial(_magnitudes, parts), parts.n, [min(parts.n, max(1, r)) for r in ranks], parts.each
     )
-    low, high = at([parts.n - c for c in cut]), at([parts.n - c - k + 1 for c, k in zip(cut, kept)])
+    low = at([parts.n - c for c in cut])
+    high = at([parts.n - c - k + 1 for c, k in zip(cut, kept)])
     return [
         (-1.0, math.inf) if d >= 1 else (math.inf, 0.0) if not k else (a, b)
         for d, k, a, b in zip(densities, kept, low, high)

@@ -34,10 +34,8 @@ _HEAD = re.compile(r'(^|\.)(lm_head|embed_out)\.weight$')
 
 def _own_head(source):
     "Does a model's file hold an output head that differs from its embedding?"
-    heads, embeddings = (
-        [k for k in source.tensors if _HEAD.search(k)],
-        [k for k in source.tensors if _has_rows(k) and not _HEAD.search(k)],
-    )
+    heads = [k for k in source.tensors if _HEAD.search(k)]
+    embeddings = [k for k in source.tensors if _has_rows(k) and not _HEAD.search(k)]
     return bool(heads) and not any(
         source.tensors[heads[0]].shape == source.tensors[e].shape and source.raw(heads[0]) == source.raw(e)
         for e in embeddings
@@ -52,10 +50,8 @@ def _tie_(sources):
         return
     if own := [s.name for s in sources if heads & s.tensors.keys() and _own_head(s)]:
         raise ValueError(
-            (
-                f'{own[0]} has an output head of its own, and in another model or in its configuration the head is '
-                'tied to the embedding: the two cannot be merged tensor by tensor'
-            )
+            f'{own[0]} has an output head of its own, and in another model or in its configuration the head is '
+            'tied to the embedding: the two cannot be merged tensor by tensor'
         )
     for s in sources:
         s.tensors = {k: t for k, t in s.tensors.items() if k not in heads}
@@ -67,10 +63,8 @@ def check_fit_together(
 ):
     "Raise ValueError unless the models have the same architecture, tensors and shapes."
     held = lambda s: {k: t for k, t in s.tensors.items() if not (sliced and _LAYER.match(k))}
-    first, few = (
-        sources[0],
-        lambda names: ', '.join(sorted(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else ''),
-    )
+    first = sources[0]
+    few = lambda names: ', '.join(sorted(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
     for s in sources[1:]:
         for key in ('model_type', 'architectures'):
             a, b = first.config.get(key), s.config.get(key)
@@ -199,7 +193,8 @@ class Plan:
         threads: int,  # How many tensors are treated at once
     ) -> int:  # Bytes beside the process itself
         "What the merge holds in memory at its peak."
-        k, widest = len(self.models), max((j.shape[-1] for j in self.jobs if j.shape), default=1)
+        k = len(self.models)
+        widest = max((j.shape[-1] for j in self.jobs if j.shape), default=1)
         largest = max((j.n for j in self.jobs), default=0)
         return threads * 4 * (max(CHUNK, widest * self.recipe.rows) * (4 * k + 4)) + 4 * k * largest // 8
 
@@ -216,7 +211,8 @@ class Plan:
             if len(job.shape) > 1 and len(row) >= job.shape[-1]
             else (len(row),)
         )
-        start, p = time.perf_counter(), SimpleNamespace(**{'thresholds': [0.5] * len(job.models), **vars(job.p)})
+        start = time.perf_counter()
+        p = SimpleNamespace(**{'thresholds': [0.5] * len(job.models), **vars(job.p)})
         _merge_held(
             self.recipe,
             Parts(
@@ -253,10 +249,8 @@ def lengths(
     most: int = 8,  # How many of them
 ) -> list[float]:  # One for each model beside the base, in lengths of the base
     "How long the task vectors are, by a sample."
-    largest, sums = (
-        sorted((j for j in jobs if j.p and j.base and len(j.shape) > 1), key=lambda j: -j.n)[:most],
-        np.ones(1),
-    )
+    largest = sorted((j for j in jobs if j.p and j.base and len(j.shape) > 1), key=lambda j: -j.n)[:most]
+    sums = np.ones(1)
     for p in (j.parts(False) for j in largest):
         for start in np.linspace(0, max(0, p.n - RUN), 4, dtype=int).tolist():
             base, stack = p.read(start, min(p.n, start + RUN))
@@ -291,7 +285,8 @@ def plan_merge(
 ) -> Plan:  # ValueError says what does not fit, before anything is written
     "Read a configuration, open its models, and check that they fit together."
     c = read_config(config)
-    found, sources = RECIPES[c['merge_method']], [o for s in c['slices'] for o in s['sources']]
+    found = RECIPES[c['merge_method']]
+    sources = [o for s in c['slices'] for o in s['sources']]
     names = dict.fromkeys([*([c['base_model']] if c.get('base_model') else []), *(o['model'] for o in sources)])
     models = {n: open_model(n, c.get('base_model')) for n in names}
     lead = models[c.get('base_model') or sources[0]['model']]

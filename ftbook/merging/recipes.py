@@ -275,7 +275,8 @@ for _name, _elected in (('della', True), ('della_linear', False)):
 # %% ../../nbs/inside/merge_methods.ipynb #83a5853f
 def _stock(parts, p):
     "One ratio for the tensor, or one for each row."
-    k, pairs = len(parts.models), np.triu_indices(len(parts.models), 1)
+    k = len(parts.models)
+    pairs = np.triu_indices(len(parts.models), 1)
     if not p.filter_wise:
         return stock_ratio(cosines(gram(parts, True), 1e-6)[pairs].mean(), k)
 
@@ -336,7 +337,8 @@ def _sce(parts, p):
     shared=dict(select_topk=1.0, int8_mask=False),
 )
 def _blend_sce(parts, start, stop, seen, p):
-    base, deltas = np.empty(stop - start, np.float32), _selected(parts, start, stop, seen[0])
+    base = np.empty(stop - start, np.float32)
+    deltas = _selected(parts, start, stop, seen[0])
     parts.base(start, stop, base)
     kept = agreeing(deltas, sign := elect(deltas))
     return base + mix(seen[1], kept) * sign / np.clip(mix(seen[1], (kept > 0).astype(np.float32)), 1e-6, np.inf)

@@ -69,15 +69,11 @@ def check_models(
     if recipe.base and not has_base:
         raise ValueError(f'{recipe.name} works on task vectors and needs a base_model')
     if not recipe.least <= k <= recipe.most:
-        beside, much = (
-            ' beside the base' * recipe.base,
-            f'exactly {recipe.least}' if recipe.least == recipe.most else f'at least {recipe.least}',
-        )
+        beside = ' beside the base' * recipe.base
+        much = f'exactly {recipe.least}' if recipe.least == recipe.most else f'at least {recipe.least}'
         raise ValueError(
-            (
-                f'{recipe.name} takes {much} model{"s" * (recipe.least > 1)}{beside}, and {k} '
-                f'{"is" if k == 1 else "are"} given'
-            )
+            f'{recipe.name} takes {much} model{"s" * (recipe.least > 1)}{beside}, and {k} '
+            f'{"is" if k == 1 else "are"} given'
         )
 
 # %% ../../nbs/inside/merge_states.ipynb #812b3330

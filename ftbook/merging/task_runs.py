@@ -25,7 +25,8 @@ CALLED = dict(
     model_stock='model stock',
     sce='SCE',
 )
-PAIR, THREE = ('products', 'newsgroups'), ('products', 'newsgroups', 'r8')
+PAIR = ('products', 'newsgroups')
+THREE = ('products', 'newsgroups', 'r8')
 
 # %% ../../nbs/inside/merge_explorers.ipynb #mexp0009
 def right(

@@ -39,7 +39,8 @@ def _bracket(sample, share, widen):
     # of a rank in the sample, by runs
     apart = (sample[: runs * RUN] > middle).reshape(runs, -1).mean(1).std() * s / math.sqrt(max(1, runs - 1))
     margin = widen * (3 * max(math.sqrt(share * (1 - share) * s), apart) + 3)
-    low, high = math.floor(s * (1 - share) - margin), math.ceil(s * (1 - share) + margin)
+    low = math.floor(s * (1 - share) - margin)
+    high = math.ceil(s * (1 - share) + margin)
     return _nth_largest(sample, s - low) if low >= 0 else -1.0, _nth_largest(sample, s - high) if high < s else math.inf
 
 # %% ../../nbs/inside/merge_threshold.ipynb #711e8fc4
@@ -70,7 +71,8 @@ def kth_largest(
 
         counted = pieces(count)
         for i in left:
-            above, inside = sum(c[i][0] for c in counted), np.concatenate([c[i][1] for c in counted])
+            above = sum(c[i][0] for c in counted)
+            inside = np.concatenate([c[i][1] for c in counted])
             nth = ranks[i] - above  # among those inside, from the largest
             if 1 <= nth <= len(inside):
                 answers[i] = _nth_largest(inside, nth, n)

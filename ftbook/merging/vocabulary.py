@@ -60,19 +60,19 @@ class Renumbered:
         places: set[str],  # Tensors with a row per token
     ):
         self.source, self.places = source, places
-        self.name, self.folder, self.files, self.config, self.raw = (
-            source.name,
-            source.folder,
-            source.files,
-            source.config,
-            source.raw,
-        )
+        self.name = source.name
+        self.folder = source.folder
+        self.files = source.files
+        self.config = source.config
+        self.raw = source.raw
         self.height = min((source.tensors[k].shape[0] for k in places if k in source.tensors), default=0)
         self.own = np.full(rows, -1)
         for token, i in tokens.items():
             self.own[i] = r if (r := vocabulary.get(token, -1)) < self.height else -1
         # row -> [(model, its row)]; tensor -> mean row; rows that belong to a token
-        self.lenders, self.means, self.known = {}, {}, np.zeros(rows, bool)
+        self.lenders = {}
+        self.means = {}
+        self.known = np.zeros(rows, bool)
         self.known[list(tokens.values())] = True
         self.tensors = {
             k: Stored(t.kind, (rows, *t.shape[1:]), t.file, -1) if k in places else t for k, t in source.tensors.items()
@@ -117,7 +117,8 @@ class Renumbered:
     def _mean(self, name):
         "The mean of all rows that belong to a token."
         if name not in self.means:
-            rows, width = np.flatnonzero(self.known), self.tensors[name].shape[1]
+            rows = np.flatnonzero(self.known)
+            width = self.tensors[name].shape[1]
             whole = np.empty((len(self.own), width), np.float32)
             for a, b in self._runs(0, int(rows[-1]) + 1):
                 self._rows(name, a, b, whole[a:b])
@@ -154,10 +155,8 @@ def union_tokens(
         common = len(first.keys() & v) / min(len(first), len(v))
         if common < SHARED:
             raise ValueError(
-                (
-                    f'{name} shares {common:.0%} of its tokens with {names[0]}: the rows of their embeddings do '
-                    'not mean the same things, and a merge of the two makes no sense'
-                )
+                f'{name} shares {common:.0%} of its tokens with {names[0]}: the rows of their embeddings do '
+                'not mean the same things, and a merge of the two makes no sense'
             )
         added |= {t: None for t in sorted(v, key=v.get) if t not in first}
     return list(added)
@@ -189,10 +188,8 @@ def _vocabularies(config, models, lead):
         tokens = dict(read_vocabulary(find_folder(source)) or {})
     if not tokens:
         raise ValueError(
-            (
-                f'{source if source not in ("union", "base") else lead.name} has no tokenizer.json, and without it '
-                'tokens cannot be told apart'
-            )
+            f'{source if source not in ("union", "base") else lead.name} has no tokenizer.json, and without it '
+            'tokens cannot be told apart'
         )
     added = union_tokens([vocabularies[n] for n in order], order)
     if source == 'union':
@@ -213,10 +210,8 @@ def _compare(vocabularies, lead):
     how = {n: compare_vocabularies(vocabularies[lead.name], v) for n, v in vocabularies.items() if n != lead.name}
     if bad := [n for n, o in how.items() if o == 'different']:
         raise ValueError(
-            (
-                f'{bad[0]} numbers its tokens otherwise than {lead.name}, so rows of the embeddings would be mixed '
-                'up: `tokenizer_source: union` merges them by token'
-            )
+            f'{bad[0]} numbers its tokens otherwise than {lead.name}, so rows of the embeddings would be mixed '
+            'up: `tokenizer_source: union` merges them by token'
         )
     return [
         f'{n} has more or fewer tokens than {lead.name}; those in common have the same numbers'

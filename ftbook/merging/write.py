@@ -88,10 +88,8 @@ def _blame(job, parts, start, stop):
     for (model, name), r in rows:
         if bad := int(np.count_nonzero(~np.isfinite(r))):
             return ValueError(
-                (
-                    f'{model.name}: {name} has {bad} values among entries {start} to {stop} that are NaN or '
-                    'infinite: use another checkpoint of it'
-                )
+                f'{model.name}: {name} has {bad} values among entries {start} to {stop} that are NaN or '
+                'infinite: use another checkpoint of it'
             )
     return ValueError(
         f'{job.name} comes out larger than {job.kind} can say: weights or scale are too large, or take another dtype'
@@ -105,7 +103,9 @@ def _make(plan, job, file, spread, moved):
     "Make one tensor and write it."
     if job.p is None:
         return _write_at(file, job.base[0].raw(job.base[1]), job.offset)
-    parts, size, top = job.parts(plan.recipe.rows, spread), _size(job.kind), _TOP_OF.get(job.kind, math.inf)
+    parts = job.parts(plan.recipe.rows, spread)
+    size = _size(job.kind)
+    top = _TOP_OF.get(job.kind, math.inf)
     seen = plan.recipe.look and plan.recipe.look(parts, job.p)
 
     def piece(start, stop):
@@ -171,7 +171,8 @@ def _make_all(plan, todo, files, threads, pools, moved):
 def _fill_files(plan, folder, names, threads, hashes, progress):
     "Make every tensor that is not there yet. (SHA-256 of each file, does each model differ from the base?)"
     inputs = list(dict.fromkeys(f for m in plan.models for f in m.files)) if hashes else []
-    done, moved = _done_before(folder), [False] * len(plan.jobs[0].models)
+    done = _done_before(folder)
+    moved = [False] * len(plan.jobs[0].models)
     todo = sorted((j for j in plan.jobs if j.name not in done), key=lambda j: -j.n)
     _keep_memory()
     with ExitStack() as opened:

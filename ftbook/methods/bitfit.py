@@ -33,7 +33,8 @@ class OffsetPart(Part):
         bare: Sequence[str] = (),  # Layers of the method that have no bias, this one or others
     ):
         super().__init__(base)
-        self.bare, self.offset = list(bare), nn.Parameter(torch.zeros(_outputs(base), device=base.weight.device))
+        self.bare = list(bare)
+        self.offset = nn.Parameter(torch.zeros(_outputs(base), device=base.weight.device))
 
     def forward(
         self,
@@ -150,7 +151,8 @@ def to_peft(
 ) -> dict:  # Content of adapter_config.json
     "A LoRA of rank 1 with a bias; with norms, the fields."
     if self.norms:
-        targets, whole = self.target_modules, list(self.modules_to_save or ()) or None
+        targets = self.target_modules
+        whole = list(self.modules_to_save or ()) or None
         return dict(target_modules=targets, modules_to_save=whole, norms=True)
     parts = {n: o for n, o in parts_of(model).items() if isinstance(o, OffsetPart)}
     return dict(

@@ -95,10 +95,8 @@ def shapes(
         width = stream_width(model, place)
         if size > width:
             raise ValueError(
-                (
-                    f'bottleneck_size={size} is larger than the stream of {place.block}, which has {width} '
-                    'numbers: that is no bottleneck'
-                )
+                f'bottleneck_size={size} is larger than the stream of {place.block}, which has {width} '
+                'numbers: that is no bottleneck'
             )
         shapes |= {
             f'{name}.down.weight': (size, width),
@@ -124,7 +122,8 @@ def first_weights_(
     "Set the weights as `method.init` says, and the biases to zero."
     method, std = part.method, part.method.init_std
     for layer in (part.down, part.up):
-        w, reach = torch.zeros(layer.weight.shape), layer.in_features**-0.5
+        w = torch.zeros(layer.weight.shape)
+        reach = layer.in_features**-0.5
         if method.init == 'normal':
             nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std, generator=generator)
         elif layer is part.down:
@@ -139,7 +138,8 @@ def inject_(
     model: nn.Module,  # All frozen
 ):
     "Put a BottleneckPart in every place."
-    generator, places = torch.Generator().manual_seed(self.seed), self.places(model)
+    generator = torch.Generator().manual_seed(self.seed)
+    places = self.places(model)
     given = {
         n: (stream_width(model, p), self, p, next(model.get_submodule(p.block).parameters()).device)
         for n, p in places.items()

@@ -54,10 +54,8 @@ def check_finite(
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(
-                (
-                    f'{where}: {name} has {int((~t.isfinite()).sum())} values that are NaN or infinite. The run it '
-                    'came from diverged; use an earlier checkpoint'
-                )
+                f'{where}: {name} has {int((~t.isfinite()).sum())} values that are NaN or infinite. The run it '
+                'came from diverged; use an earlier checkpoint'
             )
 
 # %% ../../nbs/inside/adapter_files.ipynb #d93e5124
@@ -73,7 +71,8 @@ def check_fit(
         for k, s in wanted.items()
         if k in tensors and tensors[k].shape != s
     ]
-    missing, extra = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted]
+    missing = [k for k in wanted if k not in tensors]
+    extra = [k for k in tensors if k not in wanted]
     said = (
         [f'the file lacks {few(missing)}'] * bool(missing)
         + [f'the model has no place for {few(extra)}'] * bool(extra)
@@ -81,8 +80,6 @@ def check_fit(
     )
     if said:
         raise ValueError(
-            (
-                f"{where} does not fit this model: {'; '.join(said)}. It was made for another model, or the file "
-                "is incomplete"
-            )
+            f"{where} does not fit this model: {'; '.join(said)}. It was made for another model, or the file "
+            "is incomplete"
         )

@@ -50,7 +50,8 @@ class Coverage:
 def _matrices(model):
     """(name of the module, name of the parameter, numbers, whether it is a linear layer) for every matrix but
     embeddings and the head."""
-    head, seen = set((head_of(model) or nn.Module()).modules()), set()
+    head = set((head_of(model) or nn.Module()).modules())
+    seen = set()
     for name, module in model.named_modules():
         if module in head or isinstance(module, nn.Embedding):
             continue
@@ -70,7 +71,10 @@ def coverage(
     "How much of a model's matrices some modules hold."
     if hasattr(model, 'ftbook_method'):
         raise ValueError('coverage is asked before a method is applied: `remove_(model)` takes it away')
-    names, total, reached, outside = set(names), 0, 0, {}
+    names = set(names)
+    total = 0
+    reached = 0
+    outside = {}
     for module, parameter, n, linear in _matrices(model):
         parts = module.split('.')
         inside = any('.'.join(parts[:k]) in names for k in range(1, len(parts) + 1))

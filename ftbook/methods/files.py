@@ -61,7 +61,8 @@ def save_adapter(
     folder: str | Path,  # Made if needed; an adapter in it is replaced
 ) -> Path:  # The folder. ValueError for NaN or without a method, OSError if it cannot be written
     "Write the adapter as PEFT does: adapter_config.json and adapter_model.safetensors."
-    config, kind = adapter_config(model), method_of(model).peft_type
+    config = adapter_config(model)
+    kind = method_of(model).peft_type
     tensors = {k: p.detach().cpu().contiguous() for k, p in adapter_tensors(model).items()}
     check_finite(tensors, 'the adapter is not saved')
     # one entry: two would be written in any order
@@ -88,10 +89,8 @@ def read_adapter_config(
         raise ValueError(f'{path} is not valid JSON: {e}') from e
     if not isinstance(config, dict) or 'peft_type' not in config:
         raise ValueError(
-            (
-                f'{path} has no peft_type: it does not describe an adapter of PEFT. One of the `adapters` package '
-                'is read by `ftbook.methods.package_adapters.load_from_adapters`'
-            )
+            f'{path} has no peft_type: it does not describe an adapter of PEFT. One of the `adapters` package '
+            'is read by `ftbook.methods.package_adapters.load_from_adapters`'
         )
     return config
 
@@ -155,7 +154,8 @@ def load_adapter(
     # The same model, ready to run or to train on. ValueError if it does not fit, and then nothing has changed
 ) -> nn.Module:
     "Put a saved adapter on `model`."
-    method, tensors = read_method(folder), read_adapter_tensors(folder)
+    method = read_method(folder)
+    tensors = read_adapter_tensors(folder)
     if hasattr(model, 'ftbook_method'):
         raise _taken(model)
     method = method.present(model)

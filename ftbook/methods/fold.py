@@ -45,18 +45,14 @@ def merge_(
     packed = next((n for n, o in parts.items() if is_quantized(o.base)), None)
     if packed:
         raise ValueError(
-            (
-                f"{packed} is quantised: `ftbook.methods.quant_merge.merge_quantized_(model, into)` merges into "
-                "the 'full', the 'dequantized' or the 'requantized' weights, which are three different models"
-            )
+            f"{packed} is quantised: `ftbook.methods.quant_merge.merge_quantized_(model, into)` merges into "
+            "the 'full', the 'dequantized' or the 'requantized' weights, which are three different models"
         )
     shared = _shared_weights(model, parts)
     if shared and (keep or not untie):
         raise ValueError(
-            (
-                f"{'.'.join(shared[0])} is tied to another module, which merging would change too: leave it out, "
-                "or give it weights of its own with `merge_(model, keep=False, untie=True)`"
-            )
+            f"{'.'.join(shared[0])} is tied to another module, which merging would change too: leave it out, "
+            "or give it weights of its own with `merge_(model, keep=False, untie=True)`"
         )
     method.check_merge(model)  # all or none
     _untie_(model, shared)

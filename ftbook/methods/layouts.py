@@ -29,10 +29,8 @@ class Layout:
     def __post_init__(self):
         if inside := [o for o in (self.stream, self.norm) if o.startswith(f'{self.feed_forward}.')]:
             raise ValueError(
-                (
-                    f'{inside[0]!r} lies inside feed_forward={self.feed_forward!r}: name a module beside it, or '
-                    f'{self.feed_forward!r} itself'
-                )
+                f'{inside[0]!r} lies inside feed_forward={self.feed_forward!r}: name a module beside it, or '
+                f'{self.feed_forward!r} itself'
             )
 
 # %% ../../nbs/inside/layouts.ipynb #606324ac
@@ -115,10 +113,8 @@ def _check_row(model, row, found):
     odd = [o for n, o in model.get_submodule(row).named_children() if f'{row}.{n}' not in found]
     if odd:
         raise ValueError(
-            (
-                f'not all of {row} are recognised: a {type(odd[0]).__name__} has {_children(odd[0])}. Name the '
-                'modules of the blocks you mean: layout=Layout(attention=..., feed_forward=..., stream=...)'
-            )
+            f'not all of {row} are recognised: a {type(odd[0]).__name__} has {_children(odd[0])}. Name the '
+            'modules of the blocks you mean: layout=Layout(attention=..., feed_forward=..., stream=...)'
         )
 
 # %% ../../nbs/inside/layouts.ipynb #d3cc0405

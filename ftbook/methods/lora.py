@@ -97,7 +97,8 @@ def norms(self: LoRALinear) -> Tensor:  # (out,) float32
     "Row norms of the weight with the change added."
     w = self.matrix.detach()
     if self.norm_key != (key := (w.data_ptr(), w._version)):
-        self.norm_key, self.squares = key, w.float().square().sum(1)
+        self.norm_key = key
+        self.squares = w.float().square().sum(1)
     return row_norms(w, self.squares, self.lora_A, self.lora_B, self.scaling)
 
 

@@ -34,7 +34,8 @@ class LoRAEmbedding(Part):
         ids: Tensor,  # (...,)
     ) -> Tensor:  # (..., width)
         "Look up, and add the low-rank way."
-        y, s = self.base(ids), self.scaling * getattr(self.base, 'embed_scale', 1.0)
+        y = self.base(ids)
+        s = self.scaling * getattr(self.base, 'embed_scale', 1.0)
         if self.merged:
             return y
         return y + (F.embedding(ids, self.lora_embedding_A.t()) @ self.lora_embedding_B.t() * s).to(y.dtype)

@@ -137,17 +137,16 @@ def targets(
         if not (self.exclude_modules and name_matches(n, self.exclude_modules))
     ]
     if self.layers_to_transform is not None:
-        given, holders = self.layers_to_transform, self.layers_pattern or [r'[^.]*']
+        given = self.layers_to_transform
+        holders = self.layers_pattern or [r'[^.]*']
         within = re.compile(rf"(?:^|.*?\.)(?:{'|'.join([holders] if isinstance(holders, str) else holders)})\.(\d+)\.")
         names = [
             n for n in names if (m := within.match(n)) and int(m[1]) in ([given] if isinstance(given, int) else given)
         ]
     if not names:
         raise ValueError(
-            (
-                f'no layer is left of target_modules={self.target_modules!r} by '
-                f'exclude_modules={self.exclude_modules!r} and layers_to_transform={self.layers_to_transform!r}'
-            )
+            f'no layer is left of target_modules={self.target_modules!r} by '
+            f'exclude_modules={self.exclude_modules!r} and layers_to_transform={self.layers_to_transform!r}'
         )
     for k in {**self.rank_pattern, **self.alpha_pattern}:
         if not any(_by_pattern({k: True}, n, False) for n in names):
@@ -162,10 +161,8 @@ def _check_quantized(method, name, layer):
         raise ValueError(f"init={method.init!r} changes the frozen weight, and {name} is quantised: use 'kaiming'")
     if method.use_dora and 'weight' in layer._parameters:
         raise ValueError(
-            (
-                f'DoRA needs the norms of the weights, and {type(layer).__name__} hides them: quantise with '
-                '`quantize_` of ftbook, or leave use_dora out'
-            )
+            f'DoRA needs the norms of the weights, and {type(layer).__name__} hides them: quantise with '
+            '`quantize_` of ftbook, or leave use_dora out'
         )
 
 # %% ../../nbs/inside/lora_method.ipynb #2f1643ab
@@ -178,7 +175,8 @@ def shapes(
     "What LoRA would add to `model`."
     shapes = {}
     for name in self.targets(model):
-        layer, rank = model.get_submodule(name), self.rank_of(name)
+        layer = model.get_submodule(name)
+        rank = self.rank_of(name)
         embeds = isinstance(layer, nn.Embedding)
         _check_quantized(self, name, layer)
         n_in, n_out = tuple(layer.weight.shape) if embeds else linear_size(layer)
@@ -189,10 +187,8 @@ def shapes(
             )
         if embeds and (self.use_dora or self.lora_bias):
             raise ValueError(
-                (
-                    f'{name} is an embedding, and use_dora and lora_bias are for linear layers: leave it out of '
-                    'target_modules'
-                )
+                f'{name} is an embedding, and use_dora and lora_bias are for linear layers: leave it out of '
+                'target_modules'
             )
         kind = 'embedding_' if embeds else ''
         shapes |= {f'{name}.lora_{kind}A': (rank, n_in), f'{name}.lora_{kind}B': (n_out, rank)}
@@ -238,7 +234,8 @@ def inject_(
     _say_outside(self, model)
     generator = torch.Generator().manual_seed(self.seed)
     for name in self.targets(model):
-        layer, given = model.get_submodule(name), (self.rank_of(name), self.scaling_of(name), self.dropout, generator)
+        layer = model.get_submodule(name)
+        given = (self.rank_of(name), self.scaling_of(name), self.dropout, generator)
         part = (
             LoRAEmbedding(layer, *given)
             if isinstance(layer, nn.Embedding)
@@ -334,10 +331,8 @@ def to_peft(
     model: nn.Module,  # With LoRA on it
 ) -> dict:  # Content of adapter_config.json
     "The configuration in PEFT's words."
-    layers, method = (
-        {n: o for n, o in parts_of(model).items() if isinstance(o, (LoRALinear, LoRAEmbedding))},
-        as_plain(self),
-    )
+    layers = {n: o for n, o in parts_of(model).items() if isinstance(o, (LoRALinear, LoRAEmbedding))}
+    method = as_plain(self)
     return dict(
         r=method.rank,
         lora_alpha=method.alpha,

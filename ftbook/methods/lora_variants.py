@@ -44,10 +44,8 @@ def begin_(
         return part.lora_A.copy_(torch.randn(part.lora_A.shape, generator=generator) / rank)
     if not _plain_linear(part.base):
         raise ValueError(
-            (
-                f"init={init!r} changes the frozen weight, which a "
-                f"{type(part.base).__name__} does not allow: use 'kaiming'"
-            )
+            f"init={init!r} changes the frozen weight, which a "
+            f"{type(part.base).__name__} does not allow: use 'kaiming'"
         )
     if init == 'olora':
         q, r = torch.linalg.qr(w)

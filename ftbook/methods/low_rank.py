@@ -64,8 +64,11 @@ class _LowRank(Function):
     # parts: every W (out, in), then every A (r, in), then every B (out, r)
     def forward(ctx, x, scalings, biases, *parts):
         n = len(scalings)
-        weights, downs, ups = parts[:n], parts[n : 2 * n], parts[2 * n :]
-        ctx.down, ctx.ups = stack_down(downs, scalings, x.dtype), [o.to(x.dtype) for o in ups]
+        weights = parts[:n]
+        downs = parts[n : 2 * n]
+        ups = parts[2 * n :]
+        ctx.down = stack_down(downs, scalings, x.dtype)
+        ctx.ups = [o.to(x.dtype) for o in ups]
         low = flat(x) @ ctx.down.t()  # (T, sum of r)
         outs = []
         for w, b, up, u in zip(weights, biases, ctx.ups, low.split([len(a) for a in downs], 1)):
@@ -81,14 +84,19 @@ class _LowRank(Function):
     @once_differentiable
     def backward(ctx, *grads):
         (x, low, *parts), n = ctx.saved_tensors, len(grads)
-        weights, downs, ups = parts[:n], parts[n : 2 * n], parts[2 * n :]
-        lows, d_down, d_up = low.split([len(a) for a in downs], 1), [None] * n, [None] * n
+        weights = parts[:n]
+        downs = parts[n : 2 * n]
+        ups = parts[2 * n :]
+        lows = low.split([len(a) for a in downs], 1)
+        d_down = [None] * n
+        d_up = [None] * n
         live = [j for j in range(n) if grads[j] is not None]
         if not live:
             return (None,) * (3 + 3 * n)
         g = {j: flat(grads[j]) for j in live}  # (T, out)
         d_low = torch.cat([g[j] @ ctx.ups[j] for j in live], 1)  # (T, sum of r)
-        ranks, scalings = [len(downs[j]) for j in live], [ctx.scalings[j] for j in live]
+        ranks = [len(downs[j]) for j in live]
+        scalings = [ctx.scalings[j] for j in live]
         d_all = scale_((d_low.t() @ flat(x)).to(downs[0].dtype), scalings, ranks)
         for j, d in zip(live, d_all.split(ranks)):
             d_down[j] = d  # (r, in)

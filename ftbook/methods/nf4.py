@@ -49,7 +49,8 @@ def scale_blocks(
     scaled = (blocks * (1 / absmax.clamp(min=tiny))[:, None]).flatten()
     if len(rest):
         top = rest.abs().max().clamp(min=tiny)
-        scaled, absmax = torch.cat([scaled, rest / top]), torch.cat([absmax, top[None]])
+        scaled = torch.cat([scaled, rest / top])
+        absmax = torch.cat([absmax, top[None]])
     return scaled.clamp_(-1, 1), absmax
 
 # %% ../../nbs/inside/nf4.ipynb #0fc7147d
@@ -69,7 +70,9 @@ def quantize_blocks(
     block_size: int,  # Weights that share a constant
 ) -> tuple[Tensor, Tensor]:  # Codes as uint8, two in a byte where they take 4 bits; (blocks,) float32
     "Codes and constants of a tensor."
-    codes, constants, packed = [], [], code_bits(kind) == 4
+    codes = []
+    constants = []
+    packed = code_bits(kind) == 4
     for part in w.reshape(-1).split(CHUNK):
         scaled, absmax = scale_blocks(part.float(), block_size)
         if packed and len(scaled) % 2:
@@ -95,7 +98,8 @@ def dynamic_code(
 @with_numbers
 def _grid(device):
     "The dynamic code of each of 65,536 points from -1 to 1."
-    code, points = dynamic_code(device), torch.arange(65536, device=device) / 65535 * 2 - 1
+    code = dynamic_code(device)
+    points = torch.arange(65536, device=device) / 65535 * 2 - 1
     return torch.bucketize(points, (code[1:] + code[:-1]) / 2).to(torch.uint8)
 
 
@@ -156,17 +160,16 @@ class Quantized:
         dtype: torch.dtype = torch.float32,  # Of the result
     ) -> Tensor:  # `shape`
         "The tensor, as near as it is known."
-        n, absmax, table, each = (
-            math.prod(self.shape),
-            self.constants(),
-            _table(self.kind, self.codes.device),
-            8 // code_bits(self.kind),
-        )
+        n = math.prod(self.shape)
+        absmax = self.constants()
+        table = _table(self.kind, self.codes.device)
+        each = 8 // code_bits(self.kind)
         out = torch.empty(n, dtype=dtype, device=self.codes.device)
         # a piece that stays in the processor's cache; a multiple of every block size
         size = 2**17 if runs_on(self.codes) == 'cpu' else 2**24
         for piece in pieces(n, size):
-            part, codes = out[piece], self.codes[piece.start // each : math.ceil(piece.stop / each)]
+            part = out[piece]
+            codes = self.codes[piece.start // each : math.ceil(piece.stop / each)]
             part.copy_(
                 _times_(
                     table.index_select(0, codes.int()).view(torch.float32)[: len(part)],
@@ -193,10 +196,8 @@ def _check_weight(w, name):
         raise ValueError(f'{name} is empty: there is nothing to quantise')
     if not w.is_meta and (bad := int((~w.isfinite()).sum())):
         raise ValueError(
-            (
-                f'{name} has {bad:,} values that are NaN or infinite, and each would spoil its block: use an '
-                'earlier checkpoint'
-            )
+            f'{name} has {bad:,} values that are NaN or infinite, and each would spoil its block: use an '
+            'earlier checkpoint'
         )
 
 

@@ -155,22 +155,20 @@ def save_for_adapters(
     name: str = 'adapter',  # What the package will call it
 ) -> Path:  # The folder. ValueError if the package has no place for something
     "Write the adapter as the `adapters` package does; it reads it with `load_adapter(folder, use_safetensors=True)`."
-    method, parts, folder = method_of(model), bottlenecks(model), Path(folder)
+    method = method_of(model)
+    parts = bottlenecks(model)
+    folder = Path(folder)
     if not parts:
         raise ValueError(f'{method} is no bottleneck adapter: use `save_adapter`')
     if method.modules_to_save:
         raise ValueError(
-            (
-                'the `adapters` package keeps no whole modules with an adapter, so modules_to_save has no place '
-                'there: use `save_adapter`'
-            )
+            'the `adapters` package keeps no whole modules with an adapter, so modules_to_save has no place '
+            'there: use `save_adapter`'
         )
     if not name or '.' in name:
         raise ValueError(f'name={name!r}: the package needs a name without dots')
-    names, width = (
-        package_names({n: o.place for n, o in parts.items()}, name),
-        next(iter(parts.values())).up.out_features,
-    )
+    names = package_names({n: o.place for n, o in parts.items()}, name)
+    width = next(iter(parts.values())).up.out_features
     tensors = {k: model.get_parameter(n).detach().cpu().contiguous() for n, k in names.items()}
     check_finite(tensors, 'the adapter is not saved')
     about = dict(
@@ -217,14 +215,13 @@ def _check_head(model, folder):
         )
     if not (folder / 'model_head.safetensors').exists():
         return
-    own, head = model.state_dict(), read_adapter_tensors(folder, 'model_head.safetensors')
+    own = model.state_dict()
+    head = read_adapter_tensors(folder, 'model_head.safetensors')
     other = [k for k, t in head.items() if k not in own or t.shape != own[k].shape or not torch.equal(t, own[k].to(t))]
     if other:
         raise ValueError(
-            (
-                f"{folder} holds a head that is not the model's ({', '.join(other[:3])}): load "
-                "model_head.safetensors into the model first, or save with with_head=False"
-            )
+            f"{folder} holds a head that is not the model's ({', '.join(other[:3])}): load "
+            "model_head.safetensors into the model first, or save with with_head=False"
         )
 
 # %% ../../nbs/inside/package_adapters.ipynb #d7efdee0

@@ -119,7 +119,8 @@ def replace_(
 ):
     "Put `module` where `name` stands."
     parent, _, child = name.rpartition('.')
-    holder, old = model.get_submodule(parent), model.get_submodule(name)
+    holder = model.get_submodule(parent)
+    old = model.get_submodule(name)
     if module not in set(old.modules()):
         module.training = holder.training and old.training
     setattr(holder, child, module)

@@ -18,7 +18,8 @@ def attention_by_position(
     input_ids: Tensor,  # (1, T)
 ) -> Tensor:  # (layers, n + T), virtual tokens first; a row adds up to 1
     "What share of the attention each position gets in each layer: mean over heads and tokens."
-    before, training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
+    training = model.training
     model.set_attn_implementation('eager')
     # (1, heads, T, n + T) in each layer
     try:

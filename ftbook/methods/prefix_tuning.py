@@ -54,7 +54,8 @@ class PrefixTuning(SoftMethod):
     ) -> Prefix:
         "The module, on the CPU, with random numbers in it."
         n, (layers, heads, width) = self.num_virtual_tokens, cache_shape(model)
-        one, hidden = heads * width, self.encoder_hidden_size or heads * width
+        one = heads * width
+        hidden = self.encoder_hidden_size or heads * width
         if not self.projection:
             return Prefix(n, layers * 2 * one, (layers, heads, width))
         return Prefix(
@@ -99,10 +100,8 @@ class PrefixTuning(SoftMethod):
         _refuse_fields(config, ['prefix_projection', 'encoder_hidden_size', 'init_weights'])
         if config.get('num_transformer_submodules') == 2:
             raise ValueError('PEFT puts a prefix before the decoder of an encoder with a decoder; ftbook does not')
-        method, heads = (
-            cls(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save')),
-            config.get('num_attention_heads'),
-        )
+        method = cls(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save'))
+        heads = config.get('num_attention_heads')
         if heads and config.get('token_dim'):
             method.made_for = config.get('num_layers'), heads, config['token_dim'] // heads
         return method

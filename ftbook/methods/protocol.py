@@ -23,10 +23,8 @@ from .targets import find_whole, is_linear, name_matches
 # %% ../../nbs/15_methods.ipynb #357858a0
 def _taken(model):
     return ValueError(
-        (
-            f'the model already has a method on it, {model.ftbook_method}: '
-            '`remove_(model)` takes it away'
-        )
+        f'the model already has a method on it, {model.ftbook_method}: '
+        '`remove_(model)` takes it away'
     )
 
 # %% ../../nbs/15_methods.ipynb #02fcceee
@@ -68,13 +66,12 @@ class Method:
         "Freeze `model` and add the trainable parts, in place."
         if hasattr(model, 'ftbook_method'):
             raise _taken(model)
-        added, whole = self.shapes(model), find_whole(model, self.modules_to_save or ())
+        added = self.shapes(model)
+        whole = find_whole(model, self.modules_to_save or ())
         if both := [n for n in whole for k in added if k.startswith(f'{n}.')]:
             raise ValueError(
-                (
-                    f'{both[0]} is both a target and in modules_to_save: leave it out of '
-                    'one of them'
-                )
+                f'{both[0]} is both a target and in modules_to_save: leave it out of '
+                'one of them'
             )
         thawed = [p for p in model.parameters() if p.requires_grad]
         there = set(model.modules())
@@ -87,7 +84,9 @@ class Method:
                 for k, p in model.get_submodule(n).named_parameters()
             }
             replace_(model, n, Whole(model.get_submodule(n)))
-        model.ftbook_method, model.ftbook_added, model.ftbook_thawed = self, added, thawed
+        model.ftbook_method = self
+        model.ftbook_added = added
+        model.ftbook_thawed = thawed
         return model
 
     def eject_(
@@ -116,10 +115,8 @@ class Method:
     ) -> 'Method':  # The same, or a copy
         """The method without targets that the model lacks: a list in PEFT's files may name more
         than is there."""
-        targets, names = (
-            getattr(self, 'target_modules', None),
-            [n for n, m in model.named_modules() if self.accept(m)],
-        )
+        targets = getattr(self, 'target_modules', None)
+        names = [n for n, m in model.named_modules() if self.accept(m)]
         if not targets or isinstance(targets, str):
             return self
         return replace(

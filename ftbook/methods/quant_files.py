@@ -71,7 +71,8 @@ def _read(where, name, dtype, device):
 @torch.no_grad()
 def _fill_short(model, where, device, skip, given):
     "Fill an empty model from files, its linear layers in few bits."
-    dtype, short = model.dtype, set(quantizable(model, skip))
+    dtype = model.dtype
+    short = set(quantizable(model, skip))
     _say_dense(model, short, skip)
     for name, module in list(model.named_modules()):
         for k, p in list(module.named_parameters(recurse=False)):
@@ -99,10 +100,13 @@ def load_quantized(
 ) -> tuple:  # (model, tokenizer). ValueError with the remedy if it cannot be
     "A causal language model in few bits; in full precision there is never more than a layer."
     _check_backend(backend, kind, block_size)
-    chosen, given, folder = probe_device(device), (kind, block_size, double_quant, backend), _local_files(name)
+    chosen = probe_device(device)
+    given = (kind, block_size, double_quant, backend)
+    folder = _local_files(name)
     if folder is not None:
         check_weights(folder)
-        where, model = _tensor_files(folder), _empty(folder, as_dtype(dtype) if dtype else chosen.dtype)
+        where = _tensor_files(folder)
+        model = _empty(folder, as_dtype(dtype) if dtype else chosen.dtype)
         if all(n in where for n, _ in model.named_parameters()):
             return _fill_short(model, where, device or chosen.device, skip, given), load_tokenizer(name)
     model, tokenizer = load_model(name, dtype=dtype, device=device)

@@ -42,14 +42,12 @@ class QuantLinear(nn.Linear):
     ):
         nn.Module.__init__(self)
         _check_kind(kind, block_size)
-        self.in_features, self.out_features, self.kind, self.block_size, self.dtype, self.transposed = (
-            in_features,
-            out_features,
-            kind,
-            block_size,
-            dtype,
-            transposed,
-        )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kind = kind
+        self.block_size = block_size
+        self.dtype = dtype
+        self.transposed = transposed
         n = in_features * out_features
         blocks = math.ceil(n / block_size)
         self.register_parameter(
@@ -129,10 +127,8 @@ def _load_from_state_dict(self: QuantLinear, state_dict, prefix, metadata, stric
     if found is not None and not found.is_meta and found.tolist() != [list(VALUES).index(self.kind), self.block_size]:
         kind, size = found.tolist()
         errors.append(
-            (
-                f'{prefix[:-1]} was saved as {list(VALUES)[kind]} in blocks of {size}, and this layer is '
-                f'{self.kind} in blocks of {self.block_size}'
-            )
+            f'{prefix[:-1]} was saved as {list(VALUES)[kind]} in blocks of {size}, and this layer is '
+            f'{self.kind} in blocks of {self.block_size}'
         )
     else:
         nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -146,10 +142,8 @@ def get_parameter(
     "A parameter by name."
     if target == 'weight':
         raise ValueError(
-            (
-                "the layer is quantised, so nothing can be merged into its weight as it is: "
-                "`merge_quantized_(model, into)` with into='full', 'dequantized' or 'requantized' says how"
-            )
+            "the layer is quantised, so nothing can be merged into its weight as it is: "
+            "`merge_quantized_(model, into)` with into='full', 'dequantized' or 'requantized' says how"
         )
     return nn.Module.get_parameter(self, target)
 
@@ -165,7 +159,8 @@ def from_layer(
     name: str = 'the weight',  # Said in errors
 ) -> 'QuantLinear':  # ValueError as in `quantize_tensor`
     "A linear layer in few bits."
-    turned, w = not isinstance(layer, nn.Linear), layer.weight
+    turned = not isinstance(layer, nn.Linear)
+    w = layer.weight
     new = cls(*linear_size(layer), layer.bias is not None, kind, block_size, double_quant, w.dtype, 'meta', turned)
     if w.is_meta:
         return new

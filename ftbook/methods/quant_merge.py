@@ -44,10 +44,8 @@ def _matrix(base, name, layer):
         or isinstance(m, QuantLinear)
     ):
         raise ValueError(
-            (
-                f'the base has no linear layer {name} of {layer.in_features} x {layer.out_features} in full '
-                'precision: give the model that was quantised, unquantised and without a method'
-            )
+            f'the base has no linear layer {name} of {layer.in_features} x {layer.out_features} in full '
+            'precision: give the model that was quantised, unquantised and without a method'
         )
     return m.weight if isinstance(m, nn.Linear) else m.weight.t()
 
@@ -71,11 +69,9 @@ def merge_quantized_(
     "Merge an adapter that stands beside quantised layers, layer by layer."
     if into not in ('full', 'dequantized', 'requantized'):
         raise ValueError(f"into={into!r}: say 'full', 'dequantized' or 'requantized'")
-    method, parts, layers = (
-        method_of(model),
-        parts_of(model),
-        {n.removesuffix('.base'): m for n, m in quantized_layers(model).items()},
-    )
+    method = method_of(model)
+    parts = parts_of(model)
+    layers = {n.removesuffix('.base'): m for n, m in quantized_layers(model).items()}
     if not layers:
         raise ValueError('no layer of the model is quantised: `merge_(model)` merges it')
     if (into == 'full') != (base is not None):

@@ -42,10 +42,8 @@ def _check_plain(model):
         )
     if done := quantized_layers(model):
         raise ValueError(
-            (
-                f'the model is quantised already ({next(iter(done))} and {len(done) - 1} more): '
-                '`dequantize_(model)` first, or load it again'
-            )
+            f'the model is quantised already ({next(iter(done))} and {len(done) - 1} more): '
+            '`dequantize_(model)` first, or load it again'
         )
     if getattr(model, 'is_quantized', False) or getattr(model, 'quantization_method', None):
         how = getattr(getattr(model, 'quantization_method', None), 'value', 'a quantised file')
@@ -62,10 +60,8 @@ def quantizable(
     skip: Sequence[str] = (),  # Endings of names that stay as they are, beside the head and what is tied
 ) -> list[str]:  # Full names
     "The linear layers that `quantize_` would take."
-    head, uses = (
-        set((head_of(model) or nn.Module()).modules()),
-        Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False)),
-    )
+    head = set((head_of(model) or nn.Module()).modules())
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     fits = lambda n, m: (
         n and is_linear(m) and m not in head and uses[id(m.weight)] == 1 and not (skip and name_matches(n, skip))
     )
@@ -80,7 +76,8 @@ def _say_dense(model, names, skip):
     }
     if found.share_outside < OUTSIDE:
         return
-    left, holders = ', '.join(f'{name} ({n:,})' for name, n in found.named().items()), found.holders()
+    left = ', '.join(f'{name} ({n:,})' for name, n in found.named().items())
+    holders = found.holders()
     held = sum(p.numel() * p.element_size() for p in map(model.get_parameter, found.outside)) / 2**30
     meant = (
         f'If that is meant, say so with skip={holders!r}; if not, take a model'
@@ -116,7 +113,9 @@ def _to_bnb(layer, kind, block_size, double_quant, name):
         quant_type=kind,
         module=new,
     )
-    new.bias, new.transposed, new.dtype = _frozen_bias(layer.bias), not isinstance(layer, nn.Linear), w.dtype
+    new.bias = _frozen_bias(layer.bias)
+    new.transposed = not isinstance(layer, nn.Linear)
+    new.dtype = w.dtype
     # its fast way to evaluate cannot be trained through afterwards
     new.support_avx512bf16_for_cpu = False
     new = new.to(w.device)
@@ -160,7 +159,8 @@ def to_dense(
     if weight is None:
         weight = layer.weight if isinstance(layer, QuantLinear) else _from_bnb(layer)
     n_out, n_in = weight.shape
-    turned, dtype = getattr(layer, 'transposed', False), getattr(layer, 'dtype', weight.dtype)
+    turned = getattr(layer, 'transposed', False)
+    dtype = getattr(layer, 'dtype', weight.dtype)
     new = Conv1D(n_out, n_in) if turned else nn.Linear(n_in, n_out, bias=layer.bias is not None, device='meta')
     new.weight = nn.Parameter((weight.t() if turned else weight).to(dtype).contiguous(), requires_grad=False)
     new.bias = _frozen_bias(layer.bias)

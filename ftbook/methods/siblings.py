@@ -24,7 +24,10 @@ class Siblings:
         parent: nn.Module,  # Calls the layers in its forward
         layers: list[LoRALinear],  # Its children
     ):
-        self.layers, self.x, self.state, self.waiting = layers, None, None, {}
+        self.layers = layers
+        self.x = None
+        self.state = None
+        self.waiting = {}
         self.hook = parent.register_forward_hook(self.clear, always_call=True)
         for o in layers:
             o.siblings = self
@@ -44,7 +47,9 @@ class Siblings:
             outs = low_rank(x, self.layers)
             if outs[0].grad_fn:
                 outs[0].grad_fn.register_prehook(self.clear)  # after a backward, what waits is stale
-            self.x, self.state, self.waiting = x, state, dict(enumerate(outs))
+            self.x = x
+            self.state = state
+            self.waiting = dict(enumerate(outs))
         y = self.waiting.pop(me)
         if not self.waiting:
             self.clear()

@@ -95,10 +95,8 @@ def shapes(
     bad = [i for i in (self.token_ids() if self.init == 'text' else []) if not 0 <= i < size]
     if bad:
         raise ValueError(
-            (
-                f'token id {bad[0]} is not in the vocabulary of {size:,}: was the text read with the tokenizer of '
-                'another model?'
-            )
+            f'token id {bad[0]} is not in the vocabulary of {size:,}: was the text read with the tokenizer of '
+            'another model?'
         )
     with torch.device('meta'):
         tokens = self.build(model)
@@ -216,7 +214,8 @@ def present(
     model: nn.Module,  # Any model
 ) -> SoftMethod:  # A copy
     "The method without modules that the model lacks: PEFT lists every name that a head might have."
-    method, names = copy.copy(self), [n for n, _ in model.named_modules() if n]
+    method = copy.copy(self)
+    names = [n for n, _ in model.named_modules() if n]
     method.modules_to_save = [
         o for o in dict.fromkeys(self.modules_to_save or ()) if any(n.endswith(o) for n in names)
     ] or None

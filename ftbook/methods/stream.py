@@ -30,7 +30,8 @@ class StreamPart(Part):
         model: nn.Module,  # With every part in its place
     ):
         "From now on, see the stream that comes in front of the feed-forward."
-        block, layout = model.get_submodule(self.place.block), self.place.layout
+        block = model.get_submodule(self.place.block)
+        layout = self.place.layout
         self.hook = block.get_submodule(layout.stream).register_forward_pre_hook(self.see, with_kwargs=True)
         if layout.norm:
             self.norm = (block.get_submodule(layout.norm),)  # in a tuple: it is not ours to save or to move

@@ -27,10 +27,8 @@ def _take_off(model):
     taken = method_of(model), {n: model.get_parameter(n) for n in model.ftbook_added}
     if taken[0].init not in ('kaiming', 'gaussian'):
         raise ValueError(
-            (
-                f'an adapter that began with {taken[0].init!r} changed the frozen weights: save it, which writes '
-                'it as a plain one, and add that'
-            )
+            f'an adapter that began with {taken[0].init!r} changed the frozen weights: save it, which writes '
+            'it as a plain one, and add that'
         )
     remove_(model)
     return taken
@@ -45,7 +43,8 @@ def _put_on(model, method, tensors):
 # %% ../../nbs/inside/switching.ipynb #74db0de7
 def _shelve(model):
     "Put the adapter in use on the shelf, and give the shelf."
-    shelf, name = model.__dict__.setdefault('ftbook_shelf', {}), _active(model)
+    shelf = model.__dict__.setdefault('ftbook_shelf', {})
+    name = _active(model)
     if taken := _take_off(model):
         shelf[name] = taken
     model.ftbook_active = None
@@ -79,7 +78,8 @@ def adapter_names(
     model: nn.Module,  # Any model
 ) -> list[str]:  # In the order in which they came
     "The LoRA adapters that `model` carries."
-    names, active = list(model.__dict__.get('ftbook_shelf', {})), _active(model)
+    names = list(model.__dict__.get('ftbook_shelf', {}))
+    active = _active(model)
     return names + [active] * (active is not None and active not in names)
 
 # %% ../../nbs/inside/switching.ipynb #160aa051
@@ -119,10 +119,8 @@ def _combined(model, shelf, weights, rank):
     for n, (_, m, t) in zip(weights, chosen):
         if m.use_dora or m.lora_bias or m.modules_to_save or any('.lora_embedding_' in k for k in t):
             raise ValueError(
-                (
-                    f'{n!r} is more than products of two matrices (DoRA, biases, embeddings, whole modules), and '
-                    'these do not add up'
-                )
+                f'{n!r} is more than products of two matrices (DoRA, biases, embeddings, whole modules), and '
+                'these do not add up'
             )
     tensors, ranks = {}, {}
     for name in {k.rpartition('.')[0]: None for _, _, t in chosen for k in t}:

@@ -115,10 +115,8 @@ def find_whole(
         names = [n for n, m in model.named_modules() if n and n.endswith(o) and next(m.parameters(), None) is not None]
         if not names:
             raise ValueError(
-                (
-                    f"modules_to_save={o!r} matches no module with parameters. At the top of the model are "
-                    f"{', '.join(n for n, _ in model.named_children())}"
-                )
+                f"modules_to_save={o!r} matches no module with parameters. At the top of the model are "
+                f"{', '.join(n for n, _ in model.named_children())}"
             )
         found += [n for n in names if n not in found]
     for n in found:

@@ -93,17 +93,16 @@ class Call:
         causal: bool,  # Do tokens see what stands before them only?
     ):
         "Widen the mask and move the positions. ValueError for a mask that cannot be widened."
-        positions, mask = self.positions(n, causal), self.kwargs.get('attention_mask')
+        positions = self.positions(n, causal)
+        mask = self.kwargs.get('attention_mask')
         if positions is not None:
             self.kwargs['position_ids'] = positions
         if mask is None:
             return
         if mask.dim() != 2:
             raise ValueError(
-                (
-                    f'an attention mask of shape {tuple(mask.shape)} cannot be widened for virtual tokens: give '
-                    'one of shape (rows, tokens)'
-                )
+                f'an attention mask of shape {tuple(mask.shape)} cannot be widened for virtual tokens: give '
+                'one of shape (rows, tokens)'
             )
         self.kwargs['attention_mask'] = torch.cat([mask.new_ones(len(mask), n), mask], 1)
 
@@ -114,7 +113,8 @@ def embedded_(
     base: nn.Module,  # The transformer
 ) -> Tensor:  # (B, T, d). ValueError for an argument with a value for every token, which a virtual one lacks
     "Take the token ids out of the call; what their embeddings are."
-    ids, x = self.kwargs.pop('input_ids', None), self.kwargs.get('inputs_embeds')
+    ids = self.kwargs.pop('input_ids', None)
+    x = self.kwargs.get('inputs_embeds')
     if x is None:
         x = base.get_input_embeddings()(ids)
     known = ('inputs_embeds', 'position_ids', 'token_type_ids')
@@ -181,7 +181,9 @@ def attach_(
 ):
     "Stand in front of `model`."
     base = transformer_of(model)
-    self.causal, self.limit, self.seq2seq = is_causal(base), position_limit(base), base is not model.base_model
+    self.causal = is_causal(base)
+    self.limit = position_limit(base)
+    self.seq2seq = base is not model.base_model
     self.window = min(
         [o.sliding_window for o in Case(self.kind, base, self.n).layers if getattr(o, 'is_sliding', False)],
         default=None,
@@ -211,7 +213,8 @@ def case(
     "What is known about a call."
     positions = call.positions(0, self.causal) if self.limit else None
     real = call.tokens + max(0, call.seen - self.n) if positions is None else int(positions.max()) + 1
-    mask, slots = call.kwargs.get('attention_mask'), (call.seen or self.n) + call.tokens
+    mask = call.kwargs.get('attention_mask')
+    slots = (call.seen or self.n) + call.tokens
     apart = self.window is not None and slots > self.window and mask is not None and bool((mask[:, 0] == 0).any())
     return Case(
         self.kind,
@@ -240,10 +243,8 @@ def before(
     refuse(self.case(base, call), CALL_RULES)
     if call.seen and getattr(call.cache, 'ftbook_virtual', None) != self.n:
         raise ValueError(
-            (
-                f'the cache holds {call.seen} tokens that were read without these {self.n} virtual ones: start '
-                'with an empty cache'
-            )
+            f'the cache holds {call.seen} tokens that were read without these {self.n} virtual ones: start '
+            'with an empty cache'
         )
     call.make_room_(self.n, self.causal)
     self.enter_(base, call)

@@ -64,19 +64,15 @@ def _load_error(name, source, e):
     said = str(e).strip().split('\n')[0]
     if 'trust_remote_code' in str(e):
         return ValueError(
-            (
-                f'{name} brings its own code, and ftbook runs none from a model repository: pick a model whose '
-                'architecture is part of transformers.'
-            )
+            f'{name} brings its own code, and ftbook runs none from a model repository: pick a model whose '
+            'architecture is part of transformers.'
         )
     if isinstance(source, Path):
         return ValueError(f'{source} does not load as a model: {said}')
     if 'safetensors' in str(e):
         return ValueError(
-            (
-                f'{name} has no safetensors weights, and pickled ones can run code when they are opened: pick a '
-                f'revision or a model with safetensors. ({said})'
-            )
+            f'{name} has no safetensors weights, and pickled ones can run code when they are opened: pick a '
+            f'revision or a model with safetensors. ({said})'
         )
     offline = os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON')
     return ValueError(
@@ -101,7 +97,9 @@ def _load(auto, name, dtype, device, attention):
     "Model through the transformers class `auto`, and its tokenizer."
     import transformers
 
-    dtype, source, chosen = dtype and as_dtype(dtype), model_folder(name), probe_device(device)
+    dtype = dtype and as_dtype(dtype)
+    source = model_folder(name)
+    chosen = probe_device(device)
     attention = attention or (chosen.attention if chosen.attention != 'sdpa' else None)
     if isinstance(source, Path):
         check_weights(source)
@@ -196,10 +194,8 @@ def embed(
     for i, t in enumerate(texts):
         if not isinstance(t, str):
             raise ValueError(f'text {i} is {type(t).__name__}, not a string')
-    order, out = (
-        sorted(range(len(texts)), key=lambda i: len(texts[i])),
-        torch.empty(len(texts), encoder.config.hidden_size),
-    )
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    out = torch.empty(len(texts), encoder.config.hidden_size)
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
         batch = tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors='pt').to(

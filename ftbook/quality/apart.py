@@ -27,7 +27,8 @@ def domain_auc(
     if n_folds < 2:
         raise ValueError(f"n_folds must be 2 or more, not {n_folds}")
     a, b = _two_samples(a, b, n_folds)
-    x, side = np.concatenate([a, b]), np.repeat([0, 1], [len(a), len(b)])
+    x = np.concatenate([a, b])
+    side = np.repeat([0, 1], [len(a), len(b)])
     folds = _twins_together(x, side, n_folds, seed)
     aucs = []
     for f in np.unique(folds):

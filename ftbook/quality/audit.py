@@ -62,7 +62,8 @@ class Audit:
 
     def sentence(self) -> str:
         "The result in one line."
-        drops, n = len({i for f in self.findings if f.where in SAFE for i in f.drop}), len(self.view)
+        drops = len({i for f in self.findings if f.where in SAFE for i in f.drop})
+        n = len(self.view)
         worst = Counter(f.level for f in self.findings)
         said = ', '.join(f"{worst[l]} {l}{'s' * (worst[l] != 1)}" for l in ('error', 'warning', 'note') if worst[l])
         return f"{n:,} rows: {said or 'nothing found'}" + f"; {_share(drops, n)} to be left out" * bool(drops)

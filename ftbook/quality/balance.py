@@ -50,7 +50,8 @@ def resample(
     "Choose rows so that every class has the same number."
     if how not in ('over', 'under'):
         raise ValueError(f"how must be 'over' or 'under', not {how!r}")
-    codes, rng = class_codes(labels)[1], np.random.default_rng(seed)
+    codes = class_codes(labels)[1]
+    rng = np.random.default_rng(seed)
     counts = np.bincount(codes)
     size = counts.max() if how == 'over' else counts.min()
 
@@ -72,10 +73,8 @@ def adjust_logits(
     counts = np.asarray(counts, dtype=float)
     if not (counts > 0).all():
         raise ValueError(
-            (
-                f"class {int(np.argmin(counts))} has {counts.min():g} training rows: its "
-                "prior cannot be taken off; leave the class out"
-            )
+            f"class {int(np.argmin(counts))} has {counts.min():g} training rows: its "
+            "prior cannot be taken off; leave the class out"
         )
     if logits.shape[-1] != len(counts):
         raise ValueError(f"{logits.shape[-1]} columns of logits, but {len(counts)} counts")

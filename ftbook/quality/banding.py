@@ -20,7 +20,8 @@ def banding(
     # The three, the share of what lies below that is compared, and the share of what lies above that is lost
 ) -> tuple:
     "What a choice of bands costs and what it misses, for similarities spread evenly."
-    below, above = _grid[_grid < threshold], _grid[_grid >= threshold]
+    below = _grid[_grid < threshold]
+    above = _grid[_grid >= threshold]
     return bands, rows, threshold, s_curve(below, bands, rows).mean(), 1 - s_curve(above, bands, rows).mean()
 
 

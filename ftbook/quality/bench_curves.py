@@ -88,7 +88,8 @@ class CurveBench:
         times: int,  # As many others as clean ones: 2 or 4
     ) -> tuple:  # (points, standard error), on the same seeds
         "Points that n clean rows are ahead of more, but noisier ones."
-        clean, others = self.scores(task, 'all raters')[n], self.scores(task, level)[times * n]
+        clean = self.scores(task, 'all raters')[n]
+        others = self.scores(task, level)[times * n]
         return gap_and_error(100 * (clean - others))
 
     def audited(
@@ -113,7 +114,8 @@ class CurveBench:
             runs = [r for r in self.part(part, 'smollm2', 'movie') if (r['n'], r['detail']) == (n, level)]
             return {r['seed']: next(iter(r['scores'].values())) for r in runs}
 
-        clean, others = by_seed('curve', 'all raters', n), by_seed('noise', level, times * n)
+        clean = by_seed('curve', 'all raters', n)
+        others = by_seed('noise', level, times * n)
         gaps = np.array([clean[seed] - others[seed] for seed in clean if seed in others])
         return *gap_and_error(100 * gaps), len(gaps)
 

@@ -96,7 +96,8 @@ class LabelBench:
         domain: str,  # One of `SURVEYS`
     ) -> dict:  # The columns of `COLUMNS`, and the error of the precision
         "How good the audit's flags are where one rater made the labels."
-        one, learnt = ('noise', domain, 'mean beyond .5: one rater'), ('C 1', 'confident_learning')
+        one = ('noise', domain, 'mean beyond .5: one rater')
+        learnt = ('C 1', 'confident_learning')
         precision, error = map(float, mean_and_error(self.over_seeds(*one, *learnt, 'precision')))
         rows, noise = (float(self.over_seeds(*one, k).mean()) for k in ('rows', 'noise'))
         flagged, recall = (float(self.over_seeds(*one, *learnt, k).mean()) for k in ('flagged', 'recall'))

@@ -46,7 +46,9 @@ def check_domain(
     seed: int = 0,  # Of the draw
 ) -> Findings:  # At most one, about no single row
     "Whether held-out rows come from another domain."
-    found, i, j = Findings(), _comparable(view, n_rows, seed), _comparable(test, n_rows, seed)
+    found = Findings()
+    i = _comparable(view, n_rows, seed)
+    j = _comparable(test, n_rows, seed)
     if min(len(i), len(j)) < 20:
         return found
     a, b = ([v.texts[k][:5000] for k in rows] for v, rows in ((view, i), (test, j)))
@@ -195,7 +197,8 @@ def check_labels(
     if len(set(given)) < 2:
         return found
     p = out_of_fold(np.asarray(vectors)[[use[k] for k in many]], given, n_folds)
-    doubts, agreed = label_errors(given, p), (p.argmax(1) == class_codes(given)[1]).mean()
+    doubts = label_errors(given, p)
+    agreed = (p.argmax(1) == class_codes(given)[1]).mean()
     rows = [use[many[d['row']]] for d in doubts]
     if rows:
         found.add(
@@ -226,7 +229,8 @@ def check_size(
     runs: Sequence[dict],  # From `learning_curve`; none: nothing is said
 ) -> Findings:  # At most one, a note
     "What more rows of the same kind would bring."
-    found, curve = Findings(), fit_curve(runs) if runs else None
+    found = Findings()
+    curve = fit_curve(runs) if runs else None
     if not curve:
         return found
     gain, low, high = (100 * g for g in curve.doubling())
@@ -249,7 +253,9 @@ def check_leakage(
     test: View,  # Held-out rows
 ) -> Findings:  # One per kind
     "Training rows that give held-out rows away."
-    found, use, held = Findings(), view.usable, test.usable
+    found = Findings()
+    use = view.usable
+    held = test.usable
     leaks = leakage([view.texts[i] for i in use], [test.texts[i] for i in held]) if use and held else []
     for kind in dict.fromkeys(l['kind'] for l in leaks):
         hits = {

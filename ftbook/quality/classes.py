@@ -30,10 +30,8 @@ def _plain(labels):
             )
         if _kind(v) != _kind(labels[0]):
             raise ValueError(
-                (
-                    f"row {i} has the label {v!r} ({_kind(v)}), row 0 has {labels[0]!r} ({_kind(labels[0])}): "
-                    "write all labels as one type"
-                )
+                f"row {i} has the label {v!r} ({_kind(v)}), row 0 has {labels[0]!r} ({_kind(labels[0])}): "
+                "write all labels as one type"
             )
     return labels
 
@@ -50,10 +48,8 @@ def class_codes(
     lost = next((i for i, v in enumerate(labels) if (_kind(v), v) not in place), None)
     if lost is not None:
         raise ValueError(
-            (
-                f"row {lost} has the label {labels[lost]!r}, which is none of the classes "
-                f"{', '.join(map(repr, classes[:9]))}"
-            )
+            f"row {lost} has the label {labels[lost]!r}, which is none of the classes "
+            f"{', '.join(map(repr, classes[:9]))}"
         )
     return classes, np.array([place[_kind(v), v] for v in labels], dtype=int)
 
@@ -61,7 +57,8 @@ def class_codes(
 def _round_rows(matrix):
     whole = matrix.round()
     for exact, ints in zip(matrix, whole):
-        gap, order = int(exact.sum().round() - ints.sum()), np.argsort(exact - ints)
+        gap = int(exact.sum().round() - ints.sum())
+        order = np.argsort(exact - ints)
         ints[order[::-1][:gap] if gap > 0 else order[:-gap]] += np.sign(gap)
     return whole.astype(int)
 

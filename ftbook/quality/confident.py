@@ -41,6 +41,7 @@ def confident_joint(
     n_classes: int,  # k
 ) -> np.ndarray:  # (k, k) counts: given class down, confident class across
     "Count given against confident classes; rows without a confident class stay out."
-    joint, sure = np.zeros((n_classes, n_classes), dtype=int), confident >= 0
+    joint = np.zeros((n_classes, n_classes), dtype=int)
+    sure = confident >= 0
     np.add.at(joint, (codes[sure], confident[sure]), 1)
     return joint

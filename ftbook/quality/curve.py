@@ -81,7 +81,8 @@ def data_needed(
     rows = np.where(scale == 0, np.where(room >= 0, 1.0, np.inf), rows)
     low, high = np.quantile(rows[1:], [0.05, 0.95], method='inverted_cdf').clip(1)
     ceiling = np.quantile(1 - floor[1:], [0.05, 0.95]).tolist()
-    reach, best = float(np.isfinite(rows[1:]).mean()), float(rows[0].clip(1))
+    reach = float(np.isfinite(rows[1:]).mean())
+    best = float(rows[0].clip(1))
     return Needed(
         target, best, float(low), float(high), reach, tuple(ceiling), int(curve.n[-1])
     )

@@ -24,13 +24,15 @@ def rank_auc(
 ) -> float:  # 0 to 1; nan where all rows are of one kind
     "The probability that a positive row scores above another."
     _, at, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    rank, n = (np.cumsum(counts) - (counts - 1) / 2)[at], np.count_nonzero(positive)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[at]
+    n = np.count_nonzero(positive)
     pairs = n * (len(rank) - n)
     return float((rank[np.asarray(positive, bool)].sum() - n * (n + 1) / 2) / pairs) if pairs else float('nan')
 
 # %% ../../nbs/inside/domain_measures.ipynb #b5a3d7d0
 def _two_samples(a, b, least):
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    a = np.asarray(a, dtype=float)
+    b = np.asarray(b, dtype=float)
     if not a.ndim == b.ndim == 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"vectors of the shapes {a.shape} and {b.shape}: both must be (rows, d), with the same d")
     for side, x in dict(first=a, second=b).items():

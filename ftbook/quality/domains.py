@@ -36,10 +36,12 @@ def domain_distances(
 ) -> dict:
     "How far two sets of rows are from each other."
     _check_sides(train, target, train_vectors, target_vectors)
-    n, rng = min(n_rows, len(train), len(target)), np.random.default_rng(seed)
+    n = min(n_rows, len(train), len(target))
+    rng = np.random.default_rng(seed)
     i, j = (_drawn(n, len(texts), rng) for texts in (train, target))
     found = dict(rows=n) | _divergences([train[k] for k in i], [target[k] for k in j], seed)
     if train_vectors is None:
         return found
-    x, y = np.asarray(train_vectors)[i], np.asarray(target_vectors)[j]
+    x = np.asarray(train_vectors)[i]
+    y = np.asarray(target_vectors)[j]
     return found | dict(auc=domain_auc(x, y, seed=seed), distance=embedding_distance(x, y))

@@ -119,10 +119,8 @@ def _kind_of(fields, text_column, label_column):
         return 'term'
     if text_column not in fields:
         raise ValueError(
-            (
-                f"no column {text_column!r}; there are {', '.join(map(repr, sorted(fields))) or 'none'}: say which "
-                "one holds the text (text_column, --text-column)"
-            )
+            f"no column {text_column!r}; there are {', '.join(map(repr, sorted(fields))) or 'none'}: say which "
+            "one holds the text (text_column, --text-column)"
         )
     return 'classification' if label_column in fields else 'text'
 

@@ -40,7 +40,8 @@ def choose_keeper(
     labels: Sequence | None = None,  # All labels, where there are any
 ) -> tuple[int, str]:  # (row, reason)
     "The row with the most common label, then with the longest text, then the first."
-    votes, why = Counter(labels[r] for r in rows) if labels is not None else Counter(), []
+    votes = Counter(labels[r] for r in rows) if labels is not None else Counter()
+    why = []
     best = [l for l, n in votes.items() if n == max(votes.values())]
     if len(best) > 1:
         why.append(f"labels tie ({', '.join(map(str, sorted(best, key=str)))}): look at it")

@@ -41,7 +41,8 @@ def _letters():
 # %% ../../nbs/inside/near_duplicates.ipynb #dbc9b036
 def _code_points(texts):
     folded = [(t if t.isascii() else unicodedata.normalize('NFKC', t)).casefold() for t in texts]
-    ends, joined = np.cumsum([len(t) + 1 for t in folded]), ' '.join(folded)
+    ends = np.cumsum([len(t) + 1 for t in folded])
+    joined = ' '.join(folded)
     if joined.isascii():
         return np.frombuffer(joined.encode(), np.uint8), ends
     return np.frombuffer(joined.encode('utf-32-le', 'surrogatepass'), np.uint32), ends
@@ -66,13 +67,15 @@ def _starts(sizes):
 
 
 def _text_hashes(hashes, counts):
-    out, some = np.zeros(len(counts), np.uint64), np.flatnonzero(counts)
+    out = np.zeros(len(counts), np.uint64)
+    some = np.flatnonzero(counts)
     out[some] = _span_hashes(hashes, _starts(counts)[some])
     return out
 
 # %% ../../nbs/inside/near_duplicates.ipynb #7c1724b1
 def _runs(hashes, counts, n_words):
-    starts, short = _starts(counts), np.flatnonzero((counts > 0) & (counts < n_words))
+    starts = _starts(counts)
+    short = np.flatnonzero((counts > 0) & (counts < n_words))
     runs = _mix(
         sum((np.roll(hashes, -k) * np.uint64(pow(BASE, k + 1, 2**64)) for k in range(n_words)), np.uint64(n_words))
     )
@@ -96,7 +99,8 @@ def _firsts(hashes):
 
 # %% ../../nbs/inside/near_duplicates.ipynb #41241111
 def _read_shingles(texts, n_words):
-    wholes, parts = [np.empty(0, np.uint64)], [(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))]
+    wholes = [np.empty(0, np.uint64)]
+    parts = [(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))]
     for at, block in _blocks(texts):
         hashes, counts = _word_hashes(block)
         whole = _text_hashes(hashes, counts)

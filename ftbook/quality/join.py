@@ -41,7 +41,8 @@ class _Sets:
 # %% ../../nbs/inside/near_duplicates.ipynb #79689ce5
 def _counts(runs):
     bits = min(22, len(runs).bit_length() + 1)
-    counts, shift = np.zeros(1 << bits, np.int64), np.uint64(64 - bits)
+    counts = np.zeros(1 << bits, np.int64)
+    shift = np.uint64(64 - bits)
     for some in _slabs(runs, 1 << 21):
         counts += np.bincount((some >> shift).astype(np.int64), minlength=1 << bits)
     return np.minimum(counts, 0xFFFF).astype(np.uint16), shift  # a shingle's count stands at its first bits
@@ -66,15 +67,19 @@ def _sorted_sets(keys, sizes):
     again = np.r_[False, keys[1:] == keys[:-1]]
     again[starts] = False
     if again.any():
-        keys, sizes = keys[~again], sizes - np.add.reduceat(again, starts, dtype=np.int64)
+        keys = keys[~again]
+        sizes = sizes - np.add.reduceat(again, starts, dtype=np.int64)
     bits = np.uint64(1) << (_mix(keys) & np.uint64(63))
     return keys, sizes, np.bitwise_xor.reduceat(bits, _starts(sizes))
 
 # %% ../../nbs/inside/near_duplicates.ipynb #4e95c009
 def _similarity(s, a, b):
-    out, both = np.empty(len(a)), s.sizes[a] + s.sizes[b]
+    out = np.empty(len(a))
+    both = s.sizes[a] + s.sizes[b]
     for rows in _alike(both):
-        at, size, columns = s.starts, s.sizes[a[rows]][:, None], np.arange(both[rows[0]])
+        at = s.starts
+        size = s.sizes[a[rows]][:, None]
+        columns = np.arange(both[rows[0]])
         where = np.where(columns < size, at[a[rows]][:, None], at[b[rows]][:, None] - size) + columns
         keys = np.sort(s.keys[where], axis=1)
         same = (keys[:, 1:] == keys[:, :-1]).sum(1)
@@ -100,12 +105,11 @@ def _verify(s, a, b, threshold):
 
 # %% ../../nbs/inside/near_duplicates.ipynb #81d80319
 def _index(s, threshold):
-    n, parts = (
-        s.sizes - np.ceil(threshold * s.sizes - 1e-9).astype(np.int64) + 1,
-        [(np.empty(0, np.uint64),) + (np.empty(0, np.int32),) * 2],
-    )
+    n = s.sizes - np.ceil(threshold * s.sizes - 1e-9).astype(np.int64) + 1
+    parts = [(np.empty(0, np.uint64),) + (np.empty(0, np.int32),) * 2]
     for rows in _slabs(np.arange(len(n)), 1 << 14):
-        at, row = _ranges(s.starts[rows], n[rows]), np.repeat(rows.astype(np.int32), n[rows])
+        at = _ranges(s.starts[rows], n[rows])
+        row = np.repeat(rows.astype(np.int32), n[rows])
         often = s.keys[at] >> np.uint64(48) > 1
         at, row = at[often], row[often]
         parts.append((s.keys[at], row, (s.sizes[row] - at + s.starts[row]).astype(np.int32)))
@@ -158,7 +162,8 @@ def _crowd(s, rows, threshold, side, n_leaders=1024):
         found.append((a, b, similarity))
         rest = rest[~np.isin(rest, np.r_[b, leaders[:n] if side is None else []])]
         leaders = rest if side is None else leaders[n:]
-        n_leaders, n = n_leaders - n, max(1, min(2 * n, 32, (1 << 22) // max(1, len(rest))))
+        n_leaders = n_leaders - n
+        n = max(1, min(2 * n, 32, (1 << 22) // max(1, len(rest))))
     return found, len(leaders) * len(rest) if side is not None else len(rest) * (len(rest) - 1) // 2
 
 # %% ../../nbs/inside/near_duplicates.ipynb #f9dfb6c8
@@ -206,7 +211,8 @@ def _with_copies(found, first):
 # %% ../../nbs/inside/near_duplicates.ipynb #299530d0
 def _across(found, first, n):
     right = np.arange(n, len(first))
-    copy, own = right[(first[right] >= 0) & (first[right] < n)], right[first[right] >= n]
+    copy = right[(first[right] >= 0) & (first[right] < n)]
+    own = right[first[right] >= n]
     at, who = _spread(first[own], found.b)
     return Matches(
         np.r_[first[copy], found.a[at]],

@@ -34,7 +34,8 @@ def out_of_fold(
     """
     classes, codes = class_codes(labels)
     _check_folds(classes, codes, n_folds)
-    x, folds = _check_features(features, len(codes)), deal_folds(codes, n_folds, seed)
+    x = _check_features(features, len(codes))
+    folds = deal_folds(codes, n_folds, seed)
     probabilities = np.empty((len(codes), len(classes)))
     for f in range(n_folds):
         predict = fit_probe(x[folds != f], codes[folds != f], n_classes=len(classes), C=C)
@@ -58,10 +59,8 @@ def flag_labels(
     "Which given labels are probably wrong."
     if method not in METHODS or rule not in ('cleanlab', 'paper'):
         raise ValueError(
-            (
-                f"method {method!r} with rule {rule!r}: there are {' and '.join(METHODS)}, "
-                "with 'cleanlab' or 'paper'"
-            )
+            f"method {method!r} with rule {rule!r}: there are {' and '.join(METHODS)}, "
+            "with 'cleanlab' or 'paper'"
         )
     classes, codes = class_codes(labels, classes)
     p = _check_probabilities(probabilities, codes, classes)

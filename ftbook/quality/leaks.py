@@ -61,7 +61,8 @@ def _hits(probe, hashes, counts, n_texts):
 # %% ../../nbs/inside/leaks.ipynb #0631de47
 def _probes(texts, n_words, shortest, crowd=200):
     hashes, counts = _word_hashes(texts)
-    first, length = _firsts(_text_hashes(hashes, counts)), np.minimum(counts, n_words)
+    first = _firsts(_text_hashes(hashes, counts))
+    length = np.minimum(counts, n_words)
     use = np.flatnonzero((counts >= shortest) & (first == np.arange(len(counts))))
     probes = [_probe(hashes, counts, use[length[use] == n], int(n), crowd) for n in np.unique(length[use])]
     probes = [p for p in probes if len(p.keys)]
@@ -109,10 +110,8 @@ def leakage(
     _check_texts(train, 'training text'), _check_texts(test, 'test text')
     first = {normalise(t): i for i, t in reversed(list(enumerate(train)))}
     same = [(first[n], j, 1.0) for j, n in enumerate(map(normalise, test)) if n in first]
-    near, inside = (
-        near_duplicates(train, threshold, other=test),
-        contained(test, train, n_words=n_words, threshold=share),
-    )
+    near = near_duplicates(train, threshold, other=test)
+    inside = contained(test, train, n_words=n_words, threshold=share)
     found = {}
     for kind, links in dict(exact=same, near=_best_first(near), contained=_best_first(inside)).items():
         for a, b, similarity in links:

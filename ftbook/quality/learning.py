@@ -41,8 +41,10 @@ def learning_curve(
     """Accuracy of a linear probe against the number of examples; the smaller sets are parts of
     the larger ones."""
     classes, codes = class_codes(labels)
-    x, n_test = _check_features(features, len(codes)), min(n_test, len(codes) // 3)
-    sizes, runs = _sizes(sizes, len(codes), len(classes), n_test), []
+    x = _check_features(features, len(codes))
+    n_test = min(n_test, len(codes) // 3)
+    sizes = _sizes(sizes, len(codes), len(classes), n_test)
+    runs = []
     for seed in tqdm(range(n_seeds), desc='learning curve', disable=not progress, leave=False):
         order = np.random.default_rng(seed).permutation(len(codes))
         test, train = order[:n_test], order[n_test:]

@@ -50,7 +50,8 @@ def check_lengths(
 ) -> Findings:  # At most one
     "Rows that would be cut, or that are far longer than the rest."
     sizes = _token_counts(view, tokenizer) if tokenizer else [len(t.split()) for t in view.texts]
-    unit, middle = 'tokens' if tokenizer else 'words', statistics.median([s for s in sizes if s] or [0])
+    unit = 'tokens' if tokenizer else 'words'
+    middle = statistics.median([s for s in sizes if s] or [0])
     limit = max_length if tokenizer and max_length else max(100, 20 * middle)
     long = {i: f'{s:,} {unit}' for i, s in enumerate(sizes) if s > limit}
     lost = sum(sizes[i] - limit for i in long) / max(sum(sizes), 1)

@@ -42,7 +42,8 @@ def edited_copies(
     seed: int = 0,  # Of the edits
 ) -> tuple[list[str], list[str]]:  # The sentences, and each with 0 to 11 of its words replaced
     "Sentences beside edited copies of themselves."
-    rng, vocabulary = random.Random(seed), ' '.join(texts[:500]).split()
+    rng = random.Random(seed)
+    vocabulary = ' '.join(texts[:500]).split()
     long = [t for t in texts if len(t.split()) >= 20][:n_copies]
 
     def edit(text, n_edits):

@@ -55,7 +55,8 @@ def group_rows(
     x, y = ends.reshape(2, -1)
     label, before = np.arange(len(rows)), None
     while not np.array_equal(label, before):
-        before, low = label.copy(), np.minimum(label[x], label[y])
+        before = label.copy()
+        low = np.minimum(label[x], label[y])
         np.minimum.at(label, before[x], low)
         np.minimum.at(label, before[y], low)
         label = label[label]

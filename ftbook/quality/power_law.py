@@ -25,7 +25,9 @@ def power_law(
 # %% ../../nbs/inside/power_law.ipynb #b7310ae1
 def _line(x, y, weight):
     "Weighted (floor, scale), neither below 0: x (P, k), y (D, k), weight (k,) that adds up to 1 -> two (P, D)."
-    mean_x, mean_y, xy = (x @ weight)[:, None], y @ weight, (x * weight) @ y.T
+    mean_x = (x @ weight)[:, None]
+    mean_y = y @ weight
+    xy = (x * weight) @ y.T
     scale = (xy - mean_x * mean_y) / ((x * x) @ weight[:, None] - mean_x**2)
     through_0 = mean_y < scale * mean_x
     scale = np.where(through_0, xy / ((x * x) @ weight[:, None]), scale).clip(0)
@@ -38,7 +40,8 @@ def fit_power_law(
 ) -> np.ndarray:  # (D, 3): floor, scale and power of each
     "Least squares on the error relative to its mean, or to .005 where that is more, over a grid of powers."
     powers = np.geomspace(0.05, 3, 120)
-    x, weight = np.asarray(n, float) ** -powers[:, None], 1 / error.mean(0).clip(0.005) ** 2
+    x = np.asarray(n, float) ** -powers[:, None]
+    weight = 1 / error.mean(0).clip(0.005) ** 2
     floor, scale = _line(x, error, weight / weight.sum())
     miss = ((floor[..., None] + scale[..., None] * x[:, None] - error) ** 2) @ weight  # (P, D)
     best, each = miss.argmin(0), np.arange(len(error))

@@ -36,10 +36,8 @@ def _check_features(features, n):
     wrong = np.flatnonzero(~np.isfinite(x).all(1))
     if len(wrong):
         raise ValueError(
-            (
-                f"the features of row {wrong[0]} are not finite ({len(wrong)} such rows): embed them again, or "
-                "leave them out"
-            )
+            f"the features of row {wrong[0]} are not finite ({len(wrong)} such rows): embed them again, or "
+            "leave them out"
         )
     return x
 

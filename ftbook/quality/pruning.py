@@ -34,7 +34,8 @@ def _leave_one(joint):
 # %% ../../nbs/inside/label_methods.ipynb #307bf522
 def _by_noise_rate(codes, probabilities, confident):
     k = probabilities.shape[1]
-    wrong, counts = np.zeros(len(codes), bool), np.bincount(codes, minlength=k)
+    wrong = np.zeros(len(codes), bool)
+    counts = np.bincount(codes, minlength=k)
     joint = _leave_one(calibrate_joint(confident_joint(codes, confident, k), counts))
     for given, other in ((g, o) for g in range(k) for o in range(k) if g != o and counts[g] > 1):
         rows = np.flatnonzero(codes == given)

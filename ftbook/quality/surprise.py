@@ -56,7 +56,8 @@ def bits_per_byte(
     _check_texts(texts)
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"batch_size and max_length must be 1 or more, not {batch_size} and {max_length}")
-    start, sizes = _start_token(tokenizer) if start is None else start, np.array([len(_utf8(t)) for t in texts], int)
+    start = _start_token(tokenizer) if start is None else start
+    sizes = np.array([len(_utf8(t)) for t in texts], int)
     ids = [
         tokenizer(_utf8(t).decode(), add_special_tokens=False, split_special_tokens=True, verbose=False)['input_ids']
         for t in texts
@@ -64,7 +65,8 @@ def bits_per_byte(
     windows = sorted(
         ((i, w) for i, x in enumerate(ids) for w in _windows(x, start, max_length)), key=lambda w: len(w[1][0])
     )
-    total, was_training = np.zeros(len(texts)), model.training
+    total = np.zeros(len(texts))
+    was_training = model.training
     model.eval()
     for at in range(0, len(windows), batch_size):
         rows, batch = zip(*windows[at : at + batch_size])

@@ -32,8 +32,10 @@ def label_errors(
     wrong = flag_labels(labels, probabilities, classes, **how)
     classes, codes = class_codes(labels, classes)
     p = _check_probabilities(probabilities, codes, classes)
-    scores, thresholds = label_scores(codes, p, rank_by), confident_thresholds(codes, p)
-    rows, counts = np.flatnonzero(wrong), np.bincount(codes, minlength=len(classes))
+    scores = label_scores(codes, p, rank_by)
+    thresholds = confident_thresholds(codes, p)
+    rows = np.flatnonzero(wrong)
+    counts = np.bincount(codes, minlength=len(classes))
 
     def finding(i):
         given, best = codes[i], _rival(p[i], codes[i])

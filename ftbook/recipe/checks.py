@@ -162,7 +162,8 @@ def _shape(p, rows, where):
 # %% ../../nbs/inside/preflight_checks.ipynb #dd7a695e
 def _check_rows(p):
     "Read the rows and split them."
-    d, rows = p.recipe.data, read_source(p.recipe.data.source, p.recipe.data.split)
+    d = p.recipe.data
+    rows = read_source(p.recipe.data.source, p.recipe.data.split)
     p.labels = find_labels(rows, d) or [str(c) for c in p.recipe.evaluate.choices or []]
     shaped = _shape(p, rows, 'data.source')
     if d.deduplicate:
@@ -229,7 +230,8 @@ def _check_labels(p):
             f"every training row has the label {next(iter(counts), None)!r}",
             'bring rows of other labels',
         )
-    top, n = max(counts, key=counts.get, default=None), sum(counts.values())
+    top = max(counts, key=counts.get, default=None)
+    n = sum(counts.values())
     if len(counts) > 1 and counts[top] > 0.8 * n:
         p.findings.add(
             'warning',
@@ -246,7 +248,8 @@ def _check_model(p):
         raise ValueError(
             f"{keys.name} is an encoder and writes no text; take a causal language model such as smollm2-135m"
         )
-    p.skeleton, p.tokenizer = skeleton(keys.name), load_tokenizer(keys.name)
+    p.skeleton = skeleton(keys.name)
+    p.tokenizer = load_tokenizer(keys.name)
     if keys.quantize:
         quantize_(p.skeleton, keys.quantize)
     p.n_limit = min(
@@ -301,7 +304,8 @@ def _check_method(p):
                 checkpointing=p.recipe.train.gradient_checkpointing,
             )
         )
-    added, places = sum(map(math.prod, shapes.values())), len({name.rpartition('.')[0] for name in shapes})
+    added = sum(map(math.prod, shapes.values()))
+    places = len({name.rpartition('.')[0] for name in shapes})
     p.findings.add(
         'note',
         'method.type',
@@ -387,7 +391,9 @@ def choose_precision(
     recipe: Recipe,  # What is to be done
 ) -> tuple:  # (device, dtype of the weights, precision of autocast or None)
     "Where and in which precision a recipe runs."
-    chosen, keys, full = probe_device(recipe.model.device), recipe.model, recipe.method.type == 'full'
+    chosen = probe_device(recipe.model.device)
+    keys = recipe.model
+    full = recipe.method.type == 'full'
     dtype = as_dtype(keys.dtype) if keys.dtype else torch.float32 if full else chosen.dtype
     half = {torch.bfloat16: 'bf16', torch.float16: 'fp16'}.get(chosen.dtype)
     mixed = half if full and not keys.dtype else 'fp16' if dtype == torch.float16 else None
@@ -400,7 +406,8 @@ def plan_memory(
     method=None,  # The recipe's, where it is made already
 ) -> dict:  # Bytes by item, without activations
     "What weights, gradients and optimiser will hold."
-    n, dtype = sum(count_parameters(model).values()), choose_precision(recipe)[1]
+    n = sum(count_parameters(model).values())
+    dtype = choose_precision(recipe)[1]
     if recipe.method.type == 'full':
         return training_bytes(n, precision='float32')
     added = sum(map(math.prod, (method or make_method(recipe)).shapes(model).values()))
@@ -432,7 +439,8 @@ def _check_memory(p):
         return
     method = None if p.recipe.method.type == 'full' else make_method(p.recipe, p.tokenizer)
     p.memory, (device, dtype, _) = plan_memory(p.recipe, p.skeleton, method), choose_precision(p.recipe)
-    need, free = sum(p.memory.values()), free_memory(device)
+    need = sum(p.memory.values())
+    free = free_memory(device)
     level = 'note' if free is None or need < 0.8 * free else 'warning' if need < free else 'error'
     p.findings.add(
         level,
@@ -450,7 +458,8 @@ def _check_memory(p):
 # %% ../../nbs/inside/preflight_checks.ipynb #f2f98580
 def _check_battery(p):
     "Can everything be asked that is to be asked about what was lost?"
-    keys, said = p.recipe.forgetting, {normalise(t) for row in p.train_rows for t in _strings(row)}
+    keys = p.recipe.forgetting
+    said = {normalise(t) for row in p.train_rows for t in _strings(row)}
     if not keys.measure or not p.train:
         return
     p.battery = make_battery(
@@ -500,7 +509,8 @@ def _check_resume(p):
             f"{p.out} holds another run",
             'choose a new folder (--out), or go on with that run (--resume)',
         )
-    before, now = _flat(asdict(load_recipe(p.out / 'recipe.yaml'))), _flat(asdict(p.recipe))
+    before = _flat(asdict(load_recipe(p.out / 'recipe.yaml')))
+    now = _flat(asdict(p.recipe))
     differ = [f'{k} was {before[k]!r} and is {now[k]!r}' for k in now if before[k] != now[k]]
     if differ:
         p.findings.add(
@@ -522,7 +532,8 @@ def _check_folder(p):
     "Can the output folder be written, and is it free?"
     if p.out is None:
         return
-    there, add = next(f for f in (p.out, *p.out.parents) if f.exists()), p.findings.add
+    there = next(f for f in (p.out, *p.out.parents) if f.exists())
+    add = p.findings.add
     if not there.is_dir():
         return add('error', 'out', f"{there} is a file, so there can be no folder {p.out}", 'choose another folder')
     if holds_run(p.out):
@@ -538,7 +549,8 @@ def _check_folder(p):
             f"{there} cannot be written: {e.strerror}",
             'choose another folder, or change its permissions',
         )
-    need, free = disk_needed(p.memory), shutil.disk_usage(there).free
+    need = disk_needed(p.memory)
+    free = shutil.disk_usage(there).free
     if need > free:
         add(
             'error',

@@ -316,12 +316,11 @@ def _nearest(path):
 
 
 def _unknown(path, cls):
-    near, section = _nearest(path), path.rpartition('.')[0]
+    near = _nearest(path)
+    section = path.rpartition('.')[0]
     return ValueError(
-        (
-            f"unknown key {path}{f'; did you mean {near}?' if near else '.'} Keys "
-            f"{'in ' + section if section else 'at the top'}: {', '.join(f.name for f in fields(cls))}"
-        )
+        f"unknown key {path}{f'; did you mean {near}?' if near else '.'} Keys "
+        f"{'in ' + section if section else 'at the top'}: {', '.join(f.name for f in fields(cls))}"
     )
 
 # %% ../../nbs/inside/recipe_keys.ipynb #53db3024
@@ -363,7 +362,8 @@ def foreign_keys(
     keys: MethodKeys,  # As configured
 ) -> str | None:  # None: all belong to the method
     "A complaint about keys that belong to another method."
-    cls, own = METHODS[keys.type][0], {f.name for f in fields(MethodKeys)}
+    cls = METHODS[keys.type][0]
+    own = {f.name for f in fields(MethodKeys)}
     own = own & {f.name for f in fields(cls)} if cls else set()
     wrong = [f'method.{k}' for k in given_keys(keys) if k not in own]
     if wrong:

@@ -61,7 +61,8 @@ def recipe_from_file(
 ) -> Recipe:  # FileNotFoundError or ValueError names the file and what is wrong
     "Make a recipe for a file: its columns are found, and every other key keeps its default."
     make_recipe(changes)  # a key that is wrong is named before the file is read
-    path, data = Path(path).expanduser().resolve(), changes.get('data') or {}
+    path = Path(path).expanduser().resolve()
+    data = changes.get('data') or {}
     rows = read_rows(path)
     try:
         data = find_data_keys(rows, data) | data

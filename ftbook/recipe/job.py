@@ -42,12 +42,10 @@ class Job:
         progress: bool = True,  # Say on stderr what happens?
     ):
         self.world, self.rank = join_processes(choose_precision(recipe)[0])
-        self.recipe, self.out, self.progress, self.seconds = (
-            recipe,
-            Path(out).expanduser().absolute(),
-            progress and self.rank == 0,
-            {},
-        )
+        self.recipe = recipe
+        self.out = Path(out).expanduser().absolute()
+        self.progress = progress and self.rank == 0
+        self.seconds = {}
 
     def first(
         self,

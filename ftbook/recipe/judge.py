@@ -34,7 +34,8 @@ def wilson(
 ) -> tuple[float, float]:  # (low, high)
     "Interval for a share, after Wilson (1927)."
     p, spread = k / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / spread, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / spread
+    middle = (p + z * z / (2 * n)) / spread
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / spread
     return middle - half, middle + half
 
 # %% ../../nbs/inside/judge.ipynb #94007140
@@ -166,9 +167,11 @@ def measure(
 # %% ../../nbs/inside/judge.ipynb #970d7e08
 def _share_of(p, texts, world, rank):
     "One process's share of what is judged: every `world`-th row and text."
-    samples, part = len(range(rank, p.recipe.evaluate.samples, world)), copy.copy(p)
+    samples = len(range(rank, p.recipe.evaluate.samples, world))
+    part = copy.copy(p)
     part.recipe = replace(p.recipe, evaluate=replace(p.recipe.evaluate, samples=samples))
-    part.test, part.test_rows = p.test[rank::world], p.test_rows[rank::world]
+    part.test = p.test[rank::world]
+    part.test_rows = p.test_rows[rank::world]
     return part, {k: v[rank::world] for k, v in texts.items()}
 
 
@@ -217,7 +220,8 @@ def judge(
     # no rows
 ) -> dict:
     "Accuracy and loss, and how sure they are."
-    n, found = len(before['nats']), dict(accuracy_before=None, accuracy_after=None)
+    n = len(before['nats'])
+    found = dict(accuracy_before=None, accuracy_after=None)
     if after['nats'] is None:
         return found | dict(loss_before=None, loss_after=None, n_eval=n)  # the judge failed
     if before['right'] is not None:

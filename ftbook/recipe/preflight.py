@@ -51,10 +51,8 @@ def prepare(
     resume: bool = False,  # Is the run in `out` to be gone on with?
 ) -> Prepared:  # With `.findings`; what could not be made is empty
     "Do everything that a run does before the weights are loaded."
-    p, problem = (
-        Prepared(recipe, None if out is None else Path(out).expanduser().absolute(), resume),
-        _contradiction(recipe),
-    )
+    p = Prepared(recipe, None if out is None else Path(out).expanduser().absolute(), resume)
+    problem = _contradiction(recipe)
     if problem:
         p.findings.add('error', *problem.split(' ', 1))
     for where, step in _checks.items() if not problem else ():

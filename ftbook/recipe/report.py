@@ -123,7 +123,8 @@ def collect(
             for k, m in after['texts'].items()
         }
 
-    lost, unjudged = attempt('texts', texts, {}), after | _empty['rows']
+    lost = attempt('texts', texts, {})
+    unjudged = after | _empty['rows']
     verdict = attempt('rows', lambda: judge(before, after, seed)) or judge(before, unjudged)
     commonest = max(Counter(map(_answer, p.test_rows)).values()) / len(p.test_rows) if p.labels else None
     facts = verdict | dict(
@@ -191,11 +192,9 @@ def summary_sentence(
     facts: dict,  # From `collect`
 ) -> str:
     "The result in plain words."
-    n, name, accuracy = (
-        facts['n_eval'],
-        Path(facts['recipe']['model']['name']).name,
-        facts['accuracy_after'] is not None,
-    )
+    n = facts['n_eval']
+    name = Path(facts['recipe']['model']['name']).name
+    accuracy = facts['accuracy_after'] is not None
     if facts['loss_after'] is None:
         return (
             f"{name} was trained in {facts['steps']:,} steps and saved. How well it does on the {n:,} held-out "
@@ -267,7 +266,9 @@ def _pick(samples, n):
 
     if all(s['right_after'] is None for s in samples):
         return samples[:n]
-    wrong, learnt, knew = kind((False, False), (True, False))[: max(2, n // 4)], kind((False, True)), kind((True, True))
+    wrong = kind((False, False), (True, False))[: max(2, n // 4)]
+    learnt = kind((False, True))
+    knew = kind((True, True))
     few = learnt[: n // 2]
     return few + (knew + learnt[n // 2 :])[: n - len(few) - len(wrong)] + wrong
 
@@ -299,7 +300,9 @@ def draw_losses(
     history: Sequence[dict],  # Of a `Run`
 ) -> Picture:
     "The loss of every step, and its running mean."
-    steps, losses, wide = [h['step'] for h in history], [h['loss'] for h in history], len(history) // 25
+    steps = [h['step'] for h in history]
+    losses = [h['loss'] for h in history]
+    wide = len(history) // 25
     lines = {
         'running mean': (steps, [float(np.mean(losses[max(0, i - wide) : i + wide + 1])) for i in range(len(losses))])
     }
@@ -351,10 +354,8 @@ def _forgetting_section(facts):
     tokens = sum(f['tokens'] for f in lost.values())
     return [
         _p(
-            (
-                f"The loss on {tokens:,} tokens of plain text that was not trained on, after minus before, with "
-                f"its 95% interval. To the right of zero, something was lost. {forgetting_words(lost)}"
-            )
+            f"The loss on {tokens:,} tokens of plain text that was not trained on, after minus before, with "
+            f"its 95% interval. To the right of zero, something was lost. {forgetting_words(lost)}"
         ),
         draw_intervals(
             {k: (f['change'], f['low'], f['high']) for k, f in lost.items()}, marks={'no change': 0.0}, write=signed
@@ -388,10 +389,8 @@ def advice(
         )
     if judged and low <= 0:
         said.append(
-            (
-                f"The gain cannot be told from chance on {n} rows. Train longer, bring more rows, or judge by more "
-                "(evaluate.rows)."
-            )
+            f"The gain cannot be told from chance on {n} rows. Train longer, bring more rows, or judge by more "
+            "(evaluate.rows)."
         )
     if _still_falling([h['loss'] for h in facts['history']]):
         said.append(
@@ -404,31 +403,23 @@ def advice(
     lost = [f['name'] for f in facts['forgetting'].values() if f['low'] > 0.02]
     if lost:
         said.append(
-            (
-                f"It lost something on {' and '.join(lost)}. Try train.lr: "
-                f"{max(h['lr'] for h in facts['history']) / 3:.1g}, and compare gain and loss."
-            )
+            f"It lost something on {' and '.join(lost)}. Try train.lr: "
+            f"{max(h['lr'] for h in facts['history']) / 3:.1g}, and compare gain and loss."
         )
     if (facts.get('kept') or {}).get('accuracy') and facts['kept']['accuracy'][2] < 0:
         said.append(
-            (
-                'It gets questions wrong that it could answer before. Mix old rows into the data, or go part of '
-                'the way back: ftbook.forgetting has replay and Interpolation.'
-            )
+            'It gets questions wrong that it could answer before. Mix old rows into the data, or go part of '
+            'the way back: ftbook.forgetting has replay and Interpolation.'
         )
     if facts['accuracy_after'] is not None:
         said.append(
-            (
-                f"With {n} rows the accuracy is known to about "
-                f"{50 * np.diff(facts['accuracy_after_interval'])[0]:.1f} points either way. To tell two good "
-                "recipes apart, raise evaluate.rows."
-            )
+            f"With {n} rows the accuracy is known to about "
+            f"{50 * np.diff(facts['accuracy_after_interval'])[0]:.1f} points either way. To tell two good "
+            "recipes apart, raise evaluate.rows."
         )
     said.append(
-        (
-            f"One seed is one draw. Run it with seed: {facts['seed'] + 1} before you believe a difference of a "
-            "point or two."
-        )
+        f"One seed is one draw. Run it with seed: {facts['seed'] + 1} before you believe a difference of a "
+        "point or two."
     )
     return said
 
@@ -437,7 +428,8 @@ def loading_code(
     recipe: dict,  # As in report.json
 ) -> str:
     "How to load what was saved."
-    keys, method = recipe['model'], recipe['method']['type']
+    keys = recipe['model']
+    method = recipe['method']['type']
     beside = '  # the folder beside this report'
     if method == 'full':
         return f"from ftbook.models.load import load_model\n\nmodel, tokenizer = load_model('model'){beside}"
@@ -494,7 +486,8 @@ def draw_findings(
         return Picture(_p('Nothing was found.'))
 
     def line(f):
-        mark, remedy = '<i class=ft-no>warning</i> ' * (f['level'] == 'warning'), f"; {f['remedy']}" * bool(f['remedy'])
+        mark = '<i class=ft-no>warning</i> ' * (f['level'] == 'warning')
+        remedy = f"; {f['remedy']}" * bool(f['remedy'])
         return f"<div><b>{escape(f['where'])}</b><span>{mark}{escape(f['message'] + remedy)}</span></div>"
 
     return Picture(f"{_css}<div class=ft-found>{''.join(map(line, findings))}</div>")
@@ -531,7 +524,9 @@ class Report:
         # Lists of HTML and pictures for 'audit', 'plan', 'preflight' or 'forgetting'
         **slots,
     ):
-        self.facts, self.mask, self.slots = facts, mask, slots
+        self.facts = facts
+        self.mask = mask
+        self.slots = slots
 
     def headline(self) -> Picture:  # The result in large figures, in words, and drawn
         "Did it work, and how sure is that?"
@@ -561,7 +556,8 @@ class Report:
 
     def cost(self) -> Picture:  # Boxes
         "What it cost."
-        f, where = self.facts, 'process' if self.facts['device'] == 'cpu' else 'device'
+        f = self.facts
+        where = 'process' if self.facts['device'] == 'cpu' else 'device'
         share = f['trained_parameters'] / f['total_parameters']
         return cards(
             {
@@ -615,7 +611,8 @@ def sections(
     report: Report,  # Facts, pictures and slots
 ) -> list[tuple]:  # (heading, content), for `page`
     "The report, part by part."
-    f, slot = report.facts, lambda name: report.slots.get(name, [])
+    f = report.facts
+    slot = lambda name: report.slots.get(name, [])
     parts = {
         'The result': lambda: [report.headline(), report.cost()],
         'Before and after': lambda: _shown(f),

@@ -58,7 +58,8 @@ def name_label(
     names = [l if l is None else str(l) for l in keys.labels or []]
     if keys.cuts:
         try:
-            i, on_cut = bisect_left(keys.cuts, float(value)), float(value) in keys.cuts
+            i = bisect_left(keys.cuts, float(value))
+            on_cut = float(value) in keys.cuts
         except (TypeError, ValueError):
             raise ValueError(f"{keys.label_column!r} must be a number to be cut, not {value!r}") from None
         return None if on_cut and names[i + 1] is None else names[i]

@@ -72,7 +72,8 @@ def apply_method(
         model.requires_grad_(True)
     else:
         make_method(p.recipe, p.tokenizer).apply(model)
-    after, found = evaluate(model, few).loss, smoke_step(model, few)
+    after = evaluate(model, few).loss
+    found = smoke_step(model, few)
     changed = abs(after - before) > 0.003 * (1 + before)
     soft = hasattr(getattr(model, 'ftbook_method', None), 'num_virtual_tokens')
     found.add(

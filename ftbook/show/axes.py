@@ -67,7 +67,8 @@ class _Axis:
         lo, hi = self.scale(lo), self.scale(hi)
         if not lo < hi:
             lo, hi = lo - (abs(lo) * 0.1 or 1), lo + (abs(lo) * 0.1 or 1)
-        self.lo, self.hi = lo - 0.03 * (hi - lo), hi + 0.03 * (hi - lo)
+        self.lo = lo - 0.03 * (hi - lo)
+        self.hi = hi + 0.03 * (hi - lo)
 
     def scale(self, v):
         return math.log10(v) if self.log else v

@@ -88,7 +88,9 @@ def _bar_scale(groups, spread, x_range, marks):
 # %% ../../nbs/inside/charts.ipynb #0cdd89ba
 def _groups_of_bars(groups, spread, scale, series, digits, minus, above):
     "All bars with their names, and how high they are; with `above`, a name stands above its group."
-    thick, body, y = (18 if len(series) == 1 else 13), '', 0
+    thick = 18 if len(series) == 1 else 13
+    body = ''
+    y = 0
     for group, row in groups.items():
         tall = len(row) * (thick + 2)
         at = f'x="{-minus}"' if above else f'x="{-10 - minus}" text-anchor="end"'
@@ -123,7 +125,8 @@ def bars(
     width: int = 640,  # Greatest width in px; the chart shrinks with its page
 ) -> Picture:  # A chart of a few kilobytes
     "Draw horizontal bars, with their values and errors."
-    groups, marks = _grouped(values), {str(k): _number('marks', v) for k, v in (marks or {}).items()}
+    groups = _grouped(values)
+    marks = {str(k): _number('marks', v) for k, v in (marks or {}).items()}
     spread = _spread(groups, errors)
     scale = _bar_scale(groups, spread, x_range, marks)
     series = list(dict.fromkeys(s for row in groups.values() for s in row))

@@ -40,7 +40,8 @@ def _frame(x, y, height):
 
 # %% ../../nbs/inside/charts.ipynb #a3ce9045
 def _curves(data, colour, x, y, height):
-    right, down = lambda v: 1000 * x(v), lambda v: height * (1 - y(v))
+    right = lambda v: 1000 * x(v)
+    down = lambda v: height * (1 - y(v))
 
     def path(name, d, more):
         dash = ' stroke-dasharray="6 4"' if colour[name] >= len(_palette) and more.endswith(('="2"', '="1.3"')) else ''
@@ -112,7 +113,8 @@ def _check_logs(data, log_x, log_y, marks):
 def _axes(data, log_x, log_y, x_range, y_range, marks):
     _check_logs(data, log_x, log_y, marks)
     rows = [r for series in data.values() for s in series.values() for r in s if _finite(r)]
-    xs, ys = [r[0] for r in rows], [v for r in rows for v in r[1:]]
+    xs = [r[0] for r in rows]
+    ys = [v for r in rows for v in r[1:]]
     seen = xs + list(marks.values())
     return _Axis(xs, log_x, x_range or (min(seen), max(seen)), 6), _Axis(ys, log_y, y_range, 5)
 
@@ -144,7 +146,8 @@ def plot(
     marks = dict(zip(map(str, marks or {}), _floats('marks', (marks or {}).values())))
     x, y = _axes(data, log_x, log_y, x_range, y_range, marks)
     names = list(dict.fromkeys(n for g in ('lines', 'points', 'bands') for n in data[g]))
-    inner, colour = max(80, height - 90), {n: i for i, n in enumerate(names)}
+    inner = max(80, height - 90)
+    colour = {n: i for i, n in enumerate(names)}
     ends = _ends(data, x, y, inner) if any(names) else {}
     signs, room = _marks(marks, x, inner)
     labels = ''.join(

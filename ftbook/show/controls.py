@@ -26,7 +26,9 @@ class Control:
         if isinstance(options, bool):
             options, value = (False, True), options
         self.options = [o.item() if hasattr(o, 'item') else o for o in options]
-        self.label, self.name, self._watchers = label, '', []
+        self.label = label
+        self.name = ''
+        self._watchers = []
         if not self.options:
             raise ValueError("a control needs at least one option")
         if len(set(map(repr, self.options))) < len(self.options):

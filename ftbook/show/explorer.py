@@ -32,7 +32,10 @@ class Explorer:
         max_frames: int = 2000,  # ValueError where the controls have more combinations
         max_bytes: int = 1_000_000,  # ValueError where the packed frames take more
     ):
-        self.compute, self.draw, self.controls, self.max_bytes = compute, draw, controls, max_bytes
+        self.compute = compute
+        self.draw = draw
+        self.controls = controls
+        self.max_bytes = max_bytes
         self._results, self._pictures = {}, {}
         _check_call(compute, [c.name for c in controls])
         n = math.prod(len(c.options) for c in controls)
@@ -130,7 +133,8 @@ def _unpack(packed):
 
 # %% ../../nbs/inside/explorer.ipynb #5b5e1bd2
 def _input(c):
-    name, text = escape(c.label), escape(_option(c.value))
+    name = escape(c.label)
+    text = escape(_option(c.value))
     if c.kind == 'checkbox':
         return (
             '<label class="ftbook-check"><input type="checkbox" '

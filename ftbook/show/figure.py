@@ -29,8 +29,17 @@ class _Chart:
     def __init__(
         self, title, body, height, margins, legend=(), over='', under='', notes=(), width=640, alt='', align='center'
     ):
-        self.title, self.body, self.height, self.margins, self.legend = title, body, height, margins, legend
-        self.over, self.under, self.notes, self.width, self.alt, self.align = over, under, notes, width, alt, align
+        self.title = title
+        self.body = body
+        self.height = height
+        self.margins = margins
+        self.legend = legend
+        self.over = over
+        self.under = under
+        self.notes = notes
+        self.width = width
+        self.alt = alt
+        self.align = align
 
     def div(self, text, style='opacity:.75'):
         return f'<div style="{style}">{escape(text)}</div>' if text else ''

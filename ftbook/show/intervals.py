@@ -25,7 +25,8 @@ def signed(
 # %% ../../nbs/inside/intervals.ipynb #bc9ee913
 def _interval_row(n, label, value, low, high, at, write, reference):
     "One line of `draw_intervals`."
-    y, colour = 44 * n + 32, ('#808080', '#0072B2', '#D55E00', '#009E73')[n % 4]
+    y = 44 * n + 32
+    colour = ('#808080', '#0072B2', '#D55E00', '#009E73')[n % 4]
     dashes = ''.join(
         (
             f'<line x1="{at(v)}" x2="{at(v)}" y1="{y - 9}" y2="{y + 9}" stroke="currentColor" stroke-width="1.5" '
@@ -53,7 +54,8 @@ def draw_intervals(
     write=tidy,  # Value -> text
 ) -> Picture:  # It shrinks with its page
     "Draw values with their intervals, on one scale."
-    marks, values = marks or {}, [v for row in rows.values() for v in row]
+    marks = marks or {}
+    values = [v for row in rows.values() for v in row]
     low, high = x_range or (min(*values, *marks.values()), max(*values, *marks.values()))
     pad = 0.03 * (high - low or 1)
 

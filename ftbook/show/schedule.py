@@ -41,9 +41,7 @@ def draw_schedule(
     )
     words = f'{escape(title)}. Blue: forward, orange: backward, grey: idle; a line for each device.'
     return Picture(
-        (
-            '<div role="figure" style="max-width:640px"><div '
-            f'style="font-size:13px">{words}</div><svg role="img" aria-label="{words}" '
-            f'viewBox="0 0 600 {26 * len(schedule)}" style="width:100%">{body}</svg></div>'
-        )
+        '<div role="figure" style="max-width:640px"><div '
+        f'style="font-size:13px">{words}</div><svg role="img" aria-label="{words}" '
+        f'viewBox="0 0 600 {26 * len(schedule)}" style="width:100%">{body}</svg></div>'
     )

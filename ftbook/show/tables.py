@@ -64,8 +64,6 @@ def table(
     head = _cells('th scope=col', map(escape, columns.values()), numeric).replace('</th scope=col>', '</th>')
     name = f'<div style="font-size:15px;font-weight:600">{escape(title)}</div>' if title else ''
     return Picture(
-        (
-            f'{_table_css}<div class="ftbook-table">{name}<table><thead>{head}</thead><tbody>'
-            f'{"".join(_cells("td", cells, numeric) for cells in body)}</tbody></table></div>'
-        )
+        f'{_table_css}<div class="ftbook-table">{name}<table><thead>{head}</thead><tbody>'
+        f'{"".join(_cells("td", cells, numeric) for cells in body)}</tbody></table></div>'
     )

@@ -102,7 +102,8 @@ def like_lengths(
 ) -> list[Group]:
     "Group the examples of a pack by length."
     spans = list(zip(lengths, torch.tensor((0, *lengths)).cumsum(0).tolist()))
-    alone, groups = [_group(spans[:1])] if prefix else [], []
+    alone = [_group(spans[:1])] if prefix else []
+    groups = []
     for n, start in sorted(spans[bool(prefix) :], reverse=True):
         if groups and n * waste >= groups[-1][0][0]:
             groups[-1].append((n, start))
@@ -174,7 +175,9 @@ def attention_gradient(
     dq, first = torch.empty_like(q), k.shape[1] - n
     dk, dv = torch.zeros(2, *k.shape, dtype=torch.promote_types(k.dtype, torch.float32))
     for i, j in _blocks(n):
-        some, ahead, keys = _some(q, n, i, j), _some(d_out, n, i, j), slice(first + j)
+        some = _some(q, n, i, j)
+        ahead = _some(d_out, n, i, j)
+        keys = slice(first + j)
         P = attention_weights(some, k[:, keys], j - i, scale)
         dS = torch._softmax_backward_data(torch.bmm(ahead, v[:, keys].transpose(1, 2)), P, -1, P.dtype)
         _heads(dq, n)[:, :, i:j] = _heads(torch.bmm(dS, k[:, keys]).mul_(scale), j - i)
@@ -190,12 +193,10 @@ class _Attention(Function):
     def forward(ctx, q, k, v, lengths, prefix, scale):  # (1, heads, T, d), (1, kv_heads, T, d) twice
         q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
         ctx.save_for_backward(q, k, v)
-        ctx.groups, ctx.prefix, ctx.scale, out = (
-            like_lengths(tuple(lengths), prefix),
-            prefix,
-            scale,
-            q.new_empty(q.shape),
-        )
+        ctx.groups = like_lengths(tuple(lengths), prefix)
+        ctx.prefix = prefix
+        ctx.scale = scale
+        out = q.new_empty(q.shape)
         for group in ctx.groups:
             blocks = group.gather(q, k.shape[1]), group.gather_keys(k), group.gather_keys(v)
             group.scatter_(out, attention_output(*blocks, group.longest, scale))

@@ -28,7 +28,8 @@ def isolated(
     fast: bool = False,  # With the operators of `fast_`?
 ):  # Yields whether the model takes packs
     "Lend `model` the attention that keeps packed examples apart; give it back as it was."
-    before, cache = model.config._attn_implementation, getattr(model.config, 'use_cache', None)
+    before = model.config._attn_implementation
+    cache = getattr(model.config, 'use_cache', None)
     borrowed = getattr(model, 'ftbook_rows', None)  # by a run that is going on
     rows = borrowed or layout_of(model)
     if rows.why and not borrowed:

@@ -31,7 +31,8 @@ def write_checkpoint(
     keep: int = 2,  # Older ones are removed
 ) -> Path:  # The new checkpoint
     "Write a checkpoint whole or not at all."
-    target, beside = folder / f'step-{step:08d}', folder / f'.writing-{step}-{os.getpid()}'
+    target = folder / f'step-{step:08d}'
+    beside = folder / f'.writing-{step}-{os.getpid()}'
     try:
         _fill(beside, tensors, state)
         if target.exists():
@@ -194,7 +195,8 @@ def load_run(
             k: v if k == 'step' and p.device.type == 'cpu' else _cut_like(v, p) for k, v in mine.items()
         } | state['optimizer'][i]
     weights = {k.removeprefix('best.'): v for k, v in tensors.items() if k.startswith('best.')}
-    loop.step, loop.best = state['step'], dict(state['best'], weights=weights) if state['best'] else None
+    loop.step = state['step']
+    loop.best = dict(state['best'], weights=weights) if state['best'] else None
     if state['scaler']:
         loop.accelerator.scaler.load_state_dict(state['scaler'])
     return state['history']
@@ -215,21 +217,18 @@ def _begin(loop, run, out, resume):
     found = checkpoints(Path(out) / 'checkpoints') if out else []
     if found and not resume:
         raise ValueError(
-            (
-                f"{out} holds a run that reached step {int(found[-1].name[5:])}: go on with it (`resume=True`), or "
-                "choose another folder"
-            )
+            f"{out} holds a run that reached step {int(found[-1].name[5:])}: go on with it (`resume=True`), or "
+            "choose another folder"
         )
     if resume and not out:
         raise ValueError("resume=True needs `out`, the folder of the run to go on with")
     if found and loop.deepspeed:
         raise ValueError(
-            (
-                "DeepSpeed keeps AdamW's moments to itself, so a run cannot go on under it: go on with ddp or "
-                "fsdp2, or begin in another folder"
-            )
+            "DeepSpeed keeps AdamW's moments to itself, so a run cannot go on under it: go on with ddp or "
+            "fsdp2, or begin in another folder"
         )
     if out:
         act_in_first(loop, lambda: _make_room(Path(out)))
     if found:
-        run.history, run.resumed_from = load_run(loop, found[-1]), loop.step
+        run.history = load_run(loop, found[-1])
+        run.resumed_from = loop.step

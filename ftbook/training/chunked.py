@@ -20,7 +20,8 @@ def nats_and_gradient_(
     targets: Tensor,  # (n, 1) ids
 ) -> Tensor:  # Summed loss in nats
     "Cross-entropy of `logits`, and its gradient written over them."
-    top, at_target = logits.amax(-1, keepdim=True), logits.gather(1, targets)
+    top = logits.amax(-1, keepdim=True)
+    at_target = logits.gather(1, targets)
     p = torch.softmax(logits, -1, out=logits)
     log_total = top - p.amax(-1, keepdim=True).log()  # of the sum of exponentials
     p.scatter_add_(1, targets, at_target.new_full(targets.shape, -1.0))
@@ -49,10 +50,8 @@ class _ChunkedLoss(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):  # (n, d), (V, d), (n,)
-        buffer, wide = (
-            hidden.new_empty(min(chunk, len(hidden)), len(weight)),
-            hidden.new_empty(min(_turn_rows(hidden), len(hidden)), len(weight), dtype=torch.float32),
-        )
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        wide = hidden.new_empty(min(_turn_rows(hidden), len(hidden)), len(weight), dtype=torch.float32)
         grads = [
             torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
             torch.zeros_like(weight) if ctx.needs_input_grad[1] else None,

@@ -64,7 +64,8 @@ def evaluate(
     "Mean loss per target token, and the loss of every example; never more than a chunk of logits."
     if not examples:
         raise ValueError("there is no example to evaluate")
-    order, training = sorted(range(len(examples)), key=lambda i: len(examples[i])), model.training
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    training = model.training
     found = {}
     with isolated(model) as packs:
         objective = Objective(model.eval())

@@ -54,7 +54,8 @@ def _candidate(module):
 def _small_copy(module, width):
     "A copy of `module` that has numbers, and small matrices."
     small = copy.copy(module)
-    small._modules, small._parameters = dict(module._modules), dict(module._parameters)
+    small._modules = dict(module._modules)
+    small._parameters = dict(module._parameters)
     for name in ('gate_proj', 'up_proj', 'down_proj'):
         if name in small._modules:
             small._modules[name] = nn.Linear(8, 8, bias=False)
@@ -110,8 +111,10 @@ def _rotaries(model):
 
 def _swap_rotary(file):
     "Swap one file's rotation, if ours gives the same numbers."
-    original, angle = file.apply_rotary_pos_emb, torch.linspace(0, 3, 20).view(1, 5, 4).repeat(1, 1, 2)
-    q, k = torch.linspace(-1, 2, 80).sin().view(1, 2, 5, 8), torch.linspace(-2, 1, 40).sin().view(1, 1, 5, 8)
+    original = file.apply_rotary_pos_emb
+    angle = torch.linspace(0, 3, 20).view(1, 5, 4).repeat(1, 1, 2)
+    q = torch.linspace(-1, 2, 80).sin().view(1, 2, 5, 8)
+    k = torch.linspace(-2, 1, 40).sin().view(1, 1, 5, 8)
     try:
         theirs = original(q, k, angle.cos(), angle.sin())
     except (TypeError, ValueError, RuntimeError):

@@ -98,5 +98,6 @@ def rotate_both(
     unsqueeze_dim: int = 1,  # Where the heads are
 ) -> tuple[Tensor, Tensor]:  # Rotated q and k
     "transformers' `apply_rotary_pos_emb`, by `_Rotate`."
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
     return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)

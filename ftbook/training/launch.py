@@ -39,10 +39,8 @@ def _read(path):
         config = yaml.safe_load(Path(path).read_text())
     except OSError as e:
         raise ValueError(
-            (
-                f"{path} cannot be read ({e.strerror}): give a file, or one of {', '.join(config_files())} to "
-                "`launch_config`"
-            )
+            f"{path} cannot be read ({e.strerror}): give a file, or one of {', '.join(config_files())} to "
+            "`launch_config`"
         ) from e
     except yaml.YAMLError as e:
         raise ValueError(f"{path} is no YAML: {e}") from e
@@ -85,12 +83,10 @@ def _says_no(value):
 
 def _contradictions(c):
     "(is it so?, what is wrong and what to do) for what cannot be meant together."
-    kind, n, cpu, precision = (
-        c.get('distributed_type'),
-        c.get('num_processes'),
-        c.get('use_cpu'),
-        c.get('mixed_precision') or 'no',
-    )
+    kind = c.get('distributed_type')
+    n = c.get('num_processes')
+    cpu = c.get('use_cpu')
+    precision = c.get('mixed_precision') or 'no'
     fsdp, deepspeed = (c.get(k) or {} for k in ('fsdp_config', 'deepspeed_config'))
     stage = deepspeed.get('zero_stage')
     yield (
@@ -127,7 +123,8 @@ def _contradictions(c):
 # %% ../../nbs/inside/launch.ipynb #39eb81ec
 def _missing_here(c):
     "What this machine lacks for `c`."
-    n, gpus = c.get('num_processes', 1) // max(1, c.get('num_machines') or 1), torch.cuda.device_count()
+    n = c.get('num_processes', 1) // max(1, c.get('num_machines') or 1)
+    gpus = torch.cuda.device_count()
     if c.get('distributed_type') == 'DEEPSPEED' and not importlib.util.find_spec('deepspeed'):
         yield "DeepSpeed is not installed: pip install deepspeed, or take fsdp2, which needs nothing more"
     if not c.get('use_cpu') and not gpus:
@@ -254,9 +251,7 @@ def run_processes(
         )
         if code != 0:
             raise RuntimeError(
-                (
-                    f"{n} processes {f'were stopped after {timeout} seconds' if code is None else 'failed'}. What "
-                    f"they said last:\n{said[-6000:]}"
-                )
+                f"{n} processes {f'were stopped after {timeout} seconds' if code is None else 'failed'}. What "
+                f"they said last:\n{said[-6000:]}"
             )
         return [json.loads((folder / str(rank)).read_text()) for rank in range(n)]

@@ -42,12 +42,12 @@ class Loop:
         # A function of the model and the step; what it gives is added to the loss
         regularizer=None,
     ):
-        self.model, self.examples, self.settings = model, examples, settings
-        self.packs, self.shares, self.regularizer = (
-            packs,
-            packs and _sharing(model),
-            regularizer,
-        )
+        self.model = model
+        self.examples = examples
+        self.settings = settings
+        self.packs = packs
+        self.shares = packs and _sharing(model)
+        self.regularizer = regularizer
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         check_trainable(self.named, settings.precision, model.device.type)
         self.accelerator = _accelerator(settings.precision, model.device, trackers, out)
@@ -58,7 +58,8 @@ class Loop:
         )
         # sharding puts others in their place
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.n_steps, self.step = settings.n_steps(len(examples)), 0
+        self.n_steps = settings.n_steps(len(examples))
+        self.step = 0
         self.best, self._order = None, (None, None)
 
     @property
@@ -148,10 +149,8 @@ def add_gradients(
     """Forward and backward of one step: the gradient of the mean over all target tokens of the
     batch."""
     (world, rank), n_targets, nats = self.world, sum(e.n_targets for e in batch), 0.0
-    mine, most = (
-        self.pieces_of(batch[rank::world]),
-        max(len(self.cut(batch[i::world])) for i in range(world)),
-    )
+    mine = self.pieces_of(batch[rank::world])
+    most = max(len(self.cut(batch[i::world])) for i in range(world))
     idle = self.pieces_of(batch[:1]) if len(mine) < most else []
     torch.manual_seed(hash((self.settings.seed, self.step, rank)) % 2**31)
     for i, piece in enumerate((mine + idle * most)[:most]):
@@ -183,11 +182,14 @@ def add_penalty(self: Loop) -> dict:
 @patch
 def take_step(self: Loop) -> dict:  # What goes into the history
     "One optimizer step. Raises `NonFiniteLoss` before any weight has changed."
-    start, s, batch = time.perf_counter(), self.settings, self.batch_of(self.step)
+    start = time.perf_counter()
+    s = self.settings
+    batch = self.batch_of(self.step)
     lr = lr_at(self.step, self.n_steps, s.lr, s.schedule, s.warmup)
     for group in self.optimizer.param_groups:
         group['lr'] = lr * group['lr_scale']
-    loss, penalty = self.add_gradients(batch), self.add_penalty()
+    loss = self.add_gradients(batch)
+    penalty = self.add_penalty()
     norm = float(
         _whole(self.accelerator.clip_grad_norm_(self.params, s.max_grad_norm or math.inf))
     )

@@ -34,9 +34,11 @@ def has_linear_head(
         return False
     if head._forward_hooks or head._forward_pre_hooks or getattr(model.config, 'final_logit_softcapping', None):
         return False
-    ids, training = torch.arange(1, 5, device=head.weight.device)[None], model.training
+    ids = torch.arange(1, 5, device=head.weight.device)[None]
+    training = model.training
     with torch.no_grad():
-        out, hidden = model.eval()(ids), model.base_model(ids)[0]
+        out = model.eval()(ids)
+        hidden = model.base_model(ids)[0]
         plain = F.linear(hidden, head.weight)
     model.train(training)
     return _agree([out.logits], [plain], 1e-4 if plain.dtype == torch.float32 else 1e-2)
@@ -50,7 +52,8 @@ class Objective(nn.Module):
         model: nn.Module,  # Takes packs after `isolate_`, or padded batches
     ):
         super().__init__()
-        self.model, self.linear = model, has_linear_head(model)
+        self.model = model
+        self.linear = has_linear_head(model)
         self._no_split_modules = getattr(model, '_no_split_modules', None)  # where FSDP cuts
 
     def at_targets(
@@ -95,7 +98,8 @@ def target_nats(
     chunk: int = 64,  # Targets at a time
 ) -> Tensor:  # (n_targets,) float32, in the order of the batch
     "The loss of every target token by itself."
-    nats, head = [], objective.model.get_output_embeddings() if objective.linear else nn.Identity()
+    nats = []
+    head = objective.model.get_output_embeddings() if objective.linear else nn.Identity()
     for states, targets in zip(*(t.split(chunk) for t in objective.at_targets(batch))):
         nats.append(F.cross_entropy(head(states).float(), targets, reduction='none'))
     return torch.cat(nats)

@@ -85,10 +85,8 @@ def as_optimizer(
         return optimizer
     if optimizer not in OPTIMIZERS:
         raise ValueError(
-            (
-                f'optimizer must be one of {", ".join(OPTIMIZERS)}, or a function that '
-                f'takes parameter groups, not {optimizer!r}'
-            )
+            f'optimizer must be one of {", ".join(OPTIMIZERS)}, or a function that '
+            f'takes parameter groups, not {optimizer!r}'
         )
     return OPTIMIZERS[optimizer]
 

@@ -57,7 +57,8 @@ def _factored_update_(p, state, group):
         else:
             state['whole'] = torch.zeros_like(p)
     state['step'] += 1
-    new, squares = state['step'] ** group['decay'], p.grad.square().add_(group['eps'])
+    new = state['step'] ** group['decay']
+    squares = p.grad.square().add_(group['eps'])
     if p.dim() > 1:
         row = state['row'].lerp_(squares.mean(-1), new)
         column = state['column'].lerp_(squares.mean(-2), new)
@@ -158,7 +159,9 @@ def step(
     for group, p in [
         (group, p) for group in self.param_groups for p in group['params'] if p.grad is not None
     ]:
-        state, w, g = self.state[p], p.view(-1), p.grad.reshape(-1)
+        state = self.state[p]
+        w = p.view(-1)
+        g = p.grad.reshape(-1)
         if not state:
             _begin_moments_(state, p)
         state['step'] += 1
@@ -230,7 +233,10 @@ class LossScaler:
         scale: float = 2.0**16,  # To begin with
         patience: int = 2000,  # Good steps before it is doubled
     ):
-        self.scale, self.patience, self.good, self.skipped = scale, patience, 0, 0
+        self.scale = scale
+        self.patience = patience
+        self.good = 0
+        self.skipped = 0
 
     def step(
         self,
@@ -245,7 +251,8 @@ class LossScaler:
             for g in grads:
                 g.div_(self.scale)
             optimizer.step()
-        self.good, self.skipped = (self.good + 1) * finite, self.skipped + (not finite)
+        self.good = (self.good + 1) * finite
+        self.skipped = self.skipped + (not finite)
         if not finite:
             self.scale /= 2
         elif self.good % self.patience == 0:

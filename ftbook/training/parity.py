@@ -86,7 +86,8 @@ def loop_steps(
     **settings,  # Of `Settings`
 ) -> tuple[list[float], list[Tensor]]:  # As `trainer_steps`
     "Two steps of `Loop`."
-    seen, chosen = [], Settings(lr=1e-3, schedule='constant', warmup=0, **settings)
+    seen = []
+    chosen = Settings(lr=1e-3, schedule='constant', warmup=0, **settings)
     loop = InOrder(copy.deepcopy(model), examples, chosen)
     loop.optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append(_gradients(loop.model)))
     return [loop.take_step()['loss'] for _ in range(2)], seen

@@ -91,13 +91,12 @@ def check_world(
     loop,  # A `Loop`
 ):
     "Refuse processes that would never have a row, and let all begin with the trained weights of the first."
-    world, rows = loop.world[0], loop.settings.batch_size
+    world = loop.world[0]
+    rows = loop.settings.batch_size
     if world > rows:
         raise ValueError(
-            (
-                f"batch_size {rows} leaves {world - rows} of {world} processes without a row in every step: raise "
-                f"batch_size to {world} or more, or start fewer processes"
-            )
+            f"batch_size {rows} leaves {world - rows} of {world} processes without a row in every step: raise "
+            f"batch_size to {world} or more, or start fewer processes"
         )
     if loop.deepspeed:
         _set_deepspeed(loop)
@@ -110,10 +109,8 @@ def _set_deepspeed(loop):
     "What DeepSpeed does by itself, done as the settings say; its stage 3 is refused."
     if loop.deepspeed.zero_stage > 2:
         raise ValueError(
-            (
-                "DeepSpeed's stage 3 hides the weights from the loop, which reads them for its loss and its "
-                "checkpoints: take fsdp2, which divides the same, or zero2"
-            )
+            "DeepSpeed's stage 3 hides the weights from the loop, which reads them for its loss and its "
+            "checkpoints: take fsdp2, which divides the same, or zero2"
         )
     loop.deepspeed.deepspeed_config.update(
         train_micro_batch_size_per_gpu=1,

@@ -54,7 +54,8 @@ def _checkpointing_(model, on):
 def _prepared(model, settings, fast):
     """Training mode, attention for packs, operators, checkpointing, and the caller's random numbers: all given back as
     they were."""
-    training, cache = model.training, getattr(model.config, 'use_cache', None)
+    training = model.training
+    cache = getattr(model.config, 'use_cache', None)
     with torch.random.fork_rng(), isolated(model, fast) as packs:
         if settings.gradient_checkpointing:
             _checkpointing_(model, True)

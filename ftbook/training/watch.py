@@ -57,7 +57,8 @@ def plot(
     **kwargs,  # More for `ftbook.show.charts.plot`
 ) -> Picture:
     "The loss of every step, and of every evaluation."
-    steps, evals = [h['step'] for h in self.history], [h for h in self.history if h['eval_loss'] is not None]
+    steps = [h['step'] for h in self.history]
+    evals = [h for h in self.history if h['eval_loss'] is not None]
     lines = dict(training=(steps, [h['loss'] for h in self.history]))
     if evals:
         lines['evaluation'] = [h['step'] for h in evals], [h['eval_loss'] for h in evals]
@@ -85,7 +86,9 @@ def judge_evaluation(
 def until_interrupted():
     """Yields a list that is filled by Ctrl-C; the second one is not caught, except under a launcher, which passes on
     what the terminal has sent already."""
-    caught, before, launched = [], signal.getsignal(signal.SIGINT), 'TORCHELASTIC_RUN_ID' in os.environ
+    caught = []
+    before = signal.getsignal(signal.SIGINT)
+    launched = 'TORCHELASTIC_RUN_ID' in os.environ
 
     def note(number, frame):
         caught.append(number)
@@ -150,7 +153,8 @@ def evaluate_shared(
     "Evaluate with the portions shared among the processes."
     (world, rank), order = loop.world, sorted(range(len(examples)), key=lambda i: len(examples[i]))
     cut = list(portions(examples, order, loop.settings.max_tokens, loop.packs, loop.shares))
-    nats, training = torch.zeros(len(examples), dtype=torch.float64), loop.model.training
+    nats = torch.zeros(len(examples), dtype=torch.float64)
+    training = loop.model.training
     objective = loop.objective if loop.sharded else Objective(loop.model)
     loop.model.eval()
     for at in range(0, len(cut), world):

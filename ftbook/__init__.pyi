@@ -21,6 +21,7 @@ from .methods.quant import quantize_ as quantize_
 from .models.load import load_encoder as load_encoder
 from .models.load import load_model as load_model
 from .models.load import load_tokenizer as load_tokenizer
+from .problem import Problem as Problem
 from .quality.audit import audit as audit
 from .recipe.config import DataKeys as DataKeys
 from .recipe.config import load_recipe as load_recipe

@@ -21,6 +21,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from .problem import Problem
+
 # %% ../nbs/inside/commands.ipynb #5fd29f05
 def _rank():
     return int(os.environ.get('RANK', 0))  # of the processes that `accelerate launch` starts, this one
@@ -163,11 +165,11 @@ def _changes(given):
         key, sign, value = line.partition('=')
         section, _, name = key.strip().rpartition('.')
         if not sign or not name or '.' in section:
-            raise ValueError(f'--set takes KEY=VALUE, such as train.epochs=2, not {line!r}')
+            raise Problem(f'--set takes KEY=VALUE, such as train.epochs=2, not {line!r}')
         try:
             (tree.setdefault(section, {}) if section else tree)[name] = yaml.load(value, _Loader)
         except (yaml.YAMLError, TypeError) as e:
-            raise ValueError(f'--set {line}: {" ".join(str(e).split())}') from e
+            raise Problem(f"--set {line}: {' '.join(str(e).split())}") from e
     make_recipe(tree)  # a key that is wrong is named
     return tree
 
@@ -328,7 +330,7 @@ def audit(
         from ftbook.quality.audit import SAFE, audit
 
         if (clean or drop) and not Path(file).is_file():
-            raise ValueError(f'{file} is no file here: --clean writes beside a file')
+            raise Problem(f'{file} is no file here: --clean writes beside a file', file=file)
         found = audit(
             _source(file),
             text_column=text_column,
@@ -358,10 +360,10 @@ def _planned(method, rank):
     from ftbook.recipe.checks import make_method
 
     if method not in METHODS:
-        raise ValueError(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
+        raise Problem(f"--method must be one of {', '.join(METHODS)}, not {method!r}")
     keys = MethodKeys(method, **{} if rank is None else dict(rank=rank))
     if wrong := foreign_keys(keys):
-        raise ValueError(wrong.replace('method.rank', '--rank').replace('method.type', '--method'))
+        raise Problem(wrong.replace('method.rank', '--rank').replace('method.type', '--method'))
     if method in ('prompt', 'prefix'):
         keys.init = 'random'  # as many numbers, and no tokenizer is needed
     return None if method == 'full' else make_method(Recipe(method=keys))
@@ -431,9 +433,9 @@ def _plan(model, gpu, method, quantize, settings):
     from ftbook.methods.quant import quantize_
 
     if quantize and quantize not in VALUES:
-        raise ValueError(f"--quantize must be one of {', '.join(VALUES)}, not {quantize!r}")
+        raise Problem(f"--quantize must be one of {', '.join(VALUES)}, not {quantize!r}")
     if quantize and method is None:
-        raise ValueError('--quantize freezes the weights and --method full trains them: take an adapter such as lora')
+        raise Problem('--quantize freezes the weights and --method full trains them', 'take an adapter such as lora')
     given = settings | dict(quantize=partial(quantize_, kind=quantize) if quantize else None)
     text, figure = plan_report(model, method, gpu=gpu, offered=dict(method=LoRA(), quantize=quantize_), **given)
     p = plan(model, method, **given)
@@ -597,7 +599,7 @@ def _sized(text):
     size = re.fullmatch(r'(\d+\.?\d*)([KMG]?)B?', text.strip().upper())
     n = int(float(size[1]) * {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}[size[2]]) if size else 0
     if n < 1:
-        raise ValueError(f'--shard must be a size such as 5GB, not {text!r}')
+        raise Problem(f'--shard must be a size such as 5GB, not {text!r}')
     return n
 
 # %% ../nbs/inside/commands.ipynb #0de961cf

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .problem import Problem
+
 # %% ../nbs/inside/files.ipynb #8c6ec595
 @contextmanager
 def _beside(path):
@@ -151,7 +153,7 @@ def _check_place(folder, mark):
     if folder.exists() and not (
         folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file()))
     ):
-        raise ValueError(f'{folder} exists and holds something: choose another folder')
+        raise Problem(f'{folder} exists and holds something', 'choose another folder', file=folder)
 
 # %% ../nbs/inside/files.ipynb #71f962a6
 @contextmanager

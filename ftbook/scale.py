@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from .problem import Problem
 from .training.processes import as_sharding
 
 # %% ../nbs/18_scale.ipynb #6f9c3387
@@ -43,7 +44,7 @@ def all_reduce_bytes(
 ) -> float:  # Bytes that each device sends
     "What a ring costs."
     if n_devices < 1:
-        raise ValueError(f"n_devices must be 1 or more, not {n_devices}")
+        raise Problem(f'n_devices must be 1 or more, not {n_devices}', key='n_devices')
     return 2 * (n_devices - 1) / n_devices * n_bytes
 
 # %% ../nbs/18_scale.ipynb #d3a4b0eb
@@ -66,7 +67,7 @@ def sharded_bytes(
 ) -> dict:  # Bytes by item, on each device; activations come on top
     "What one of several devices holds."
     if n_devices < 1:
-        raise ValueError(f"n_devices must be 1 or more, not {n_devices}")
+        raise Problem(f'n_devices must be 1 or more, not {n_devices}', key='n_devices')
     sharding = as_sharding(sharding)
     return {
         k: math.ceil(b / n_devices) if k in SHARDING[sharding] else b for k, b in items.items()
@@ -143,7 +144,7 @@ def split_mlp(
 ) -> Tensor:  # (..., d), after the all-reduce
     "An MLP whose hidden units are divided among devices."
     if len(up) % n:
-        raise ValueError(f"{len(up)} hidden units cannot be divided evenly among {n} devices")
+        raise Problem(f'{len(up)} hidden units cannot be divided evenly among {n} devices')
     # the sum is the all-reduce
     return sum(act(x @ u.t()) @ d.t() for u, d in zip(up.chunk(n), down.chunk(n, 1)))
 
@@ -154,7 +155,7 @@ def bubble(
 ) -> float:  # Share of the time
     "How much of the time a device of a pipeline is idle."
     if p < 1 or m < 1:
-        raise ValueError(f"a pipeline has 1 or more devices and micro-batches, not {p} and {m}")
+        raise Problem(f'a pipeline has 1 or more devices and micro-batches, not {p} and {m}')
     return (p - 1) / (m + p - 1)
 
 # %% ../nbs/18_scale.ipynb #4b5d4fe41

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .ways import evidence, FEWEST, STEPS
+from ..problem import Problem
 
 # %% ../../nbs/26_choosing.ipynb #78177bdf
 def crossing(
@@ -186,7 +187,7 @@ def decide(
 ) -> Decision:
     "Which method."
     if n < 0:
-        raise ValueError(f"there cannot be {n} rows")
+        raise Problem(f'there cannot be {n} rows')
     choice, border = _before_training(n, known, classify, finetunes)
     if choice:
         return Decision(choice, (border,))

@@ -25,6 +25,7 @@ from ..files import write_text
 from ..memory.plan import GIB
 from ..models.device import probe_device
 from ..models.load import load_tokenizer
+from ..problem import Problem
 from ..quality.audit import audit
 from ..quality.findings import Findings, view_rows
 from ..recipe.checks import free_memory
@@ -216,9 +217,9 @@ def _memory(memory, device):
     kind = 'cuda' if str(device or probe_device().device).startswith('cuda') else 'cpu'
     free = free_memory(device or probe_device().device) if memory is None else memory * GIB
     if free is None:
-        raise ValueError('nobody here knows how much memory is free: give `memory`, in GiB')
+        raise Problem('nobody here knows how much memory is free', 'give `memory`, in GiB')
     if free <= 0:
-        raise ValueError(f'memory is given in GiB, such as 24, not as {memory!r}')
+        raise Problem(f'memory is given in GiB, such as 24, not as {memory!r}', key='memory')
     return free / GIB, kind
 
 # %% ../../nbs/inside/recommend.ipynb #66536860
@@ -249,9 +250,9 @@ def recommend(
         label_column,
     )
     if not view.usable:
-        raise ValueError(
-            f"{source}: none of its {len(view)} rows can be used; "
-            f"{next(iter(view.unusable.values()), 'there are none')}"
+        raise Problem(
+            f"none of its {len(view)} rows can be used; {next(iter(view.unusable.values()), 'there are none')}",
+            file=source,
         )
     findings = audit(view, encoder=encoder, progress=False).findings
     n = len(view.usable)

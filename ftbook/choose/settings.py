@@ -15,6 +15,7 @@ import numpy as np
 
 from .surface import options, Surface
 from .sweep import SETTINGS, Sweep
+from ..problem import Problem
 from ..recipe.judge import wilson
 from ..show.axes import tidy
 
@@ -74,8 +75,9 @@ def choose_settings(
 ) -> tuple[dict, dict]:  # The settings; reason for each
     "The settings that the evidence speaks for; ValueError for a price below 0."
     if not 0 <= price < math.inf:
-        raise ValueError(
-            f"price must be a number of at least 0, not {price}: it is what a nat forgotten takes off the accuracy"
+        raise Problem(
+            f'price must be a number of at least 0, not {price}: it is what a nat forgotten takes off the accuracy',
+            key='price',
         )
     runs = {t: sweep.of(('design', 'best'), task=t, method=method) for t in sweep.tasks}
     good, lost = ([Surface(r, m) for r in runs.values()] for m in ('accuracy', 'forgetting'))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .sweep import SETTINGS
+from ..problem import Problem
 from ..recipe.config import make_recipe, Recipe
 from ..show.page import escape
 
@@ -56,7 +57,7 @@ class Surface:
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
         if len(runs) < 8:
-            raise ValueError(f"a surface needs 8 runs or more, and there are {len(runs)}")
+            raise Problem(f'a surface needs 8 runs or more, and there are {len(runs)}')
         self.runs = runs
         self.measure = measure
         self.shift = SHIFTS.get(measure)

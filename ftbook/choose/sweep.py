@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..memory.plan import GIB
+from ..problem import Problem
 
 # %% ../../nbs/inside/sweep.ipynb #59ebb00b
 SETTINGS = (
@@ -108,11 +109,14 @@ def load_sweep(
     try:
         found = pq.read_table(pa.BufferReader(path.read_bytes()))
     except pa.ArrowInvalid as e:
-        raise ValueError(f"{path} is not Parquet ({e}): write it again with `python sweep_worker.py parquet`") from e
+        raise Problem(
+            f'{path} is not Parquet ({e})', 'write it again with `python sweep_worker.py parquet`', file=path
+        ) from e
     if lacking := [c for c in COLUMNS if c not in found.column_names]:
-        raise ValueError(
-            f"{path} lacks the column{'s' * (len(lacking) > 1)} {', '.join(lacking)}: write it again with "
-            "`python sweep_worker.py parquet`"
+        raise Problem(
+            f"{path} lacks the column{'s' * (len(lacking) > 1)} {', '.join(lacking)}",
+            'write it again with `python sweep_worker.py parquet`',
+            file=path,
         )
     about = json.loads((found.schema.metadata or {}).get(b'ftbook', b'{}'))
     return Sweep([_completed(r, about.get('rows', {})) for r in found.to_pylist()], about)

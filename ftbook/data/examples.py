@@ -11,6 +11,7 @@ __all__ = ['prompt_ids', 'Example']
 from dataclasses import dataclass
 
 from .rows import row_parts
+from ..problem import Problem
 
 # %% ../../nbs/03_examples.ipynb #e9499c31
 # a label of this value carries no loss; `torch.nn.functional.cross_entropy` knows it
@@ -19,10 +20,12 @@ IGNORE = -100
 # %% ../../nbs/03_examples.ipynb #ef43c609
 def _chat(messages, tokenizer, where, generate=False, tools=None):
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"{where} holds messages, but the tokenizer has no chat template: take the "
-            "instruct version of the model, set "
-            "`tokenizer.chat_template`, or give 'prompt' and 'completion' as plain strings"
+        raise Problem(
+            f'{where} holds messages, but the tokenizer has no chat template',
+            (
+                "take the instruct version of the model, set `tokenizer.chat_template`, or "
+                "give 'prompt' and 'completion' as plain strings"
+            ),
         )
     from jinja2 import TemplateError
 
@@ -31,7 +34,7 @@ def _chat(messages, tokenizer, where, generate=False, tools=None):
             list(messages), tokenize=False, add_generation_prompt=generate, tools=tools
         )
     except TemplateError as e:
-        raise ValueError(f"{where}: the chat template refuses this conversation: {e}") from e
+        raise Problem(f'{where}: the chat template refuses this conversation: {e}') from e
 
 # %% ../../nbs/03_examples.ipynb #6ae28901
 def prompt_ids(
@@ -87,11 +90,13 @@ def _check_prefix(prefix, ids, tokenizer, where):
             else 'nothing'
         )
 
-    raise ValueError(
-        f"{where}: the prompt is not how the training text begins: token {i} is "
-        f"{show(prefix)} when the model is asked, {show(ids)} "
-        "when it is trained. The chat template rewrites earlier turns: train on the "
-        "last answer only, or change the template"
+    raise Problem(
+        (
+            f'{where}: the prompt is not how the training text begins: token {i} is '
+            f'{show(prefix)} when the model is asked, {show(ids)} when it is trained. The '
+            'chat template rewrites earlier turns'
+        ),
+        'train on the last answer only, or change the template',
     )
 
 # %% ../../nbs/03_examples.ipynb #7dc5244b

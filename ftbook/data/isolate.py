@@ -10,6 +10,7 @@ from torch import nn, Tensor
 
 from .attention import gpu_attention
 from ..ghost import runs_on
+from ..problem import Problem
 
 # %% ../../nbs/inside/attention.ipynb #df7b1a6a
 def attend(
@@ -80,9 +81,9 @@ def _attention(
             **kwargs,
         )
     if len(query) != 1 or sum(lengths) != query.shape[2]:
-        raise ValueError(
-            f"a pack is one row: the examples have {sum(lengths)} tokens, the batch is "
-            f"{query.shape[0]} x {query.shape[2]}"
+        raise Problem(
+            f'a pack is one row: the examples have {sum(lengths)} tokens, the batch is {query.shape[0]} x '
+            f'{query.shape[2]}'
         )
     queries, keys, values = (t.split(lengths, 2) for t in (query, key, value))
     if prefix:
@@ -129,8 +130,9 @@ def isolate_(
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if not _takes_attention(model):
-        raise ValueError(
-            f"{type(model).__name__} does not take attention functions from outside: use padded batches (`pad`) with it"
+        raise Problem(
+            f'{type(model).__name__} does not take attention functions from outside',
+            'use padded batches (`pad`) with it',
         )
     AttentionInterface.register('ftbook_isolated', _attention)
     AttentionMaskInterface.register('ftbook_isolated', _mask)

@@ -18,6 +18,7 @@ from .attention import without_cudnn_attention
 from .examples import Example, IGNORE
 from .isolate import _takes_attention, isolate_
 from .packs import pack, pad
+from ..problem import Problem
 
 # %% ../../nbs/inside/row_layouts.ipynb #a1c0f205
 def _epsilon(model, logits):
@@ -108,7 +109,7 @@ def laid(
     if way == 'right':
         return [batch]
     if way != 'left':
-        raise ValueError(f"way must be 'right', 'left' or 'alone', not {way!r}")
+        raise Problem(f"way must be 'right', 'left' or 'alone', not {way!r}", key='way')
     n_columns = batch['attention_mask'].shape[1]
     source = (torch.arange(n_columns, device=sizes.device) + sizes[:, None]) % n_columns
     moved = dict(batch)
@@ -202,10 +203,9 @@ def _alone(model, row):
     except torch.OutOfMemoryError:
         raise
     except Exception as e:
-        raise ValueError(
-            f"{type(model).__name__} does not run even a single row of {len(row)} tokens: "
-            f"{type(e).__name__}: {e}. Load it in another dtype or on another device, "
-            "update transformers, or take another model"
+        raise Problem(
+            f'{type(model).__name__} does not run even a single row of {len(row)} tokens: {type(e).__name__}: {e}',
+            'Load it in another dtype or on another device, update transformers, or take another model',
         ) from e
 
 # %% ../../nbs/inside/row_layouts.ipynb #a1c0f210

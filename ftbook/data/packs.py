@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .examples import Example, IGNORE
+from ..problem import Problem
 
 # %% ../../nbs/04_packing.ipynb #21826c19
 def pad(
@@ -48,7 +49,7 @@ def length_batches(
 ) -> list[list[Example]]:  # Each example once
     "Shuffled batches of examples of like length."
     if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+        raise Problem(f'batch_size must be 1 or more, not {batch_size}', key='batch_size')
     rng = random.Random(f'{seed} {epoch}')
     order = list(range(len(examples)))
     rng.shuffle(order)
@@ -112,9 +113,10 @@ def pack(
     packs, room = [], -1
     for e in examples:
         if max_tokens is not None and len(e) > max_tokens:
-            raise ValueError(
-                f"row {e.index} has {len(e)} tokens, more than a pack of {max_tokens}: "
-                f"raise max_tokens, or cut with `encode(..., max_length={max_tokens})`"
+            raise Problem(
+                f'row {e.index} has {len(e)} tokens, more than a pack of {max_tokens}',
+                f'raise max_tokens, or cut with `encode(..., max_length={max_tokens})`',
+                row=e.index,
             )
         if not packs or (max_tokens is not None and len(e) > room):
             packs.append([])

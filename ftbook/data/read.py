@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .corpora import DICTIONARIES, load_corpus, SURVEYS
+from ..problem import Problem
 
 # %% ../../nbs/inside/readers.ipynb #274df61c
 MAGIC = {
@@ -30,7 +31,7 @@ def _text(path):
     data = path.read_bytes()
     kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), None)
     if kind:
-        raise ValueError(f"{path} is {kind}, whatever its name says: rename it or save it as UTF-8 text")
+        raise Problem(f'{path} is {kind}, whatever its name says', 'rename it or save it as UTF-8 text', file=path)
 
     def line(n):
         return data.count(b'\n', 0, n) + 1
@@ -38,12 +39,15 @@ def _text(path):
     try:
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        raise ValueError(
-            f"{path}:{line(e.start)}: byte {data[e.start]:#04x} is not UTF-8; open the file in its own "
-            "encoding and save it as UTF-8"
+        raise Problem(
+            (
+                f'{path}:{line(e.start)}: byte {data[e.start]:#04x} is not UTF-8; open the file in its own '
+                'encoding and save it as UTF-8'
+            ),
+            file=path,
         ) from e
     if b'\0' in data:
-        raise ValueError(f"{path}:{line(data.index(0))}: a NUL character; the file is damaged, or no text")
+        raise Problem(f'{path}:{line(data.index(0))}: a NUL character; the file is damaged, or no text', file=path)
     return text
 
 # %% ../../nbs/inside/readers.ipynb #e63a8c14
@@ -51,14 +55,14 @@ def _json(text, where):
     try:
         return json.loads(text)
     except ValueError as e:
-        raise ValueError(f"{where}: broken JSON: {e}; it reads {text.strip()[:60]!r}") from e
+        raise Problem(f'{where}: broken JSON: {e}; it reads {text.strip()[:60]!r}') from e
 
 # %% ../../nbs/inside/readers.ipynb #92f86f25
 def _json_lines(path):
     rows = [(n, _json(line, f'{path}:{n}')) for n, line in enumerate(_text(path).split('\n'), 1) if line.strip()]
     wrong = next(((n, row) for n, row in rows if not isinstance(row, dict)), None)
     if wrong:
-        raise ValueError(
+        raise Problem(
             f"{path}:{wrong[0]}: every line must be an object {{...}}, this is a {type(wrong[1]).__name__}"
             + ("; a file that is one array should be named .json" if isinstance(wrong[1], list) else '')
         )
@@ -71,7 +75,7 @@ def _json_array(path):
     if isinstance(rows, list):
         return rows
     keys = f" with {', '.join(map(repr, list(rows)[:5]))}" if isinstance(rows, dict) else ''
-    raise ValueError(f"{path} must be one array of objects, this is a {type(rows).__name__}{keys}")
+    raise Problem(f'{path} must be one array of objects, this is a {type(rows).__name__}{keys}', file=path)
 
 # %% ../../nbs/inside/readers.ipynb #c0084bd6
 def _columns(path, delimiter):
@@ -80,15 +84,19 @@ def _columns(path, delimiter):
     try:
         names = next(lines, [])
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}: two columns have one name: {', '.join(names)}")
+            raise Problem(f"two columns have one name: {', '.join(names)}", file=path)
         for line in filter(None, lines):
             if len(line) != len(names):
-                raise ValueError(
-                    f"{path}:{lines.line_num}: {len(line)} fields, but the heading has {len(names)}: {', '.join(names)}"
+                raise Problem(
+                    (
+                        f"{path}:{lines.line_num}: {len(line)} fields, but the heading has {len(names)}: "
+                        f"{', '.join(names)}"
+                    ),
+                    file=path,
                 )
             rows.append(dict(zip(names, line)))
     except csv.Error as e:
-        raise ValueError(f"{path}:{lines.line_num}: broken table: {e}") from e
+        raise Problem(f'{path}:{lines.line_num}: broken table: {e}', file=path) from e
     finally:
         csv.field_size_limit(limit)
     return rows
@@ -101,7 +109,7 @@ def _parquet(path):
     try:
         return read_table(path).to_pylist()
     except ArrowException as e:
-        raise ValueError(f"{path} is not a Parquet file: {e}") from e
+        raise Problem(f'{path} is not a Parquet file: {e}', file=path) from e
 
 
 READERS = {
@@ -116,16 +124,17 @@ READERS = {
 # %% ../../nbs/inside/readers.ipynb #b9434a70
 def _file(path):
     if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder; name one of its files: {', '.join(_beside(path)) or 'it has none that can be read'}"
+        raise Problem(
+            f"{path} is a folder; name one of its files: {', '.join(_beside(path)) or 'it has none that can be read'}",
+            file=path,
         )
     if not path.exists():
         raise FileNotFoundError(
             f"there is no file {path}; beside it: {', '.join(_beside(path.parent)) or 'nothing that could be read'}"
         )
     if path.suffix not in READERS:
-        raise ValueError(
-            f"{path}: {path.suffix or 'a file without ending'} cannot be read; these can: {', '.join(READERS)}"
+        raise Problem(
+            f"{path.suffix or 'a file without ending'} cannot be read; these can: {', '.join(READERS)}", file=path
         )
     return READERS[path.suffix](path)
 
@@ -160,20 +169,20 @@ def read_rows(
         )
     elif isinstance(source, dict):
         if split not in source:
-            raise ValueError(f"no split {split!r}; there are {', '.join(map(repr, source))}")
+            raise Problem(f"no split {split!r}; there are {', '.join(map(repr, source))}")
         rows = source[split]
     if len(rows) == 0:
-        raise ValueError(f"{source if rows is not source else 'the list'} has no rows")
+        raise Problem(f"{(source if rows is not source else 'the list')} has no rows")
     return _with_fields(rows, need)
 
 # %% ../../nbs/inside/readers.ipynb #ce68025e
 def _with_fields(rows, need):
     for i, r in enumerate(rows if not hasattr(rows, 'column_names') else [rows[0]]):
         if not isinstance(r, dict):
-            raise ValueError(f"row {i} must be a dict, not {type(r).__name__}")
+            raise Problem(f'row {i} must be a dict, not {type(r).__name__}', row=i)
         lost = [f for f in need if f not in r]
         if lost:
-            raise ValueError(f"row {i} has no {', '.join(map(repr, lost))}; it has {', '.join(map(repr, r))}")
+            raise Problem(f"row {i} has no {', '.join(map(repr, lost))}; it has {', '.join(map(repr, r))}", row=i)
     return rows
 
 # %% ../../nbs/inside/readers.ipynb #24c6fc0e

@@ -10,6 +10,8 @@ __all__ = ['classification_row']
 # %% ../../nbs/inside/row_shapes.ipynb #bbe51850
 from collections.abc import Sequence
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/row_shapes.ipynb #b29ee8c7
 def user(
     text: str,  # What the user says
@@ -33,9 +35,9 @@ def classification_row(
 ) -> dict:  # {'prompt': [message], 'completion': [message]}
     "A classification example as a conversation: the prompt ends where the label begins."
     if label not in labels:
-        raise ValueError(f"label {label!r} is none of {', '.join(map(repr, labels))}")
+        raise Problem(f"label {label!r} is none of {', '.join(map(repr, labels))}")
     if not text.strip():
-        raise ValueError("the text to classify is empty")
+        raise Problem('the text to classify is empty')
     choice = ', '.join(labels[:-1]) + f' or {labels[-1]}'
     asked = instruction.replace('{labels}', choice)
     return dict(prompt=[user(f'{asked}\n\n{text}')], completion=[assistant(label)])
@@ -43,12 +45,12 @@ def classification_row(
 # %% ../../nbs/inside/row_shapes.ipynb #4425b4ae
 def _check_messages(messages, where):
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"{where} must be a list of messages, not {type(messages).__name__} {messages!r:.60}")
+        raise Problem(f'{where} must be a list of messages, not {type(messages).__name__} {messages!r:.60}', key=where)
     for i, m in enumerate(messages):
         if not isinstance(m, dict) or not isinstance(m.get('role'), str):
-            raise ValueError(f"{where}, message {i} needs a 'role' that is a string: {m!r:.80}")
+            raise Problem(f"{where}, message {i} needs a 'role' that is a string: {m!r:.80}")
         if not isinstance(m.get('content'), str) and not m.get('tool_calls'):
-            raise ValueError(f"{where}, message {i} needs a 'content' that is a string: {m!r:.80}")
+            raise Problem(f"{where}, message {i} needs a 'content' that is a string: {m!r:.80}")
 
 # %% ../../nbs/inside/row_shapes.ipynb #629ad4fb
 def _where(index):
@@ -60,18 +62,18 @@ def _check_answer(completion, name, where):
         completion if isinstance(completion, str) else completion[-1].get('content') or completion[-1].get('tool_calls')
     )
     if not isinstance(completion, str) and completion[-1]['role'] != 'assistant':
-        raise ValueError(
+        raise Problem(
             f"{where}: field {name!r} must end with an answer of the assistant, not of {completion[-1]['role']!r}"
         )
     if not str(said or '').strip():
-        raise ValueError(f"{where}: field {name!r} is empty, so there is nothing to learn from it")
+        raise Problem(f'{where}: field {name!r} is empty, so there is nothing to learn from it')
 
 # %% ../../nbs/inside/row_shapes.ipynb #d7af915a
 def _parts(row, where):
     if 'messages' in row:
         _check_messages(row['messages'], f"{where}: field 'messages'")
         if len(row['messages']) < 2:
-            raise ValueError(f"{where}: field 'messages' needs a question and an answer")
+            raise Problem(f"{where}: field 'messages' needs a question and an answer")
         return row['messages'][:-1], row['messages'][-1:], 'messages'
     if 'prompt' in row and 'completion' in row:
         return row['prompt'], row['completion'], 'completion'
@@ -83,7 +85,7 @@ def _parts(row, where):
         if half
         else "none of 'messages', 'prompt' with 'completion', 'text'"
     )
-    raise ValueError(f"{where} has {lost}; it has {', '.join(map(repr, row)) or 'no field at all'}")
+    raise Problem(f"{where} has {lost}; it has {', '.join(map(repr, row)) or 'no field at all'}")
 
 # %% ../../nbs/inside/row_shapes.ipynb #7db9f70d
 def row_parts(
@@ -93,12 +95,12 @@ def row_parts(
     "What comes before the answer, and the answer."
     where = _where(index)
     if not isinstance(row, dict):
-        raise ValueError(f"{where} must be a dict, not {type(row).__name__}")
+        raise Problem(f'{where} must be a dict, not {type(row).__name__}', key=where)
     prompt, completion, name = _parts(row, where)
     plain = isinstance(prompt, str), isinstance(completion, str)
     if plain != (True, True):
         if any(plain):
-            raise ValueError(
+            raise Problem(
                 f"{where}: 'prompt' is {type(prompt).__name__} and {name!r} is {type(completion).__name__}; "
                 "both must be strings, or both lists of messages"
             )

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from .rows import row_parts
+from ..problem import Problem
 
 # %% ../../nbs/inside/split.ipynb #d6563ad4
 def normalise(
@@ -34,7 +35,9 @@ def _keys(rows, key):
         return [normalise((key or _question)(row)) for row in rows]
     missing = next((i for i, row in enumerate(rows) if not isinstance(row.get(key), str)), None)
     if missing is not None:
-        raise ValueError(f"row {missing} has no text in field {key!r}; it has {', '.join(map(repr, rows[missing]))}")
+        raise Problem(
+            f"row {missing} has no text in field {key!r}; it has {', '.join(map(repr, rows[missing]))}", row=missing
+        )
     return [normalise(row[key]) for row in rows]
 
 # %% ../../nbs/inside/split.ipynb #2b243963
@@ -57,7 +60,7 @@ def split_rows(
 ) -> tuple[list, list]:  # (train, test), shuffled
     "Split rows so that no normalised text is on both sides."
     if not 0 < n_test < len(rows):
-        raise ValueError(f"n_test must lie between 1 and {len(rows) - 1}, not {n_test}")
+        raise Problem(f'n_test must lie between 1 and {len(rows) - 1}, not {n_test}', key='n_test')
     groups = {}
     for row, text in zip(rows, _keys(rows, key)):
         groups.setdefault(text, []).append(row)

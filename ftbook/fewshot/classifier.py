@@ -30,6 +30,7 @@ from .head import fit_head, HEADS
 from .rows import _targets, check_texts, make_shots, Shots
 from .tuning import suited_tuning, Tuning
 from ..files import _whole
+from ..problem import Problem
 
 # %% ../../nbs/inside/classifier.ipynb #048815f9
 class FewShotClassifier:
@@ -47,9 +48,9 @@ class FewShotClassifier:
         dtype: torch.dtype = None,  # Of the products; None asks `probe_device`
     ):
         if head not in HEADS:
-            raise ValueError(f'head must be one of {", ".join(HEADS)}, not {head!r}')
+            raise Problem(f"head must be one of {', '.join(HEADS)}, not {head!r}", key='head')
         if not (tuning in ('auto', None) or isinstance(tuning, Tuning)):
-            raise ValueError(f"tuning must be 'auto', None or a Tuning, not {tuning!r}")
+            raise Problem(f"tuning must be 'auto', None or a Tuning, not {tuning!r}", key='tuning')
         self.given = encoder, device, dtype
         self.body = load_body(*self.given)
         self.source = str(encoder)
@@ -71,8 +72,8 @@ def _with_descriptions(shots, descriptions):
     "Sentences about classes, as further examples."
     more = [(t, c) for c, said in (descriptions or {}).items() for t in ([said] if isinstance(said, str) else said)]
     if lost := [c for _, c in more if c not in shots.classes]:
-        raise ValueError(
-            f'there is a description of {lost[0]!r}, which is none of the classes: name it in `classes` too'
+        raise Problem(
+            f'there is a description of {lost[0]!r}, which is none of the classes', 'name it in `classes` too'
         )
     if not more:
         return shots
@@ -158,7 +159,9 @@ def _check(self: FewShotClassifier, rows, shots, check, on_step=None):
     n_folds = 2 if check is True else check
     counts = shots.targets.sum(0)
     if not 2 <= n_folds <= len(shots.texts):
-        raise ValueError(f'check must be True, False or a number of parts from 2 to {len(shots.texts)}, not {check!r}')
+        raise Problem(
+            f'check must be True, False or a number of parts from 2 to {len(shots.texts)}, not {check!r}', key='check'
+        )
     if counts[counts > 0].min() < 2:
         warnings.warn(
             (
@@ -189,9 +192,9 @@ def stream(
 ) -> Iterable[Tensor]:  # (at most `portion`, k) probabilities, in order
     "Probabilities of any number of texts, in bounded memory."
     if self.head is None:
-        raise ValueError('the classifier is not fitted: call `fit` first')
+        raise Problem('the classifier is not fitted', 'call `fit` first')
     if isinstance(texts, (str, bytes)):
-        raise ValueError('texts should be a list of strings, not one string')
+        raise Problem('texts should be a list of strings, not one string', key='texts')
     texts = iter(texts)
     while some := check_texts(islice(texts, portion), empty=True):
         yield self.head.probabilities(_vectors(self.body, self.body.ids(some)[0], 0))
@@ -233,7 +236,7 @@ def evaluate(
     texts = check_texts(texts, empty=True)
     labels = list(labels)
     if len(texts) != len(labels) or not texts:
-        raise ValueError(f'{len(texts)} texts and {len(labels)} labels')
+        raise Problem(f'{len(texts)} texts and {len(labels)} labels')
     if not self.exclusive:
         labels = [[v] if isinstance(v, (str, int)) else list(v) for v in labels]
     return Evaluation(
@@ -251,7 +254,7 @@ def save(
 ) -> Path:  # The folder
     "Write the classifier: a folder that sentence-transformers loads, and the head beside it."
     if self.head is None:
-        raise ValueError('the classifier is not fitted: there is nothing to save')
+        raise Problem('the classifier is not fitted: there is nothing to save')
     facts = dict(
         format=FORMAT,
         classes=self.classes,

@@ -16,6 +16,7 @@ from .encoder import _portion, Body, read_vectors
 from .pairs import Decks
 from .tuning import _lr_at, trained_, Tuning
 from ..methods.fold import merge_, remove_
+from ..problem import Problem
 
 # %% ../../nbs/19_setfit.ipynb #f8018961
 def pair_loss(
@@ -40,7 +41,7 @@ def similarity_loss(
 ) -> Tensor:  # A number; ValueError where there is no pair
     "`pair_loss` of all pairs of a batch; like and unlike pairs weigh the same."
     if len(vectors) < 2:
-        raise ValueError('a batch of one sentence has no pair')
+        raise Problem('a batch of one sentence has no pair')
     above = torch.ones_like(same).triu_(1)
     errors = (vectors @ vectors.t() - same.to(vectors.dtype)).square()  # (n, n)
     kinds = [errors[kind & above] for kind in (same, ~same)]
@@ -58,7 +59,7 @@ def contrastive_loss(
     mates = same & ~itself
     rows = mates.any(1)
     if not rows.any():
-        raise ValueError('no two sentences of the batch share a class')
+        raise Problem('no two sentences of the batch share a class')
     logs = (vectors @ vectors.t() / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
     return -(logs.masked_fill(~mates, 0).sum(1)[rows] / mates.sum(1)[rows]).mean()
 

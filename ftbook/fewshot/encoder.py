@@ -22,6 +22,7 @@ from ..data.attention import without_cudnn_attention
 from ..models.device import probe_device
 from ..models.load import load_encoder, mean_pool
 from ..models.shipped import model_folder
+from ..problem import Problem
 
 # %% ../../nbs/inside/encoder.ipynb #8649dcd1
 def _pooling(source):
@@ -41,7 +42,7 @@ def _pooling(source):
         (k.split('_')[2] for k, on in config.items() if k.startswith('pooling_mode_') and on is True), 'mean'
     )
     if mode not in ('mean', 'cls'):
-        raise ValueError(f'{source} pools its tokens by {mode!r}: mean and cls can be read')
+        raise Problem(f'{source} pools its tokens by {mode!r}: mean and cls can be read', file=source)
     return mode, modules is None or any('Normalize' in m['type'] for m in modules)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
+from ..problem import Problem
 from ..quality.balance import macro_f1
 from ..show.charts import plot
 from ..show.page import Picture
@@ -55,7 +56,7 @@ def f1(self: Evaluation) -> float:  # Every class counts the same
 def confusion(self: Evaluation) -> np.ndarray:
     "What was taken for what."
     if not self.exclusive:
-        raise ValueError('rows with several classes have no confusion matrix')
+        raise Problem('rows with several classes have no confusion matrix')
     return (self.targets.T @ self.said).astype(int)
 
 # %% ../../nbs/inside/sureness.ipynb #846bdab5

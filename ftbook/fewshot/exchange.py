@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from .classifier import FewShotClassifier
 from .files import FORMAT
 from .head import Head
+from ..problem import Problem
 
 # %% ../../nbs/inside/exchange.ipynb #fc01f001
 def _read_facts(folder):
@@ -29,15 +30,16 @@ def _read_facts(folder):
             ' Its head is a pickle, which can run code when it is opened. '
             'If you trust whoever made it, `load_setfit(folder, trust_pickle=True)` reads it.'
         )
-        raise ValueError(
+        raise Problem(
             f'{folder} holds no few-shot classifier: it has no fewshot.json.'
             + (pickle if (folder / 'model_head.pkl').exists() else '')
         )
     facts = json.loads(file.read_text(encoding='utf-8'))
     if facts.get('format') != FORMAT:
-        raise ValueError(
-            f"{folder} was written in format {facts.get('format')!r}, this version reads {FORMAT}: "
-            'load it with the version that wrote it and save it again, or train again'
+        raise Problem(
+            f"{folder} was written in format {facts.get('format')!r}, this version reads {FORMAT}",
+            'load it with the version that wrote it and save it again, or train again',
+            file=folder,
         )
     return facts
 
@@ -47,14 +49,17 @@ def _read_head(folder, facts):
     try:
         tensors = load_file(folder / 'head.safetensors')
     except (OSError, SafetensorError) as e:
-        raise ValueError(
-            f'{folder}/head.safetensors is no safetensors file ({e}); a head in another form, such as a '
-            'pickle, is not opened'
+        raise Problem(
+            (
+                f'{folder}/head.safetensors is no safetensors file ({e}); a head in another form, such as a '
+                'pickle, is not opened'
+            ),
+            file=folder,
         ) from e
     n = len(tensors['bias'])
     wanted = len(facts['classes'])
     if tensors['bias'].shape != (wanted,):
-        raise ValueError(f'{folder}: the head has {n} classes, fewshot.json {wanted}')
+        raise Problem(f'the head has {n} classes, fewshot.json {wanted}', file=folder)
     return Head(tensors['weight'], tensors['bias'], facts['exclusive'], facts['temperature'])
 
 # %% ../../nbs/inside/exchange.ipynb #cd9d3818
@@ -76,7 +81,7 @@ def load_classifier(
 ) -> FewShotClassifier:  # ValueError says what is wrong with the folder
     "Read a saved classifier. Nothing is unpickled."
     if not Path(folder).is_dir():
-        raise ValueError(f'there is no folder {folder}')
+        raise Problem(f'there is no folder {folder}')
     facts = _read_facts(Path(folder))
     head = _read_head(Path(folder), facts)
     return _assembled(folder, head, facts, device, dtype)
@@ -139,7 +144,7 @@ def _from_sklearn(fitted, labels):
         b = np.array([o.intercept_[0] for o in fitted.estimators_])
         return _head(w, b, False), labels or list(range(len(w)))
     if not hasattr(fitted, 'coef_'):
-        raise ValueError(f'the head is a {type(fitted).__name__}, of which only linear ones can be read')
+        raise Problem(f'the head is a {type(fitted).__name__}, of which only linear ones can be read')
     w = fitted.coef_
     b = fitted.intercept_
     classes = fitted.classes_.tolist()
@@ -165,11 +170,14 @@ def load_setfit(
     "Read what SetFit saved."
     folder = Path(folder)
     if not (folder / 'model_head.pkl').exists():
-        raise ValueError(f'{folder} has no model_head.pkl: SetFit did not write it')
+        raise Problem(f'{folder} has no model_head.pkl: SetFit did not write it', file=folder)
     if not trust_pickle:
-        raise ValueError(
-            f'{folder}/model_head.pkl is a pickle, which can run code when it is opened. If you trust whoever '
-            'made it, say trust_pickle=True'
+        raise Problem(
+            (
+                f'{folder}/model_head.pkl is a pickle, which can run code when it is opened. If you trust whoever '
+                'made it, say trust_pickle=True'
+            ),
+            file=folder,
         )
     from sklearn.utils.parallel import joblib
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/head.ipynb #a6d3f89e
 @dataclass
 class Head:
@@ -112,11 +114,11 @@ def fit_head(
 ) -> Head:  # ValueError for another kind; a class that no row has is never predicted
     "Fit a linear classifier."
     if kind not in HEADS:
-        raise ValueError(f'head must be one of {", ".join(HEADS)}, not {kind!r}')
+        raise Problem(f"head must be one of {', '.join(HEADS)}, not {kind!r}")
     targets = targets.float()
     if exclusive:
         return _fit_exclusive(vectors, targets, kind, C, balanced)
     if kind == 'mean':
-        raise ValueError('the class mean has no threshold for rows of several classes: take the head logistic or ridge')
+        raise Problem('the class mean has no threshold for rows of several classes', 'take the head logistic or ridge')
     fitted = _one_by_one(vectors, targets, 10 * C) if kind == 'logistic' else _ridge(vectors, targets, 1 / C)
     return Head(*fitted, exclusive=False)

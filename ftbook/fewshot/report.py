@@ -29,6 +29,7 @@ from ftbook.fewshot.evaluation import (
 from .files import _write_json
 from .uncertain import next_rows
 from ..files import _check_place, _whole
+from ..problem import Problem
 from ..show.page import escape, page
 from ..show.tables import table
 
@@ -40,7 +41,7 @@ def choose_shots(
 ) -> tuple[list[int], list[int]]:  # (rows to learn from, the others)
     "Draw a few rows of each class."
     if shots is not None and shots < 1:
-        raise ValueError(f'shots must be 1 or more, not {shots}')
+        raise Problem(f'shots must be 1 or more, not {shots}', key='shots')
     taken, rest, counts = [], [], Counter()
     for i in random.Random(seed).sample(range(len(labels)), len(labels)):
         counts[labels[i]] += 1
@@ -94,7 +95,7 @@ def _labelled(file, rows, text, label):
         said = '' if row.get(text) is None else row[text]
         name = '' if row.get(label) is None else str(row[label])
         if not isinstance(said, str):
-            raise ValueError(f'{file}, row {number}, counted from 1: the {text} is {said!r}, not a string')
+            raise Problem(f'{file}, row {number}, counted from 1: the {text} is {said!r}, not a string', file=file)
         if name.strip():
             labelled.append((number, said, name))
         elif said.strip():
@@ -106,9 +107,10 @@ def _columns(file, labelled, empty=True):
     "(texts, labels) of labelled rows. ValueError names the first without a text, unless they may be `empty`."
     for number, said, name in labelled:
         if not (empty or said.strip()):
-            raise ValueError(
-                f'{file}, row {number}, counted from 1, has the label {name!r} but its text is empty: '
-                'write one, or leave the row out'
+            raise Problem(
+                f'{file}, row {number}, counted from 1, has the label {name!r} but its text is empty',
+                'write one, or leave the row out',
+                file=file,
             )
     return [said for _, said, _ in labelled], [name for *_, name in labelled]
 
@@ -120,7 +122,7 @@ def _judge(model, test, rest):
             return model.evaluate(texts, labels), name
     c = model.checked
     if c is None:
-        raise ValueError('no row can be held out to judge by: give a test file, or two or more rows of each class')
+        raise Problem('no row can be held out to judge by', 'give a test file, or two or more rows of each class')
     scores = c.scores['tuned' if model.tuned else 'frozen'] / model.head.temperature
     found = Evaluation(model.classes, scores.softmax(1).numpy(), c.targets.numpy())
     return found, 'held-out training rows (cross-validation in two halves)'
@@ -146,7 +148,7 @@ def fewshot_report(
     text, label = pick_columns(rows, text_column, label_column)
     labelled, unlabelled = _labelled(file, rows, text, label)
     if not labelled:
-        raise ValueError(f'no row of {file} has a label in the column {label!r}')
+        raise Problem(f'no row of {file} has a label in the column {label!r}')
     taken, rest = choose_shots([name for *_, name in labelled], shots, seed)
     tested = _labelled(test, read_rows(test, need=(text, label)), text, label)[0] if test else []
     return _reported(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.split import normalise
+from ..problem import Problem
 from ..quality.classes import class_codes
 
 # %% ../../nbs/inside/fewshot_rows.ipynb #e451ad3f
@@ -27,13 +28,13 @@ def check_texts(
 ) -> list[str]:  # The same. ValueError names the first that cannot be used
     "Refuse what is not text."
     if isinstance(texts, (str, bytes)):
-        raise ValueError(f'{what}s should be a list of strings, not one string')
+        raise Problem(f'{what}s should be a list of strings, not one string')
     texts = list(texts)
     for i, t in enumerate(texts):
         if not isinstance(t, str):
-            raise ValueError(f'{what} {i} is {type(t).__name__} ({t!r}), not a string')
+            raise Problem(f'{what} {i} is {type(t).__name__} ({t!r}), not a string')
         if not empty and not t.strip():
-            raise ValueError(f'{what} {i} is empty: leave the row out')
+            raise Problem(f'{what} {i} is empty', 'leave the row out')
     return texts
 
 # %% ../../nbs/inside/fewshot_rows.ipynb #34de18fb
@@ -78,10 +79,12 @@ def _settled(labels, several, same_labels):
     if not found or same_labels == 'keep':
         return labels
     if same_labels == 'refuse':
-        raise ValueError(
-            f"the labels {' and '.join(map(repr, found[0]))} differ by case or blanks alone: "
-            "mend them, or say same_labels='merge' (one class; --merge-labels on the command line) "
-            "or same_labels='keep' (two)"
+        raise Problem(
+            f"the labels {' and '.join(map(repr, found[0]))} differ by case or blanks alone",
+            (
+                "mend them, or say same_labels='merge' (one class; --merge-labels on the command line) or "
+                "same_labels='keep' (two)"
+            ),
         )
     name = {v: group[0] for group in found for v in group}
     return [[name.get(v, v) for v in row] for row in labels] if several else [name.get(v, v) for v in labels]
@@ -96,12 +99,12 @@ def make_shots(
 ) -> Shots:  # ValueError says which row cannot be used
     "Look through rows before they are learnt from."
     if same_labels not in ('refuse', 'merge', 'keep'):
-        raise ValueError(f"same_labels must be 'refuse', 'merge' or 'keep', not {same_labels!r}")
+        raise Problem(f"same_labels must be 'refuse', 'merge' or 'keep', not {same_labels!r}", key='same_labels')
     texts, labels = check_texts(texts), list(labels)
     if len(texts) != len(labels):
-        raise ValueError(f'{len(texts)} texts but {len(labels)} labels')
+        raise Problem(f'{len(texts)} texts but {len(labels)} labels')
     if not texts:
-        raise ValueError('there are no rows')
+        raise Problem('there are no rows')
     several = _several(labels)
     if several:
         labels = [[v] if isinstance(v, (str, int)) else list(v) for v in labels]
@@ -147,7 +150,7 @@ def _check_classes(shots, left_out):
             if shots.texts
             else 'no row is left'
         )
-        raise ValueError(said + left_out)
+        raise Problem(said + left_out)
     alone = [c for c, n in counts.items() if n == 1]
     unseen = [c for c, n in counts.items() if n == 0]
     if alone:

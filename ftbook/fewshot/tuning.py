@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .encoder import Body, layers_of
+from ..problem import Problem
 
 # %% ../../nbs/inside/tuning.ipynb #3885d688
 @dataclass(frozen=True)
@@ -35,17 +36,17 @@ class Tuning:
 
     def __post_init__(self):
         if self.loss not in ('similarity', 'contrastive'):
-            raise ValueError(f"loss must be 'similarity' or 'contrastive', not {self.loss!r}")
+            raise Problem(f"loss must be 'similarity' or 'contrastive', not {self.loss!r}", key='loss')
         for name, bound in dict(steps=1, least=1, batch_size=2).items():
             if (value := getattr(self, name)) is None and name == 'steps':
                 continue
             if value is None or value < bound:
-                raise ValueError(f'{name} must be {bound} or more, not {value}')
+                raise Problem(f'{name} must be {bound} or more, not {value}', key=name)
         if not (self.lr > 0 and self.temperature > 0):
-            raise ValueError('lr and temperature must be above 0')
+            raise Problem('lr and temperature must be above 0')
         if dropout := getattr(self.lora, 'dropout', 0):
-            raise ValueError(
-                f'lora has dropout={dropout}, but the encoder is tuned without any: leave dropout out of the LoRA'
+            raise Problem(
+                f'lora has dropout={dropout}, but the encoder is tuned without any', 'leave dropout out of the LoRA'
             )
 
 # %% ../../nbs/inside/tuning.ipynb #940137f1
@@ -100,7 +101,7 @@ def suited_tuning(
     """What did best on other rows: the upper half for a few rows a class; all of the encoder for more, and the longer
     the more they are, up to 40 steps."""
     if rows < 1 or n_classes < 1:
-        raise ValueError(f'rows and n_classes must be 1 or more, not {rows} and {n_classes}')
+        raise Problem(f'rows and n_classes must be 1 or more, not {rows} and {n_classes}')
     shots = rows / n_classes
     if shots < MANY_SHOTS:
         return Tuning(seed=seed)

@@ -22,6 +22,7 @@ from .choices import ask, make_task, shipped_battery, Task
 from .divergence import remember, token_divergence
 from .harness import ask_harness, harness_tasks
 from .lost import forgetting_texts, plain_example
+from ..problem import Problem
 from ..training.evaluate import evaluate
 
 # %% ../../nbs/inside/battery.ipynb #b41ac4a7
@@ -74,7 +75,7 @@ def make_battery(
 ) -> Battery:  # ValueError where it would ask nothing
     "Texts, tasks and prompts for one tokenizer."
     if not 0 <= n_prompts <= 16:
-        raise ValueError(f"n_prompts must be from 0 to 16, not {n_prompts}")
+        raise Problem(f'n_prompts must be from 0 to 16, not {n_prompts}', key='n_prompts')
     found = {}
     for name in texts:
         some = forgetting_texts(name, rows, seen, seed)
@@ -85,7 +86,7 @@ def make_battery(
     asked = [t for s in sources if not s.startswith(HARNESS) for t in _tasks(s, tokenizer)]
     requests = shipped_battery()['prompts'][:n_prompts]
     if not (found or asked or harness or requests):
-        raise ValueError("the battery is empty: give it texts, tasks or prompts")
+        raise Problem('the battery is empty', 'give it texts, tasks or prompts')
     prompts = [_prompt(r, tokenizer) for r in requests]
     return Battery(found, asked, requests, prompts, tokenizer, harness=harness, rows=rows)
 
@@ -106,9 +107,9 @@ def measure_battery(
     "Ask a model everything in a battery."
     n, size = n_tokens(model), len(battery.tokenizer)
     if n < size:
-        raise ValueError(
-            f"the model has {n:,} tokens and the battery's tokenizer {size:,}: make the battery with the model's "
-            "own tokenizer"
+        raise Problem(
+            f"the model has {n:,} tokens and the battery's tokenizer {size:,}",
+            "make the battery with the model's own tokenizer",
         )
     texts = {k: evaluate(model, examples, progress=progress) for k, examples in battery.texts.items()}
     found = dict(texts={k: dict(nats=e.nats, targets=e.targets) for k, e in texts.items()})

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..data.encoding import to_example
 from ..data.examples import prompt_ids
 from ..data.rows import row_parts
+from ..problem import Problem
 from ..training.objective import has_linear_head
 
 # %% ../../nbs/inside/choices.ipynb #d1dd36b9
@@ -149,9 +150,9 @@ def make_task(
     said = [part if isinstance(part, str) else part[-1]['content'] for part in (row_parts(r)[1] for r in rows)]
     answers = sorted(set(said))
     if not 2 <= len(answers) <= 50:
-        raise ValueError(
-            f"task {name!r} has {len(answers)} different answers in {len(rows)} rows: a choice takes 2 to 50. "
-            "Give rows of a classification, or measure the text by its loss (`texts`)"
+        raise Problem(
+            f'task {name!r} has {len(answers)} different answers in {len(rows)} rows: a choice takes 2 to 50',
+            'Give rows of a classification, or measure the text by its loss (`texts`)',
         )
     return Task(
         name,

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/harness.ipynb #a0f57414
 def harness_tasks(
     names: Sequence[str],  # As `lm_eval ls tasks` shows them
@@ -26,16 +28,19 @@ def harness_tasks(
     manager, found = manager or TaskManager(), []
     for name in names:
         if name not in manager.all_tasks:
-            raise ValueError(f"the evaluation harness has no task {name!r}: `lm_eval ls tasks` shows all")
+            raise Problem(f'the evaluation harness has no task {name!r}', '`lm_eval ls tasks` shows all')
         try:
             found += manager.load([name])['tasks'].values()
         except Exception as e:
-            raise ValueError(f"the rows of the harness's task {name} cannot be had: {e}") from e
+            raise Problem(f"the rows of the harness's task {name} cannot be had: {e}") from e
     for t in found:
         if not _metric(t):
-            raise ValueError(
-                f"the harness's task {t.config.task} has no answers that are right or wrong, but "
-                f"{', '.join(t.aggregation())}: take one with acc or exact_match"
+            raise Problem(
+                (
+                    f"the harness's task {t.config.task} has no answers that are right or wrong, but "
+                    f"{', '.join(t.aggregation())}"
+                ),
+                'take one with acc or exact_match',
             )
     return found
 

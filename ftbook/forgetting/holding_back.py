@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..data.examples import Example
+from ..problem import Problem
 from ..training.evaluate import evaluate
 
 # %% ../../nbs/inside/holding_back.ipynb #315284c1
@@ -24,8 +25,8 @@ def freeze_layers_(
     "Freeze the embeddings and the first layers."
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1), None)
     if layers is None or not 0 <= n < len(layers):
-        raise ValueError(
-            f"cannot freeze {n} layers of {0 if layers is None else len(layers)}: one at least must be left to train"
+        raise Problem(
+            f'cannot freeze {n} layers of {(0 if layers is None else len(layers))}: one at least must be left to train'
         )
     for part in (model.get_input_embeddings(), *layers[:n]):
         part.requires_grad_(False)
@@ -88,7 +89,7 @@ class AverageWeights:
     ) -> nn.Module:  # The model itself
         "Put the mean into the model."
         if not self.n:
-            raise ValueError("no step was averaged: the run was too short, or the callback was not given to `finetune`")
+            raise Problem('no step was averaged: the run was too short, or the callback was not given to `finetune`')
         for n, p in model.named_parameters():
             if n in self.mean:
                 p.copy_(self.mean[n])

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data.examples import Example
 from ..data.read import read_source
 from ..data.split import normalise
+from ..problem import Problem
 from ..training.evaluate import Evaluation
 
 # %% ../../nbs/20_forgetting.ipynb #140f6e65
@@ -39,7 +40,7 @@ def forgetting_texts(
         if isinstance(t, str) and len(t.split()) > 3 and normalise(t) not in seen
     ]
     if len(texts) < 2:
-        raise ValueError(
+        raise Problem(
             f"{name} has {len(texts)} texts of four words or more in a field 'text' "
             "that were not trained on; it takes two"
         )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..methods.parts import parts_of
+from ..problem import Problem
 
 # %% ../../nbs/inside/moved.ipynb #6979edbf
 def stable_rank(
@@ -53,9 +54,9 @@ def moved(
 ) -> list[dict]:  # name, share (of the weights' norm), norm, rank (stable); empty for methods that move no weight
     "Which matrices moved, how far, and in how many directions."
     if before is None and getattr(model, 'ftbook_method', None) is None:
-        raise ValueError(
-            "there is no method on the model, so `before` is needed: the tensors of the base, as from "
-            "`dict(base.named_parameters())`"
+        raise Problem(
+            'there is no method on the model, so `before` is needed: the tensors of the base, as from '
+            '`dict(base.named_parameters())`'
         )
     found = []
     for name, old, new in _changes(model, before):

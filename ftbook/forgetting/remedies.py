@@ -22,6 +22,7 @@ from ..data.packs import pack, pad
 from .divergence import remember, target_logits
 from .lost import divergence, merged_log_probabilities
 from ..methods.lora import LoRALinear
+from ..problem import Problem
 from ..training.batches import isolated, to_device
 from ..training.objective import Objective
 
@@ -37,7 +38,7 @@ class Spring:
         stiffness: dict | None = None,  # Name -> tensor, as from `fisher`; None: 1 for all
     ):
         if not strength >= 0:
-            raise ValueError(f"strength must be at least 0, not {strength}")
+            raise Problem(f'strength must be at least 0, not {strength}', key='strength')
         self.strength, self.stiffness = strength, stiffness
         self.start = {
             n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
@@ -72,9 +73,9 @@ def fisher(
 ) -> dict[str, Tensor]:  # Name -> float32, per target token
     "The diagonal of the Fisher information, a row at a time."
     if not examples:
-        raise ValueError("there is no row to take the Fisher information over")
+        raise Problem('there is no row to take the Fisher information over')
     if answers not in ('model', 'data'):
-        raise ValueError(f"answers must be 'model' or 'data', not {answers!r}")
+        raise Problem(f"answers must be 'model' or 'data', not {answers!r}", key='answers')
     rng = torch.Generator().manual_seed(seed)
     training = model.training
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -117,7 +118,7 @@ class Distill:
         seed: int = 0,  # Of the order
     ):
         if not examples:
-            raise ValueError("there is no text to distil on")
+            raise Problem('there is no text to distil on')
         self.examples = list(examples)
         self.known = remember(model, examples, top)
         self.strength = strength
@@ -152,11 +153,11 @@ def replay(
 ) -> list[Example]:  # The new ones, then the old; `finetune` shuffles them
     "New rows with a share of old ones."
     if not 0 <= share < 1:
-        raise ValueError(f"share must be at least 0 and below 1, not {share}")
+        raise Problem(f'share must be at least 0 and below 1, not {share}', key='share')
     n = round(share / (1 - share) * len(new))
     rng = random.Random(seed)
     if n and not old:
-        raise ValueError("there is no old row to replay")
+        raise Problem('there is no old row to replay')
     return (
         list(new)
         + [e for _ in range(n // max(len(old), 1)) for e in old]
@@ -187,9 +188,9 @@ class Interpolation:
             if isinstance(m, LoRALinear)
         }
         if before is None and not factors:
-            raise ValueError(
-                "the base's weights are needed: `before=trained_weights(model)`, taken "
-                "before the training"
+            raise Problem(
+                "the base's weights are needed",
+                '`before=trained_weights(model)`, taken before the training',
             )
         self.model = model
         self.before = before if before is not None else factors
@@ -197,7 +198,7 @@ class Interpolation:
             n: p.detach().clone() for n, p in model.named_parameters() if n in self.before
         }
         if missing := self.before.keys() - self.after.keys():
-            raise ValueError(f"{min(missing)} is in `before` and not in the model")
+            raise Problem(f'{min(missing)} is in `before` and not in the model')
 
     @torch.no_grad()
     def put_(
@@ -220,9 +221,9 @@ def pick_interpolation(
     "The best measured place between the base and the tuned model."
     start = next((p for p in curve if p['x'] == 0), None)
     if start is None:
-        raise ValueError("the curve has no point at x = 0, the base")
+        raise Problem('the curve has no point at x = 0, the base')
     if not all(math.isfinite(p[k]) for p in curve for k in ('task', 'other')):
-        raise ValueError("the curve has losses that are not finite")
+        raise Problem('the curve has losses that are not finite')
     if limit is None:
         return min(curve, key=lambda p: p['task'] + p['other'])['x']
     return min(

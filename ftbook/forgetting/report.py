@@ -23,6 +23,7 @@ from .moved import moved
 from ..methods.files import load_adapter
 from ..methods.fold import remove_
 from ..models.load import load_model, load_tokenizer
+from ..problem import Problem
 from ..show.bar_chart import bars
 from ..show.charts import plot
 from ..show.intervals import crosses, draw_intervals, signed
@@ -83,7 +84,7 @@ def compare_batteries(
     if before['texts'].keys() != after['texts'].keys() or {k: len(v) for k, v in before['tasks'].items()} != {
         k: len(v) for k, v in after['tasks'].items()
     }:
-        raise ValueError("before and after were asked different things: measure both with one battery")
+        raise Problem('before and after were asked different things: measure both with one battery')
     texts = {
         k: compare_losses(k, Evaluation(**before['texts'][k]), Evaluation(**v), seed) for k, v in after['texts'].items()
     }
@@ -123,8 +124,8 @@ def forgetting_report(
 ) -> ForgettingReport:  # ValueError for models with different tokenizers, and for an adapter that does not fit
     "What a fine-tune lost."
     if getattr(before, 'ftbook_method', None) is not None:
-        raise ValueError(
-            f"`before` has a method on it, {before.ftbook_method}: take it off with `remove_`, or give the base"
+        raise Problem(
+            f'`before` has a method on it, {before.ftbook_method}', 'take it off with `remove_`, or give the base'
         )
     then = measure_battery(before, battery, progress=progress)
     if isinstance(after, nn.Module):
@@ -148,9 +149,12 @@ def _same_tokenizer(folder, battery):
     ours = battery.tokenizer.get_vocab()
     other = next((t for t, i in ours.items() if theirs.get(t) != i), None)
     if other is not None:
-        raise ValueError(
-            f"{folder}: its tokenizer has {other!r} as {theirs.get(other)}, the battery's as {ours[other]}; "
-            "losses per token can only be compared between models with one tokenizer"
+        raise Problem(
+            (
+                f"its tokenizer has {other!r} as {theirs.get(other)}, the battery's as {ours[other]}; losses per "
+                "token can only be compared between models with one tokenizer"
+            ),
+            file=folder,
         )
 
 # %% ../../nbs/inside/forgetting_report.ipynb #00e93104
@@ -158,9 +162,9 @@ def _reported(before, after, then, battery, seed, progress):
     "Measure the tuned model, and compare."
     sizes = [n_tokens(m) for m in (before, after)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"before has {sizes[0]:,} tokens and after {sizes[1]:,}: losses per token can only be compared "
-            "between models with one tokenizer"
+        raise Problem(
+            f'before has {sizes[0]:,} tokens and after {sizes[1]:,}: losses per token can only be compared '
+            'between models with one tokenizer'
         )
     now = measure_battery(after, battery, then, progress)
     return compare_batteries(then, now, battery.tokenizer, moved(after, dict(before.named_parameters())), seed)

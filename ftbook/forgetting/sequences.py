@@ -10,6 +10,8 @@ __all__ = ['transfer']
 # %% ../../nbs/inside/sequences.ipynb #a6ae2482
 import numpy as np
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/sequences.ipynb #c80310fb
 def transfer(
     scores,  # (T + 1, T): row i after task i, row 0 before all; larger is better
@@ -20,9 +22,9 @@ def transfer(
     R = np.asarray(scores, float)
     T = R.shape[-1] if R.ndim == 2 else 0
     if T < 2 or R.shape != (T + 1, T):
-        raise ValueError(f"the scores must be (T + 1, T) with T of 2 or more, not {R.shape}")
+        raise Problem(f'the scores must be (T + 1, T) with T of 2 or more, not {R.shape}')
     for after, task in np.argwhere(~np.isfinite(R)):
-        raise ValueError(f"the score of task {task + 1} after task {after} is missing")
+        raise Problem(f'the score of task {task + 1} after task {after} is missing')
     own, end = R[1:].diagonal(), R[-1]
     return dict(
         average=float(end.mean()),

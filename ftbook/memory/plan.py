@@ -26,6 +26,7 @@ from .trace import ghost
 from ..models.load import as_dtype
 from ..models.scale import SHAPES
 from ..models.shipped import model_folder
+from ..problem import Problem
 from ..show.bar_chart import bars
 from ..show.page import Picture
 from ..show.tables import table
@@ -162,7 +163,7 @@ class Plan:
 # %% ../../nbs/inside/plan.ipynb #29da48ad
 def _check_gib(gib):
     if not isinstance(gib, (int, float)) or not 0 < gib < 1e5:
-        raise ValueError(f'the memory of a device is given in GiB, such as 24, and not as {gib!r}')
+        raise Problem(f'the memory of a device is given in GiB, such as 24, and not as {gib!r}')
     return gib
 
 # %% ../../nbs/inside/plan.ipynb #8579731f
@@ -170,16 +171,18 @@ def _checked(s):
     "Refuse settings that cannot be run."
     for name in ('seq_len', 'batch_size', 'pieces'):
         if not isinstance(getattr(s, name), int) or getattr(s, name) < (2 if name == 'seq_len' else 1):
-            raise ValueError(
-                f"{name} must be a whole number, {2 if name == 'seq_len' else 1} or more, not {getattr(s, name)!r}"
+            raise Problem(
+                f"{name} must be a whole number, {(2 if name == 'seq_len' else 1)} or more, not {getattr(s, name)!r}",
+                key=name,
             )
     if s.device not in ('cpu', 'cuda'):
-        raise ValueError(f"a plan is made for 'cpu' or 'cuda', not {s.device!r}")
+        raise Problem(f"a plan is made for 'cpu' or 'cuda', not {s.device!r}")
     if s.precision not in (None, 'bf16', 'fp16'):
-        raise ValueError(f"precision must be None, 'bf16' or 'fp16', not {s.precision!r}")
+        raise Problem(f"precision must be None, 'bf16' or 'fp16', not {s.precision!r}")
     if s.precision == 'fp16' and s.device == 'cpu':
-        raise ValueError(
-            "fp16 needs a GPU: its range is small and the CPU has no fast kernels for it. Use precision='bf16' or None"
+        raise Problem(
+            'fp16 needs a GPU: its range is small and the CPU has no fast kernels for it',
+            "Use precision='bf16' or None",
         )
     as_optimizer(s.optimizer)
     return s
@@ -197,8 +200,8 @@ def _made(config_or_model, dtype, method, quantize, attention):
     if method:
         model = method.apply(model)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            'nothing of the model would be trained: give a `method`, or let its parameters require a gradient'
+        raise Problem(
+            'nothing of the model would be trained', 'give a `method`, or let its parameters require a gradient'
         )
     return model
 
@@ -270,7 +273,9 @@ def as_method(
         return method
     known = _named_methods()
     if method not in known:
-        raise ValueError(f'method must be one of {", ".join(known)}, or an object with `apply`, not {method!r}')
+        raise Problem(
+            f"method must be one of {', '.join(known)}, or an object with `apply`, not {method!r}", key='method'
+        )
     return known[method]()
 
 
@@ -284,7 +289,7 @@ def as_quantizer(
     from ftbook.methods.quant import quantize_
 
     if quantize not in VALUES:
-        raise ValueError(f'quantize must be one of {", ".join(VALUES)}, or a function, not {quantize!r}')
+        raise Problem(f"quantize must be one of {', '.join(VALUES)}, or a function, not {quantize!r}", key='quantize')
     return partial(quantize_, kind=quantize)
 
 # %% ../../nbs/inside/plan.ipynb #8791d0231
@@ -293,7 +298,7 @@ def _per_device(items, sharding, n, layer, buckets=0):
     if sharding is None:
         return items
     if not isinstance(n, int) or n < 1:
-        raise ValueError(f'n_devices must be 1 or more, not {n!r}')
+        raise Problem(f'n_devices must be 1 or more, not {n!r}', key='n_devices')
     shared = Counter(
         {
             k: -(-v // n) if k.startswith(DIVIDED[sharding]) and k != 'weights, quantised' else v

@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from .step import _blocks_of
 from ..models.count import role_of
+from ..problem import Problem
 
 # %% ../../nbs/16_memory.ipynb #b814ae96
 def checkpoint_(
@@ -29,9 +30,12 @@ def checkpoint_(
     from torch.utils.checkpoint import checkpoint
 
     if every < 1 or only not in (None, 'attention', 'mlp'):
-        raise ValueError(
-            "every must be 1 or more and only None, 'attention' or 'mlp', not "
-            f"{every!r} and {only!r}"
+        raise Problem(
+            (
+                "every must be 1 or more and only None, 'attention' or 'mlp', not "
+                f"{every!r} and {only!r}"
+            ),
+            key='every',
         )
     path, n = _blocks_of(model)
     layers = list(model.get_submodule(path))[::every] if n else []
@@ -42,8 +46,8 @@ def checkpoint_(
         if only is None or 'norm' not in name and role_of(f'{name}.weight', m) == only
     ]
     if not chosen:
-        raise ValueError(
-            f'{type(model).__name__} has no layers with a part for {only!r}: leave `only` out'
+        raise Problem(
+            f'{type(model).__name__} has no layers with a part for {only!r}', 'leave `only` out'
         )
     for m in chosen:
         m.forward = partial(checkpoint, m.forward, use_reentrant=False)

@@ -15,6 +15,7 @@ from .checkpoints import _json, find_folder, INDEX
 from .config import _KIND_OF
 from .layers import layers_of
 from .vocabulary import _has_rows, _output_tokenizer
+from ..problem import Problem
 
 # %% ../../nbs/inside/merge_engine.ipynb #176f54e2
 _COPIED = (
@@ -45,8 +46,8 @@ def _template(plan):
     if asked == 'auto':
         return Counter([t for m in plan.models if isinstance(t := read(m), str)]).most_common(1)[0][0]
     if '{' not in asked:
-        raise ValueError(
-            f"chat_template {asked!r} is not supported: write the template itself, or 'auto' for the most common one"
+        raise Problem(
+            f'chat_template {asked!r} is not supported', "write the template itself, or 'auto' for the most common one"
         )
     return asked
 
@@ -88,9 +89,7 @@ def _write_about(plan, folder, shards):
 def _layer_settings(config, n):
     "A configuration's settings for n layers. ValueError where a list says something about each layer."
     if lists := [k for k, v in config.items() if isinstance(v, list) and k == 'layer_types' and len(set(v)) > 1]:
-        raise ValueError(
-            f'{lists[0]} says something about every layer, and slices would mix it up: this is not supported'
-        )
+        raise Problem(f'{lists[0]} says something about every layer, and slices would mix it up: this is not supported')
     key = next((k for k in ('num_hidden_layers', 'n_layer', 'num_layers') if k in config), 'num_hidden_layers')
     return {key: n} | ({'layer_types': config['layer_types'][:1] * n} if config.get('layer_types') else {})
 

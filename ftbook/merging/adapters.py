@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .checkpoints import adapter_products
 from .states import merge_states
+from ..problem import Problem
 
 # %% ../../nbs/inside/merge_adapters.ipynb #213f4f95
 def _given_for(module, products, parameters):
@@ -60,11 +61,11 @@ def merge_adapters(
     from ftbook.methods.files import read_adapter_config
 
     if rank is not None and rank < 1:
-        raise ValueError(f'rank={rank}: it must be at least 1')
+        raise Problem(f'rank={rank}: it must be at least 1', key='rank')
     products = [adapter_products(f) for f in adapters]
     config = read_adapter_config(next(iter(adapters)))
     if len({p[3] for o in products for p in o.values()}) > 1:
-        raise ValueError('some of the adapters hold transposed matrices and some do not: they are of different models')
+        raise Problem('some of the adapters hold transposed matrices and some do not: they are of different models')
     found, lost = {}, {}
     for module in dict.fromkeys(m for p in products for m in p):
         a, b = _one_product(method, module, products, adapters.values(), seed, parameters)

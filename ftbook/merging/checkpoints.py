@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/merge_checkpoints.ipynb #7abf1a1b
 # safetensors' name -> what its bytes are read as
 KINDS = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': np.uint16}
@@ -90,17 +92,22 @@ def read_header(
         except ValueError:
             header = None
     if not isinstance(header, dict):
-        raise ValueError(f'{file} is truncated or damaged: copy or download it again')
+        raise Problem(f'{file} is truncated or damaged', 'copy or download it again', file=file)
     header.pop('__metadata__', None)
     if strange := [k for k, v in header.items() if v['dtype'] not in {**KINDS, **OTHER}]:
-        raise ValueError(
-            f"{file}: {strange[0]} is of type {header[strange[0]]['dtype']}, which cannot be merged: "
-            "dequantise the model first"
+        raise Problem(
+            (
+                f"{strange[0]} is of type {header[strange[0]]['dtype']}, which cannot be merged: dequantise the "
+                "model first"
+            ),
+            file=file,
         )
     found = {k: Stored(v['dtype'], tuple(v['shape']), file, 8 + n + v['data_offsets'][0]) for k, v in header.items()}
     for k, t in found.items():
         if t.n * t.size != np.diff(header[k]['data_offsets'])[0] or not 8 + n <= t.offset <= total - t.n * t.size:
-            raise ValueError(f'{file} is truncated or damaged, {k} does not lie in it: copy or download it again')
+            raise Problem(
+                f'{file} is truncated or damaged, {k} does not lie in it', 'copy or download it again', file=file
+            )
     return found
 
 # %% ../../nbs/inside/merge_checkpoints.ipynb #34a35497
@@ -114,23 +121,22 @@ def weight_files(
     "The files that hold a model's weights."
     pickled = sorted(f.name for p in ('*.bin', '*.pt', '*.pth') for f in folder.glob(p))
     if pickled and not any(folder.glob('*.safetensors')):
-        raise ValueError(
-            f'{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened. To convert '
-            'it: python -c "from transformers import AutoModel as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        raise Problem(
+            f'''{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened. To convert it: python -c "from transformers import AutoModel as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"''',
+            file=folder,
         )
     if (folder / INDEX).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding='utf-8'))['weight_map'].values()))
         if out := [n for n in names if Path(n).name != n or n in ('', '.', '..') or '\\' in n]:
-            raise ValueError(
+            raise Problem(
                 f'{folder / INDEX} names {out[0]!r}, which leads out of its folder: such a file is not opened'
             )
     else:
         names = [MODEL] if (folder / MODEL).is_file() else sorted(f.name for f in folder.glob('*.safetensors'))
     if missing := [n for n in names if not (folder / n).is_file()]:
-        raise ValueError(f'{folder} lacks {missing[0]}: copy or download it again')
+        raise Problem(f'{folder} lacks {missing[0]}', 'copy or download it again', file=folder)
     if not names:
-        raise ValueError(f'{folder} holds no safetensors file')
+        raise Problem(f'{folder} holds no safetensors file', file=folder)
     return [folder / n for n in names]
 
 # %% ../../nbs/inside/merge_checkpoints.ipynb #4d577ed6
@@ -153,7 +159,7 @@ def _read_at(file, view, offset):
             file.seek(offset)
             got = file.readinto(view)
     if got != len(view):
-        raise ValueError(f'{file.name} ended early: it is truncated, or it changed while it was read')
+        raise Problem(f'{file.name} ended early: it is truncated, or it changed while it was read')
 
 # %% ../../nbs/inside/merge_checkpoints.ipynb #7579f5f5
 _seeking = threading.Lock()
@@ -175,9 +181,10 @@ class Checkpoint:
         for file in self.files:
             found = read_header(file)
             if twice := self.tensors.keys() & found:
-                raise ValueError(
-                    f'{folder}: {min(twice)} is in two files, and nothing says which one counts: remove one, '
-                    f'or add {INDEX}'
+                raise Problem(
+                    f'{min(twice)} is in two files, and nothing says which one counts',
+                    f'remove one, or add {INDEX}',
+                    file=folder,
                 )
             self.tensors |= found
         self.open = {f: open(f, 'rb', buffering=0) for f in self.files}
@@ -245,16 +252,22 @@ class Adapted(Checkpoint):
             if k == f'{module}.weight' or f'{module}.weight'.endswith(f'.{k}') or k.endswith(f'.{module}.weight')
         ]
         if len(hits) != 1:
-            raise ValueError(
-                f'{folder}: the adapter changes {module}, which {self.folder} '
-                f'{"has twice" if hits else "lacks"}: it was made for another base'
+            raise Problem(
+                (
+                    f"the adapter changes {module}, which {self.folder} {('has twice' if hits else 'lacks')}: it "
+                    "was made for another base"
+                ),
+                file=folder,
             )
         scaling, a, b, turned = self.products[module]
         shape = (a.shape[1], len(b)) if turned else (len(b), a.shape[1])
         if self.tensors[hits[0]].shape != shape:
-            raise ValueError(
-                f'{folder}: the change of {module} is {shape}, and {hits[0]} is {self.tensors[hits[0]].shape}: '
-                'it was made for another base'
+            raise Problem(
+                (
+                    f'the change of {module} is {shape}, and {hits[0]} is {self.tensors[hits[0]].shape}: it was '
+                    'made for another base'
+                ),
+                file=folder,
             )
         return hits[0]
 
@@ -290,12 +303,13 @@ def adapter_products(
     config = read_adapter_config(folder)
     tensors = read_adapter_tensors(folder)
     if config['peft_type'] != 'LORA':
-        raise ValueError(f"{folder} is of type {config['peft_type']}: only LoRA adapters can be merged")
+        raise Problem(f"{folder} is of type {config['peft_type']}: only LoRA adapters can be merged", file=folder)
     method = LoRA.from_peft(config)
     if method.use_dora or (more := [k for k in tensors if not re.search(r'\.lora_[AB]\.weight$', k)]):
-        raise ValueError(
-            f"{folder} has {'DoRA' if method.use_dora else more[0]}, which is more than a product of two "
-            "matrices: merge it into its base first, with `merge_`"
+        raise Problem(
+            f"{folder} has {('DoRA' if method.use_dora else more[0])}, which is more than a product of two matrices",
+            'merge it into its base first, with `merge_`',
+            file=folder,
         )
     names = {k.removeprefix('base_model.model.').rpartition('.lora_')[0] for k in tensors}
     pair = lambda n: (tensors[f'base_model.model.{n}.lora_{o}.weight'].float() for o in 'AB')
@@ -322,7 +336,7 @@ def find_folder(
             )
         )
     except (OSError, ValueError) as e:
-        raise ValueError(f'{name} is neither a folder here nor a model that can be downloaded: {e}') from e
+        raise Problem(f'{name} is neither a folder here nor a model that can be downloaded: {e}') from e
 
 # %% ../../nbs/inside/merge_checkpoints.ipynb #2b489383
 def open_model(
@@ -337,10 +351,10 @@ def open_model(
 
         path, adapter = base or read_adapter_config(folder).get('base_model_name_or_path'), path
         if not path:
-            raise ValueError(f'{name} is an adapter and does not say of which model: write base+{name}')
+            raise Problem(f'{name} is an adapter and does not say of which model', f'write base+{name}')
     found = Checkpoint(path if adapter else name, find_folder(path))
     if found.config.get('quantization_config'):
-        raise ValueError(
+        raise Problem(
             f"{name} is quantised ({found.config['quantization_config'].get('quant_method')}): dequantise it first"
         )
     return Adapted(name, found, find_folder(adapter)) if adapter else found

@@ -16,6 +16,7 @@ import yaml
 
 from .recipes import RECIPES
 from .states import check_models, find_recipe
+from ..problem import Problem
 
 # %% ../../nbs/inside/merge_config.ipynb #c9e14b28
 _TOP = {
@@ -35,9 +36,9 @@ _TOP = {
 
 def _check_keys(given, known, where):
     if not isinstance(given, dict):
-        raise ValueError(f'{where} must be a mapping, not {given!r}')
+        raise Problem(f'{where} must be a mapping, not {given!r}', key=where)
     if extra := [k for k in given if k not in known]:
-        raise ValueError(f"{where}: {extra[0]!r} is not supported: there are {', '.join(sorted(known))}")
+        raise Problem(f"{where}: {extra[0]!r} is not supported: there are {', '.join(sorted(known))}")
 
 # %% ../../nbs/inside/merge_config.ipynb #5fec7eb1
 _KIND_OF = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}
@@ -59,17 +60,17 @@ def read_config(
     try:
         c = dict(text) if isinstance(text, dict) else yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ValueError(
-            f'the configuration is not one YAML document: {e}. Several in one file are a plan for '
-            'mergekit-mega: merge them one after the other'
+        raise Problem(
+            f'the configuration is not one YAML document: {e}. Several in one file are a plan for mergekit-mega',
+            'merge them one after the other',
         ) from e
     _check_keys(c, _TOP, 'the configuration')
     c.update(_module(c.pop('modules', None)))
     found = find_recipe(c.get('merge_method'))
     if ('models' in c) and ('slices' in c) or not ({'models', 'slices'} & c.keys()):
-        raise ValueError('the configuration needs either models or slices')
+        raise Problem('the configuration needs either models or slices')
     if not _listed(c, 'slices' if 'slices' in c else 'models', 'the configuration'):
-        raise ValueError('the configuration lists no model')
+        raise Problem('the configuration lists no model')
     slices = (
         c.pop('slices')
         if 'slices' in c
@@ -81,19 +82,19 @@ def read_config(
     c['tokenizer'] = _tokenizer(c.pop('tokenizer_source', None), c.get('tokenizer'))
     for k in ('dtype', 'out_dtype'):
         if c.get(k) and _plain(c[k]) not in _KIND_OF:
-            raise ValueError(f"{k} must be one of {', '.join(_KIND_OF)}, not {c[k]!r}")
+            raise Problem(f"{k} must be one of {', '.join(_KIND_OF)}, not {c[k]!r}", key=k)
     return c
 
 # %% ../../nbs/inside/merge_config.ipynb #9cc28987
 def _mapping(given, where):
     if not isinstance(given, dict):
-        raise ValueError(f'{where} must be a mapping, not {given!r}')
+        raise Problem(f'{where} must be a mapping, not {given!r}', key=where)
     return given
 
 
 def _listed(given, key, where):
     if not isinstance(found := given.get(key), list):
-        raise ValueError(f'{where}: {key} must be a list, not {found!r}')
+        raise Problem(f'{where}: {key} must be a list, not {found!r}')
     return found
 
 # %% ../../nbs/inside/merge_config.ipynb #7ae9db9b
@@ -102,7 +103,9 @@ def _module(modules):
     if not modules:
         return {}
     if len(_mapping(modules, 'modules')) > 1:
-        raise ValueError(f"modules: {', '.join(modules)} are several, and only models of one module are supported")
+        raise Problem(
+            f"modules: {', '.join(modules)} are several, and only models of one module are supported", key='modules'
+        )
     _check_keys(one := next(iter(modules.values())), {'models', 'slices'}, 'modules')
     return one
 
@@ -117,16 +120,16 @@ def _slice(given, base, alone, found):
             'a source of a slice' if not isinstance(s, dict) else f"model {s.get('model')!r}",
         )
         if not s.get('model'):
-            raise ValueError(f'{s!r} names no model')
+            raise Problem(f'{s!r} names no model')
     base = given.get('base_model', base)
     names = [str(s['model']) for s in given['sources']]
     if twice := [n for n, k in Counter(names).items() if k > 1]:
-        raise ValueError(f'{twice[0]} is listed twice: give it the sum of the weights instead')
+        raise Problem(f'{twice[0]} is listed twice', 'give it the sum of the weights instead')
     sources = [dict(s, model=str(s['model'])) for s in given['sources']]
     if base and base not in names and alone and sources[0]['layer_range'] is None:
         sources.append(dict(model=base, layer_range=None, parameters=None))
     if base and base not in [s['model'] for s in sources] and found.base:
-        raise ValueError(f'the slice has no source {base}, which is its base_model')
+        raise Problem(f'the slice has no source {base}, which is its base_model')
     check_models(found, len([s for s in sources if not (found.base and s['model'] == base)]), base is not None)
     return dict(sources=sources, base_model=base if found.base else None, parameters=given.get('parameters'))
 
@@ -134,7 +137,7 @@ def _slice(given, base, alone, found):
 def _tokenizer(source, given):
     "Where the tokenizer comes from: None, 'base', 'union' or a model, and to which multiple the vocabulary is padded."
     if source and given:
-        raise ValueError('tokenizer_source and tokenizer say the same thing: give one of them')
+        raise Problem('tokenizer_source and tokenizer say the same thing', 'give one of them')
     _check_keys(given or {}, {'source', 'pad_to_multiple_of'}, 'tokenizer')
     return dict(
         source=source or (given and given.get('source', 'union')) or None,

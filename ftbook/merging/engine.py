@@ -19,6 +19,7 @@ from pathlib import Path
 from .about import _card, _other_bases, _template, _write_about
 from .plan import _cores, Plan, plan_merge
 from .write import _DONE, _fill_files, _PLANNED, _start_files, lay_out_, SHARD
+from ..problem import Problem
 
 # %% ../../nbs/inside/merge_engine.ipynb #42a87e9e
 @dataclass
@@ -79,9 +80,9 @@ def _existing(path):
 def _check_out(out, plan, overwrite):
     "Raise ValueError where the result would replace something it must not."
     if any(out.resolve() in (f.resolve().parent, m.folder.resolve()) for m in plan.models for f in m.files):
-        raise ValueError(f'{out} is one of the models that are merged: choose another folder')
+        raise Problem(f'{out} is one of the models that are merged', 'choose another folder')
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise ValueError(f'{out} exists: choose another folder, or pass overwrite=True')
+        raise Problem(f'{out} exists', 'choose another folder, or pass overwrite=True')
 
 # %% ../../nbs/inside/merge_engine.ipynb #c0fed4d3
 def merge(

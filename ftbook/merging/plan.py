@@ -27,6 +27,7 @@ from .recipes import Recipe, RECIPES
 from .states import _merge_held, _parameters
 from .threshold import RUN
 from .vocabulary import _has_rows, _vocabularies
+from ..problem import Problem
 
 # %% ../../nbs/inside/merge_plan.ipynb #4523bdcf
 _HEAD = re.compile(r'(^|\.)(lm_head|embed_out)\.weight$')
@@ -49,7 +50,7 @@ def _tie_(sources):
     if not heads or not tied:
         return
     if own := [s.name for s in sources if heads & s.tensors.keys() and _own_head(s)]:
-        raise ValueError(
+        raise Problem(
             f'{own[0]} has an output head of its own, and in another model or in its configuration the head is '
             'tied to the embedding: the two cannot be merged tensor by tensor'
         )
@@ -69,14 +70,14 @@ def check_fit_together(
         for key in ('model_type', 'architectures'):
             a, b = first.config.get(key), s.config.get(key)
             if a and b and a != b:
-                raise ValueError(f'{s.name} is of another architecture than {first.name}: {key} is {b} and {a}')
+                raise Problem(f'{s.name} is of another architecture than {first.name}: {key} is {b} and {a}')
         if missing := held(first).keys() - held(s).keys():
-            raise ValueError(f'{s.name} lacks {few(missing)}, which {first.name} has')
+            raise Problem(f'{s.name} lacks {few(missing)}, which {first.name} has')
         if extra := held(s).keys() - held(first).keys():
-            raise ValueError(f'{s.name} has {few(extra)}, which {first.name} lacks')
+            raise Problem(f'{s.name} has {few(extra)}, which {first.name} lacks')
         wrong = [k for k, t in held(s).items() if t.shape != first.tensors[k].shape]
         if wrong:
-            raise ValueError(
+            raise Problem(
                 (
                     f'{wrong[0]} is {s.tensors[wrong[0]].shape} in {s.name} and {first.tensors[wrong[0]].shape} in '
                     f'{first.name}.'
@@ -153,10 +154,10 @@ def make_job(
     lead = base or rest[0][1:]
     t = lead[0].tensors[lead[1]]
     if wrong := [m.name for _, m, k in rest if k not in m.tensors or m.tensors[k].shape != t.shape]:
-        raise ValueError(f'{name}: {wrong[0]} lacks it, or has it in another shape than {lead[0].name}')
+        raise Problem(f'{name}: {wrong[0]} lacks it, or has it in another shape than {lead[0].name}')
     if any(k not in KINDS for k in [t.kind, *(m.tensors[k].kind for _, m, k in rest)]):
         if any(m.raw(k) != lead[0].raw(lead[1]) for _, m, k in rest):
-            raise ValueError(f'{name} is stored in integers, differs between the models, and cannot be merged')
+            raise Problem(f'{name} is stored in integers, differs between the models, and cannot be merged')
         return Job(name, t.shape, t.kind, lead, [], None)
     shared = _settle(found.shared, [s['parameters'], c.get('parameters')], name, depth)
     each = [
@@ -297,9 +298,9 @@ def plan_merge(
     )
     jobs = [make_job(found, c, models, o, seed) for o in output_tensors(c['slices'], models)]
     if found.name.startswith('della') and (deep := [j.name for j in jobs if len(j.shape) > 2]):
-        raise ValueError(f'{deep[0]} has more than two dimensions, and {found.name} works on rows of matrices')
+        raise Problem(f'{deep[0]} has more than two dimensions, and {found.name} works on rows of matrices')
     if found.name == 'ties_paper' and len({tuple(j.p.density) for j in jobs if j.p}) > 1:
-        raise ValueError('ties_paper has one threshold for a whole model: its density cannot differ between tensors')
+        raise Problem('ties_paper has one threshold for a whole model: its density cannot differ between tensors')
     return Plan(
         c,
         found,

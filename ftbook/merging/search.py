@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..problem import Problem
+
 # %% ../../nbs/23_merging_tasks.ipynb #0c0cc532
 @dataclass
 class Found:
@@ -28,7 +30,7 @@ class Found:
 def _finite(score, weights):
     "The score; ValueError where it is no number."
     if not math.isfinite(score):
-        raise ValueError(f'the score is {score} with the weights {weights}')
+        raise Problem(f'the score is {score} with the weights {weights}')
     return score
 
 # %% ../../nbs/23_merging_tasks.ipynb #d1c704ec
@@ -44,7 +46,7 @@ def search(
     from scipy.optimize import minimize
 
     if not low < high or not all(low <= w <= high for w in start):
-        raise ValueError(f'the start {list(start)} must lie between {low} and {high}')
+        raise Problem(f'the start {list(start)} must lie between {low} and {high}')
     tried = []
 
     def cost(w):

@@ -17,6 +17,7 @@ from numpy import ndarray
 
 from .parts import CHUNK, Parts, tensor_thresholds
 from .recipes import Recipe, RECIPES, REQUIRED
+from ..problem import Problem
 
 # %% ../../nbs/inside/merge_states.ipynb #b6c63bc9
 def check_parameters(
@@ -28,7 +29,7 @@ def check_parameters(
 
     def need(ok, what, value, must):
         if not ok:
-            raise ValueError(f'{where}: {what}={value!r}: {must}')
+            raise Problem(f'{where}: {what}={value!r}: {must}')
 
     for k, v in vars(p).items():
         for o in v if isinstance(v, list) else [v]:
@@ -67,13 +68,13 @@ def check_models(
 ):
     "Raise ValueError unless the recipe can use so many models."
     if recipe.base and not has_base:
-        raise ValueError(f'{recipe.name} works on task vectors and needs a base_model')
+        raise Problem(f'{recipe.name} works on task vectors and needs a base_model')
     if not recipe.least <= k <= recipe.most:
         beside = ' beside the base' * recipe.base
         much = f'exactly {recipe.least}' if recipe.least == recipe.most else f'at least {recipe.least}'
-        raise ValueError(
-            f'{recipe.name} takes {much} model{"s" * (recipe.least > 1)}{beside}, and {k} '
-            f'{"is" if k == 1 else "are"} given'
+        raise Problem(
+            f"{recipe.name} takes {much} model{'s' * (recipe.least > 1)}{beside}, and {k} "
+            f"{('is' if k == 1 else 'are')} given"
         )
 
 # %% ../../nbs/inside/merge_states.ipynb #812b3330
@@ -82,7 +83,7 @@ def find_recipe(
 ) -> Recipe:  # ValueError if there is none
     "A recipe by name."
     if name not in RECIPES:
-        raise ValueError(f"merge_method {name!r} is not supported: there are {', '.join(RECIPES)}")
+        raise Problem(f"merge_method {name!r} is not supported: there are {', '.join(RECIPES)}")
     return RECIPES[name]
 
 # %% ../../nbs/inside/merge_states.ipynb #bda6aa1d
@@ -100,7 +101,7 @@ def merge_states(
     check_models(found, len(models), base is not None)
     given = {'lambda' if k == 'scale' and 'lambda' in found.shared else k: v for k, v in parameters.items()}
     if extra := set(given) - {*found.shared, *found.each}:
-        raise ValueError(f'{method} takes no {sorted(extra)[0]}: it takes {", ".join([*found.shared, *found.each])}')
+        raise Problem(f"{method} takes no {sorted(extra)[0]}: it takes {', '.join([*found.shared, *found.each])}")
     shared = {k: given.get(k, v) for k, v in found.shared.items()}
     each = {k: v if isinstance(v := given.get(k, d), list) else [v] * len(models) for k, d in found.each.items()}
     p = _parameters(found, shared, each, method, seed)
@@ -115,7 +116,7 @@ def merge_states(
 def _parameters(found, shared, each, where, seed):
     "Values as recipes read them, checked."
     if missing := [k for k, v in {**shared, **each}.items() if v is REQUIRED or isinstance(v, list) and REQUIRED in v]:
-        raise ValueError(f'{where}: {found.name} needs a {missing[0]}')
+        raise Problem(f'{where}: {found.name} needs a {missing[0]}')
     p = SimpleNamespace(seed=seed, **{'scale' if k == 'lambda' else k: v for k, v in {**shared, **each}.items()})
     check_parameters(found.name, p, where)
     return p

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoints import _json, Checkpoint, find_folder, Stored
+from ..problem import Problem
 
 # %% ../../nbs/inside/vocabulary.ipynb #07773724
 SHARED = 0.5  # Below this share of common tokens, rows by token mean nothing
@@ -154,7 +155,7 @@ def union_tokens(
     for name, v in zip(names[1:], vocabularies[1:]):
         common = len(first.keys() & v) / min(len(first), len(v))
         if common < SHARED:
-            raise ValueError(
+            raise Problem(
                 f'{name} shares {common:.0%} of its tokens with {names[0]}: the rows of their embeddings do '
                 'not mean the same things, and a merge of the two makes no sense'
             )
@@ -187,9 +188,9 @@ def _vocabularies(config, models, lead):
     else:
         tokens = dict(read_vocabulary(find_folder(source)) or {})
     if not tokens:
-        raise ValueError(
-            f'{source if source not in ("union", "base") else lead.name} has no tokenizer.json, and without it '
-            'tokens cannot be told apart'
+        raise Problem(
+            f"{(source if source not in ('union', 'base') else lead.name)} has no tokenizer.json, and without "
+            "it tokens cannot be told apart"
         )
     added = union_tokens([vocabularies[n] for n in order], order)
     if source == 'union':
@@ -209,9 +210,9 @@ def _compare(vocabularies, lead):
     "Notes on vocabularies that are merged by number. ValueError where numbers mean different tokens."
     how = {n: compare_vocabularies(vocabularies[lead.name], v) for n, v in vocabularies.items() if n != lead.name}
     if bad := [n for n, o in how.items() if o == 'different']:
-        raise ValueError(
-            f'{bad[0]} numbers its tokens otherwise than {lead.name}, so rows of the embeddings would be mixed '
-            'up: `tokenizer_source: union` merges them by token'
+        raise Problem(
+            f'{bad[0]} numbers its tokens otherwise than {lead.name}, so rows of the embeddings would be mixed up',
+            '`tokenizer_source: union` merges them by token',
         )
     return [
         f'{n} has more or fewer tokens than {lead.name}; those in common have the same numbers'

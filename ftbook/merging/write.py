@@ -18,6 +18,7 @@ import numpy as np
 from .checkpoints import _seeking, _size, MODEL, narrow
 from .plan import Job
 from .states import whole_thresholds
+from ..problem import Problem
 
 # %% ../../nbs/inside/merge_engine.ipynb #c34f0ecb
 SHARD = 5_000_000_000  # bytes in one file, as transformers saves
@@ -87,11 +88,11 @@ def _blame(job, parts, start, stop):
     rows = [*([(job.base, base)] if base is not None else []), *zip(job.models, stack)]
     for (model, name), r in rows:
         if bad := int(np.count_nonzero(~np.isfinite(r))):
-            return ValueError(
-                f'{model.name}: {name} has {bad} values among entries {start} to {stop} that are NaN or '
-                'infinite: use another checkpoint of it'
+            return Problem(
+                f'{model.name}: {name} has {bad} values among entries {start} to {stop} that are NaN or infinite',
+                'use another checkpoint of it',
             )
-    return ValueError(
+    return Problem(
         f'{job.name} comes out larger than {job.kind} can say: weights or scale are too large, or take another dtype'
     )
 

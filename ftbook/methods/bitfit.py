@@ -17,6 +17,7 @@ from .checks import refuse_fields
 from .parts import Part, parts_of, replace_
 from .protocol import Method, register
 from .targets import exact_targets, find_modules, linear_size
+from ..problem import Problem
 
 # %% ../../nbs/inside/adapter_methods.ipynb #ac4afe98
 def _outputs(layer):
@@ -47,10 +48,12 @@ class OffsetPart(Part):
     def check_merge(self):
         "Raise ValueError if a layer of the method has no bias."
         if self.bare:
-            raise ValueError(
-                f'{self.bare[0]} has no bias to merge into, like {len(self.bare)} of the layers with an '
-                'offset: a new one would be dropped when the model is loaded again. '
-                'Keep the adapter beside the model, or put BitFit only on layers with a bias'
+            raise Problem(
+                (
+                    f'{self.bare[0]} has no bias to merge into, like {len(self.bare)} of the layers with an '
+                    'offset: a new one would be dropped when the model is loaded again'
+                ),
+                'Keep the adapter beside the model, or put BitFit only on layers with a bias',
             )
 
     def merged_tensors(self) -> dict[str, Tensor]:  # {'bias': (out,)}, float32
@@ -70,7 +73,7 @@ class BitFit(Method):
 
     def __post_init__(self):
         if not self.target_modules:
-            raise ValueError("target_modules is empty: name some modules or write 'all-linear'")
+            raise Problem('target_modules is empty', "name some modules or write 'all-linear'", key='target_modules')
 
     def targets(
         self,
@@ -82,7 +85,11 @@ class BitFit(Method):
             return found
         norms = [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and m.bias is not None]
         if not norms:
-            raise ValueError(f'norms=True, and {type(model).__name__} has no layer norm with a bias: write norms=False')
+            raise Problem(
+                f'norms=True, and {type(model).__name__} has no layer norm with a bias',
+                'write norms=False',
+                key='norms',
+            )
         return found + norms
 
     def shapes(
@@ -140,7 +147,7 @@ def check_tensors(
     "Raise ValueError if the file does not fit, or its LoRA is not zero."
     low = {k for k in tensors if k.endswith(('.lora_A.weight', '.lora_B.weight'))}
     if busy := [k for k in low if tensors[k].any()]:
-        raise ValueError(f'{where} is a LoRA and no BitFit: {min(busy)} is not zero')
+        raise Problem(f'{where} is a LoRA and no BitFit: {min(busy)} is not zero')
     Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in low}, where)
 
 # %% ../../nbs/inside/adapter_methods.ipynb #64ea7512

@@ -22,12 +22,13 @@ from .checks import check_number, refuse_fields
 from .layouts import find_blocks, Layout, Place, stream_width
 from .parts import parts_of, replace_
 from .protocol import Method, register
+from ..problem import Problem
 
 # %% ../../nbs/inside/adapter_methods.ipynb #cd72a382
 def _check_choice(name, value, choices):
     "Raise ValueError unless `value` is one of `choices`."
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}")
+        raise Problem(f'{name}={value!r} is not known', f"choose one of {', '.join(choices)}", key=name)
 
 # %% ../../nbs/inside/adapter_methods.ipynb #8b9e15d3
 @register
@@ -94,9 +95,12 @@ def shapes(
     for name, place in self.places(model).items():
         width = stream_width(model, place)
         if size > width:
-            raise ValueError(
-                f'bottleneck_size={size} is larger than the stream of {place.block}, which has {width} '
-                'numbers: that is no bottleneck'
+            raise Problem(
+                (
+                    f'bottleneck_size={size} is larger than the stream of {place.block}, which has {width} '
+                    'numbers: that is no bottleneck'
+                ),
+                key='bottleneck_size',
             )
         shapes |= {
             f'{name}.down.weight': (size, width),

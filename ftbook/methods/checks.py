@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/adapter_files.ipynb #6767187a
 def check_number(
     name: str,  # Of the field
@@ -17,7 +19,7 @@ def check_number(
 ):
     "Raise ValueError unless `value` is a number for which `ok` holds."
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not ok(value):
-        raise ValueError(f'{name}={value!r}: it must be {must}')
+        raise Problem(f'{name}={value!r}: it must be {must}', key=name)
 
 # %% ../../nbs/inside/adapter_files.ipynb #b856d128
 # say nothing about what an adapter computes
@@ -41,7 +43,7 @@ def refuse_fields(
     off = lambda k, v: k in SILENT or k in known or v in (None, False, {}, []) or v in (harmless or {}).get(k, [])
     refused = [f'{k}={v!r}' for k, v in config.items() if not off(k, v)]
     if refused:
-        raise ValueError(
+        raise Problem(
             f"ftbook does not support {', '.join(refused)}, and without it the adapter would compute something else"
         )
 
@@ -53,7 +55,7 @@ def check_finite(
     "Raise ValueError that names the first tensor with NaN or infinity in it."
     for name, t in tensors.items():
         if not t.isfinite().all():
-            raise ValueError(
+            raise Problem(
                 f'{where}: {name} has {int((~t.isfinite()).sum())} values that are NaN or infinite. The run it '
                 'came from diverged; use an earlier checkpoint'
             )
@@ -79,7 +81,7 @@ def check_fit(
         + [few(wrong)] * bool(wrong)
     )
     if said:
-        raise ValueError(
+        raise Problem(
             f"{where} does not fit this model: {'; '.join(said)}. It was made for another model, or the file "
             "is incomplete"
         )

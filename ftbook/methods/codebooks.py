@@ -7,6 +7,8 @@ __all__ = []
 import torch
 from torch import Tensor
 
+from ..problem import Problem
+
 # %% ../../nbs/14_qlora.ipynb #4facf1e3
 def normal_float() -> Tensor:  # (16,) float32, increasing, from -1 to 1
     "The values of NF4: quantiles of the normal distribution, with an exact zero."
@@ -38,10 +40,11 @@ def code_bits(
 # %% ../../nbs/14_qlora.ipynb #7f9c4c920
 def _check_kind(kind, block_size):
     if kind not in VALUES:
-        raise ValueError(f'kind={kind!r} is not known: choose {", ".join(VALUES)}')
+        raise Problem(f'kind={kind!r} is not known', f"choose {', '.join(VALUES)}", key='kind')
     if block_size not in BLOCK_SIZES:
-        raise ValueError(
-            f'block_size={block_size!r} must be one of {", ".join(map(str, BLOCK_SIZES))}'
+        raise Problem(
+            f"block_size={block_size!r} must be one of {', '.join(map(str, BLOCK_SIZES))}",
+            key='block_size',
         )
 
 # %% ../../nbs/14_qlora.ipynb #906ece19

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .targets import head_of, is_linear, linear_size
+from ..problem import Problem
 
 # %% ../../nbs/inside/lora_method.ipynb #c0f3a9d2
 OUTSIDE = 0.01  # Share of a model's matrices in no linear layer that is worth a warning
@@ -70,7 +71,7 @@ def coverage(
 ) -> Coverage:  # ValueError if there is a method on the model, whose own matrices would be counted
     "How much of a model's matrices some modules hold."
     if hasattr(model, 'ftbook_method'):
-        raise ValueError('coverage is asked before a method is applied: `remove_(model)` takes it away')
+        raise Problem('coverage is asked before a method is applied', '`remove_(model)` takes it away')
     names = set(names)
     total = 0
     reached = 0

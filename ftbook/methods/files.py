@@ -18,6 +18,7 @@ from torch import nn, Tensor
 from ..files import write_files
 from .checks import check_finite
 from .protocol import _taken, find_method, HOMES, Method, method_of, METHODS
+from ..problem import Problem
 
 # %% ../../nbs/inside/adapter_files.ipynb #8850ebe20
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'  # PEFT's names
@@ -86,11 +87,14 @@ def read_adapter_config(
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f'{path} is not valid JSON: {e}') from e
+        raise Problem(f'{path} is not valid JSON: {e}', file=path) from e
     if not isinstance(config, dict) or 'peft_type' not in config:
-        raise ValueError(
-            f'{path} has no peft_type: it does not describe an adapter of PEFT. One of the `adapters` package '
-            'is read by `ftbook.methods.package_adapters.load_from_adapters`'
+        raise Problem(
+            (
+                f'{path} has no peft_type: it does not describe an adapter of PEFT. One of the `adapters` package '
+                'is read by `ftbook.methods.package_adapters.load_from_adapters`'
+            ),
+            file=path,
         )
     return config
 
@@ -112,8 +116,10 @@ def read_adapter_tensors(
         with safe_open(path, 'pt') as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
-        raise ValueError(
-            f'{path} is damaged ({e}; {path.stat().st_size:,} bytes): copy it again or save the adapter again'
+        raise Problem(
+            f'{path} is damaged ({e}; {path.stat().st_size:,} bytes)',
+            'copy it again or save the adapter again',
+            file=path,
         ) from e
     check_finite(tensors, str(path))
     return tensors
@@ -137,15 +143,17 @@ def read_method(
     kind = _mark(folder) or config['peft_type']
     method = find_method(kind)
     if not method:
-        raise ValueError(
-            f"{Path(folder) / CONFIG}: peft_type {kind!r} is not known here; known are "
-            f"{', '.join({**HOMES, **METHODS})}. "
-            'A method of your own is known once the module that registers it is imported'
+        raise Problem(
+            (
+                f"peft_type {kind!r} is not known here; known are {', '.join({**HOMES, **METHODS})}. A method of "
+                "your own is known once the module that registers it is imported"
+            ),
+            file=Path(folder) / CONFIG,
         )
     try:
         return method.from_peft(config)
     except ValueError as e:
-        raise ValueError(f'{Path(folder) / CONFIG}: {e}') from e
+        raise Problem(f'{e}', file=Path(folder) / CONFIG) from e
 
 # %% ../../nbs/inside/adapter_files.ipynb #0aa631cf
 def load_adapter(
@@ -164,7 +172,7 @@ def load_adapter(
     except ValueError as e:
         if str(e).startswith(str(folder)):
             raise
-        raise ValueError(f'{folder} does not fit this model: {e}') from e
+        raise Problem(f'{folder} does not fit this model: {e}', file=folder) from e
     method.apply(model)
     method.fill_(model, tensors)
     return model

@@ -11,6 +11,7 @@ from torch import nn
 from .parts import merge_part_, parts_of, unmerge_part_
 from .protocol import method_of
 from .targets import is_quantized
+from ..problem import Problem
 
 # %% ../../nbs/inside/adapter_files.ipynb #c9cc057c
 def _shared_weights(model, parts):
@@ -41,18 +42,21 @@ def merge_(
     "Fold the method into the weights, in place."
     method, parts = method_of(model), parts_of(model)
     if any(o.merged for o in parts.values()):
-        raise ValueError('the model is merged already: `unmerge_(model)` first')
+        raise Problem('the model is merged already', '`unmerge_(model)` first')
     packed = next((n for n, o in parts.items() if is_quantized(o.base)), None)
     if packed:
-        raise ValueError(
-            f"{packed} is quantised: `ftbook.methods.quant_merge.merge_quantized_(model, into)` merges into "
-            "the 'full', the 'dequantized' or the 'requantized' weights, which are three different models"
+        raise Problem(
+            f'{packed} is quantised',
+            (
+                "`ftbook.methods.quant_merge.merge_quantized_(model, into)` merges into the 'full', the "
+                "'dequantized' or the 'requantized' weights, which are three different models"
+            ),
         )
     shared = _shared_weights(model, parts)
     if shared and (keep or not untie):
-        raise ValueError(
-            f"{'.'.join(shared[0])} is tied to another module, which merging would change too: leave it out, "
-            "or give it weights of its own with `merge_(model, keep=False, untie=True)`"
+        raise Problem(
+            f"{'.'.join(shared[0])} is tied to another module, which merging would change too",
+            'leave it out, or give it weights of its own with `merge_(model, keep=False, untie=True)`',
         )
     method.check_merge(model)  # all or none
     _untie_(model, shared)
@@ -68,9 +72,9 @@ def unmerge_(
     method_of(model)
     parts = [o for o in parts_of(model).values() if o.merged]
     if not parts:
-        raise ValueError('the model is not merged')
+        raise Problem('the model is not merged')
     if any(not o.kept for o in parts):
-        raise ValueError('the original weights were not kept (`keep=False`): load the base model and the adapter again')
+        raise Problem('the original weights were not kept (`keep=False`)', 'load the base model and the adapter again')
     for part in parts:
         unmerge_part_(part)
     return model

@@ -17,6 +17,7 @@ from .checks import refuse_fields
 from .parts import Part, parts_of, replace_
 from .protocol import Method, register
 from .targets import exact_targets, find_modules, is_linear, linear_size
+from ..problem import Problem
 
 # %% ../../nbs/inside/adapter_methods.ipynb #6502fcc8
 class IA3Part(Part):
@@ -67,10 +68,12 @@ def scaled_layers(
     names = [n for n, m in model.named_modules() if is_linear(m)]
     found = [[n for n in names if re.fullmatch(o, n)] for o in (SCALED, SECOND)]
     if not all(found):
-        raise ValueError(
-            f"{'keys and values' if not found[0] else 'second feed-forward layers'} are not found by name: "
-            "give target_modules and feedforward_modules. "
-            f"There are {', '.join(dict.fromkeys(n.rpartition('.')[2] for n in names)) or 'no linear layers'}"
+        raise Problem(
+            f"{('keys and values' if not found[0] else 'second feed-forward layers')} are not found by name",
+            (
+                "give target_modules and feedforward_modules. There are "
+                f"{', '.join(dict.fromkeys((n.rpartition('.')[2] for n in names))) or 'no linear layers'}"
+            ),
         )
     return [n for n in names if n in found[0] + found[1]]
 
@@ -88,7 +91,7 @@ class IA3(Method):
 
     def __post_init__(self):
         if self.target_modules is not None and not self.target_modules:
-            raise ValueError('target_modules is empty: name some modules, or leave it out')
+            raise Problem('target_modules is empty', 'name some modules, or leave it out', key='target_modules')
 
     def targets(
         self,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/layouts.ipynb #af8e4254
 @dataclass(frozen=True)
 class Layout:
@@ -28,9 +30,9 @@ class Layout:
 
     def __post_init__(self):
         if inside := [o for o in (self.stream, self.norm) if o.startswith(f'{self.feed_forward}.')]:
-            raise ValueError(
-                f'{inside[0]!r} lies inside feed_forward={self.feed_forward!r}: name a module beside it, or '
-                f'{self.feed_forward!r} itself'
+            raise Problem(
+                f'{inside[0]!r} lies inside feed_forward={self.feed_forward!r}',
+                f'name a module beside it, or {self.feed_forward!r} itself',
             )
 
 # %% ../../nbs/inside/layouts.ipynb #606324ac
@@ -101,10 +103,12 @@ def _no_blocks(model, layouts):
         '; '.join(f'{n}.0 is a {type(m).__name__} with {_children(m)}' for n, m in lists.items())
         or 'no list of modules at all'
     )
-    return ValueError(
-        f'no transformer block is recognised in {type(model).__name__}. Looked for modules that hold exactly {wanted}. '
-        f'There is: {there}. Name the modules yourself: layout=Layout(attention=..., feed_forward=..., '
-        'stream=..., norm=...)'
+    return Problem(
+        (
+            f'no transformer block is recognised in {type(model).__name__}. Looked for modules that hold exactly '
+            f'{wanted}. There is: {there}'
+        ),
+        'Name the modules yourself: layout=Layout(attention=..., feed_forward=..., stream=..., norm=...)',
     )
 
 
@@ -112,9 +116,9 @@ def _check_row(model, row, found):
     "Raise ValueError if some modules of a list are blocks and others are not."
     odd = [o for n, o in model.get_submodule(row).named_children() if f'{row}.{n}' not in found]
     if odd:
-        raise ValueError(
-            f'not all of {row} are recognised: a {type(odd[0]).__name__} has {_children(odd[0])}. Name the '
-            'modules of the blocks you mean: layout=Layout(attention=..., feed_forward=..., stream=...)'
+        raise Problem(
+            f'not all of {row} are recognised: a {type(odd[0]).__name__} has {_children(odd[0])}',
+            'Name the modules of the blocks you mean: layout=Layout(attention=..., feed_forward=..., stream=...)',
         )
 
 # %% ../../nbs/inside/layouts.ipynb #d3cc0405

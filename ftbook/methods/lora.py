@@ -17,6 +17,7 @@ from .dora import _Stretch, row_norms
 from .low_rank import _plain_linear, low_rank
 from .parts import Part
 from .targets import linear_size
+from ..problem import Problem
 
 # %% ../../nbs/10_lora.ipynb #99e506af
 class LoRALinear(Part):
@@ -146,9 +147,7 @@ def delta(self: LoRALinear) -> Tensor:  # (out, in), float32
 def check_merge(self: LoRALinear):
     "Raise ValueError if there is a bias to merge and no place for it."
     if self.lora_bias is not None and self.base.bias is None:
-        raise ValueError(
-            'the adapter has a bias and its layer has none, so it cannot be merged'
-        )
+        raise Problem('the adapter has a bias and its layer has none, so it cannot be merged')
 
 
 @patch

@@ -36,6 +36,7 @@ from ftbook.methods.targets import (
     linear_size,
     name_matches,
 )
+from ..problem import Problem
 
 # %% ../../nbs/inside/lora_method.ipynb #e794261d
 def _check_rank(name, value):
@@ -93,13 +94,15 @@ class LoRA(Method):
         check_number('dropout', self.dropout, lambda d: 0 <= d < 1, 'at least 0 and below 1')
         check_number('lr_ratio', self.lr_ratio, lambda r: math.isfinite(r) and r > 0, 'a finite number above 0')
         if not self.target_modules:
-            raise ValueError("target_modules is empty: name some modules or write 'all-linear'")
+            raise Problem('target_modules is empty', "name some modules or write 'all-linear'", key='target_modules')
         if not (isinstance(self.init, str) and _INITS.fullmatch(self.init)):
-            raise ValueError(
-                f"init={self.init!r} is not known: choose 'kaiming', 'gaussian', 'olora', 'pissa' or 'pissa_niter_4'"
+            raise Problem(
+                f'init={self.init!r} is not known',
+                "choose 'kaiming', 'gaussian', 'olora', 'pissa' or 'pissa_niter_4'",
+                key='init',
             )
         if self.use_dora and self.lora_bias:
-            raise ValueError('use_dora and lora_bias do not go together: leave one out')
+            raise Problem('use_dora and lora_bias do not go together', 'leave one out')
 
     @staticmethod
     def accept(layer):
@@ -144,13 +147,13 @@ def targets(
             n for n in names if (m := within.match(n)) and int(m[1]) in ([given] if isinstance(given, int) else given)
         ]
     if not names:
-        raise ValueError(
+        raise Problem(
             f'no layer is left of target_modules={self.target_modules!r} by '
             f'exclude_modules={self.exclude_modules!r} and layers_to_transform={self.layers_to_transform!r}'
         )
     for k in {**self.rank_pattern, **self.alpha_pattern}:
         if not any(_by_pattern({k: True}, n, False) for n in names):
-            raise ValueError(f'the pattern {k!r} matches none of the {len(names)} targets, such as {names[0]}')
+            raise Problem(f'the pattern {k!r} matches none of the {len(names)} targets, such as {names[0]}')
     return names
 
 # %% ../../nbs/inside/lora_method.ipynb #5639d5b6
@@ -158,11 +161,11 @@ def _check_quantized(method, name, layer):
     if not is_quantized(layer):
         return
     if method.init not in ('kaiming', 'gaussian'):
-        raise ValueError(f"init={method.init!r} changes the frozen weight, and {name} is quantised: use 'kaiming'")
+        raise Problem(f'init={method.init!r} changes the frozen weight, and {name} is quantised', "use 'kaiming'")
     if method.use_dora and 'weight' in layer._parameters:
-        raise ValueError(
-            f'DoRA needs the norms of the weights, and {type(layer).__name__} hides them: quantise with '
-            '`quantize_` of ftbook, or leave use_dora out'
+        raise Problem(
+            f'DoRA needs the norms of the weights, and {type(layer).__name__} hides them',
+            'quantise with `quantize_` of ftbook, or leave use_dora out',
         )
 
 # %% ../../nbs/inside/lora_method.ipynb #2f1643ab
@@ -181,14 +184,14 @@ def shapes(
         _check_quantized(self, name, layer)
         n_in, n_out = tuple(layer.weight.shape) if embeds else linear_size(layer)
         if rank > min(n_in, n_out):
-            raise ValueError(
-                f'rank={rank} is larger than {name}, which maps {n_in} numbers to {n_out}: '
-                f'choose a rank up to {min(n_in, n_out)} or leave it out of target_modules'
+            raise Problem(
+                f'rank={rank} is larger than {name}, which maps {n_in} numbers to {n_out}',
+                f'choose a rank up to {min(n_in, n_out)} or leave it out of target_modules',
             )
         if embeds and (self.use_dora or self.lora_bias):
-            raise ValueError(
-                f'{name} is an embedding, and use_dora and lora_bias are for linear layers: leave it out of '
-                'target_modules'
+            raise Problem(
+                f'{name} is an embedding, and use_dora and lora_bias are for linear layers',
+                'leave it out of target_modules',
             )
         kind = 'embedding_' if embeds else ''
         shapes |= {f'{name}.lora_{kind}A': (rank, n_in), f'{name}.lora_{kind}B': (n_out, rank)}

@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from .lora import LoRALinear
 from .low_rank import _plain_linear
 from .parts import Part
+from ..problem import Problem
 
 # %% ../../nbs/11_lora_variants.ipynb #dbec538e
 def principal_factors(
@@ -43,9 +44,13 @@ def begin_(
     if init == 'gaussian':
         return part.lora_A.copy_(torch.randn(part.lora_A.shape, generator=generator) / rank)
     if not _plain_linear(part.base):
-        raise ValueError(
-            f"init={init!r} changes the frozen weight, which a "
-            f"{type(part.base).__name__} does not allow: use 'kaiming'"
+        raise Problem(
+            (
+                f'init={init!r} changes the frozen weight, which a '
+                f'{type(part.base).__name__} does not allow'
+            ),
+            "use 'kaiming'",
+            key='init',
         )
     if init == 'olora':
         q, r = torch.linalg.qr(w)

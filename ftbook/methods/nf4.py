@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..ghost import alike, pieces, runs_on, with_numbers
 from .codebooks import _check_kind, code_bits, VALUES
+from ..problem import Problem
 
 # %% ../../nbs/inside/nf4.ipynb #909b993c
 @lru_cache(maxsize=32)
@@ -188,16 +189,16 @@ class Quantized:
 # %% ../../nbs/inside/nf4.ipynb #7f9c4c921
 def _check_weight(w, name):
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
+        raise Problem(
             f'{name} is {str(w.dtype)[6:]}, and only float32, bfloat16 and float16 can be quantised'
             + (': convert it first' if w.is_floating_point() else ': it looks quantised already')
         )
     if not w.numel():
-        raise ValueError(f'{name} is empty: there is nothing to quantise')
+        raise Problem(f'{name} is empty: there is nothing to quantise')
     if not w.is_meta and (bad := int((~w.isfinite()).sum())):
-        raise ValueError(
-            f'{name} has {bad:,} values that are NaN or infinite, and each would spoil its block: use an '
-            'earlier checkpoint'
+        raise Problem(
+            f'{name} has {bad:,} values that are NaN or infinite, and each would spoil its block',
+            'use an earlier checkpoint',
         )
 
 

@@ -23,6 +23,7 @@ from .checks import check_finite, check_fit
 from .files import CONFIG, read_adapter_tensors
 from .layouts import find_blocks, Place, stream_width
 from .protocol import method_of
+from ..problem import Problem
 
 # %% ../../nbs/inside/package_adapters.ipynb #21423a17
 # The version of the format, and the name of its weights
@@ -98,7 +99,7 @@ def method_from_package(
 ) -> Bottleneck:  # ValueError names what it cannot honour
     "The method that a configuration of the `adapters` package describes."
     if not isinstance(config, dict) or config.get('architecture'):
-        raise ValueError(f'this is no bottleneck adapter: {str(config)[:80]}')
+        raise Problem(f'this is no bottleneck adapter: {str(config)[:80]}')
     given = (
         dict(
             is_parallel=False,
@@ -117,7 +118,7 @@ def method_from_package(
     if kind is None:
         refused += [f'{k}={v}' for k, v in placed.items()]
     if refused:
-        raise ValueError(
+        raise Problem(
             f"ftbook does not support {', '.join(refused)}, and without it the adapter would compute something else"
         )
     return Bottleneck(
@@ -159,14 +160,14 @@ def save_for_adapters(
     parts = bottlenecks(model)
     folder = Path(folder)
     if not parts:
-        raise ValueError(f'{method} is no bottleneck adapter: use `save_adapter`')
+        raise Problem(f'{method} is no bottleneck adapter', 'use `save_adapter`')
     if method.modules_to_save:
-        raise ValueError(
-            'the `adapters` package keeps no whole modules with an adapter, so modules_to_save has no place '
-            'there: use `save_adapter`'
+        raise Problem(
+            'the `adapters` package keeps no whole modules with an adapter, so modules_to_save has no place there',
+            'use `save_adapter`',
         )
     if not name or '.' in name:
-        raise ValueError(f'name={name!r}: the package needs a name without dots')
+        raise Problem(f'name={name!r}: the package needs a name without dots', key='name')
     names = package_names({n: o.place for n, o in parts.items()}, name)
     width = next(iter(parts.values())).up.out_features
     tensors = {k: model.get_parameter(n).detach().cpu().contiguous() for n, k in names.items()}
@@ -197,9 +198,9 @@ def _read_about(folder):
     try:
         about = json.loads(path.read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f'{path} is not valid JSON: {e}') from e
+        raise Problem(f'{path} is not valid JSON: {e}', file=path) from e
     if not isinstance(about, dict) or not {'config', 'name'} <= about.keys():
-        raise ValueError(f'{path} is not of the `adapters` package: use `load_adapter`')
+        raise Problem(f'{path} is not of the `adapters` package', 'use `load_adapter`', file=path)
     # before there were versions, gelu meant another formula
     if 'version' not in about and isinstance(about['config'], dict):
         s = about['config'].get('non_linearity')
@@ -210,8 +211,10 @@ def _read_about(folder):
 def _check_head(model, folder):
     "Raise ValueError if there is a head beside the adapter that is not the model's own."
     if (folder / 'pytorch_model_head.bin').exists():
-        raise ValueError(
-            f'{folder} holds a head in a pickle, which is not read: save with use_safetensors=True or with_head=False'
+        raise Problem(
+            f'{folder} holds a head in a pickle, which is not read',
+            'save with use_safetensors=True or with_head=False',
+            file=folder,
         )
     if not (folder / 'model_head.safetensors').exists():
         return
@@ -219,9 +222,10 @@ def _check_head(model, folder):
     head = read_adapter_tensors(folder, 'model_head.safetensors')
     other = [k for k, t in head.items() if k not in own or t.shape != own[k].shape or not torch.equal(t, own[k].to(t))]
     if other:
-        raise ValueError(
-            f"{folder} holds a head that is not the model's ({', '.join(other[:3])}): load "
-            "model_head.safetensors into the model first, or save with with_head=False"
+        raise Problem(
+            f"{folder} holds a head that is not the model's ({', '.join(other[:3])})",
+            'load model_head.safetensors into the model first, or save with with_head=False',
+            file=folder,
         )
 
 # %% ../../nbs/inside/package_adapters.ipynb #d7efdee0
@@ -236,7 +240,7 @@ def load_from_adapters(
     try:
         method = method_from_package(about['config'], stream_width(model, Place(block, layout, '')))
     except ValueError as e:
-        raise ValueError(f'{folder / CONFIG}: {e}') from e
+        raise Problem(f'{e}', file=folder / CONFIG) from e
 
     # with a head and without, a model names its parts differently
     def bare(k):

@@ -14,6 +14,8 @@ import torch
 from torch import nn, Tensor
 from torch.func import functional_call
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/parts.ipynb #5b4378c6
 class Part(nn.Module):
     "A layer that stands where `base` stood, runs it, and adds something that is trained."
@@ -36,7 +38,7 @@ class Part(nn.Module):
     def check_merge(self):
         "Raise ValueError if the part cannot be merged."
         if type(self).merged_tensors is Part.merged_tensors:
-            raise ValueError(f'{type(self).__name__} cannot be merged: what it does is no change of weights')
+            raise Problem(f'{type(self).__name__} cannot be merged: what it does is no change of weights')
 
     def merged_tensors(self) -> dict[str, Tensor]:  # Name in `base` -> its new value
         "What `base` would have to hold to do the work of both."

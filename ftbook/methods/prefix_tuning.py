@@ -19,6 +19,7 @@ from ftbook.methods.soft_method import (
     cache_shape,
     SoftMethod,
 )
+from ..problem import Problem
 
 # %% ../../nbs/inside/soft_methods.ipynb #d96cf9e4
 @register
@@ -42,8 +43,10 @@ class PrefixTuning(SoftMethod):
     def __post_init__(self):
         super().__post_init__()
         if self.projection and self.init == 'text':
-            raise ValueError(
-                "init='text' gives the prefix itself, and no network is known that would make it: leave projection out"
+            raise Problem(
+                "init='text' gives the prefix itself, and no network is known that would make it",
+                'leave projection out',
+                key='init',
             )
         if self.encoder_hidden_size is not None:
             _check_whole('encoder_hidden_size', self.encoder_hidden_size)
@@ -99,7 +102,7 @@ class PrefixTuning(SoftMethod):
         "The method that a PEFT configuration describes."
         _refuse_fields(config, ['prefix_projection', 'encoder_hidden_size', 'init_weights'])
         if config.get('num_transformer_submodules') == 2:
-            raise ValueError('PEFT puts a prefix before the decoder of an encoder with a decoder; ftbook does not')
+            raise Problem('PEFT puts a prefix before the decoder of an encoder with a decoder; ftbook does not')
         method = cls(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save'))
         heads = config.get('num_attention_heads')
         if heads and config.get('token_dim'):

@@ -16,6 +16,8 @@ from inspect import signature
 import torch
 from torch import nn
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/prompt_cases.ipynb #3567027e
 @lru_cache
 def argument_names(
@@ -33,7 +35,7 @@ def transformer_of(
         return model.get_encoder()
     base = getattr(model, 'base_model', None)
     if not hasattr(base, 'get_input_embeddings'):
-        raise ValueError(f'{type(model).__name__} is not a model of transformers: a soft prompt needs its embeddings')
+        raise Problem(f'{type(model).__name__} is not a model of transformers: a soft prompt needs its embeddings')
     return base
 
 # %% ../../nbs/inside/prompt_cases.ipynb #6da8882a
@@ -179,7 +181,7 @@ def refuse(
     "Raise ValueError if something stands in the way."
     found = obstacle(case, rules)
     if found:
-        raise ValueError(
+        raise Problem(
             f'{case.kind.capitalize()} tuning does not go with {found[0]} ({type(case.base).__name__}). {found[1]}'
         )
 

@@ -19,12 +19,13 @@ from torch import nn, Tensor
 from .checks import check_fit
 from .parts import parts_of, replace_, take_mode_, Whole
 from .targets import find_whole, is_linear, name_matches
+from ..problem import Problem
 
 # %% ../../nbs/15_methods.ipynb #357858a0
 def _taken(model):
-    return ValueError(
-        f'the model already has a method on it, {model.ftbook_method}: '
-        '`remove_(model)` takes it away'
+    return Problem(
+        f'the model already has a method on it, {model.ftbook_method}',
+        '`remove_(model)` takes it away',
     )
 
 # %% ../../nbs/15_methods.ipynb #02fcceee
@@ -69,9 +70,9 @@ class Method:
         added = self.shapes(model)
         whole = find_whole(model, self.modules_to_save or ())
         if both := [n for n in whole for k in added if k.startswith(f'{n}.')]:
-            raise ValueError(
-                f'{both[0]} is both a target and in modules_to_save: leave it out of '
-                'one of them'
+            raise Problem(
+                f'{both[0]} is both a target and in modules_to_save',
+                'leave it out of one of them',
             )
         thawed = [p for p in model.parameters() if p.requires_grad]
         there = set(model.modules())
@@ -105,7 +106,7 @@ class Method:
         "Raise ValueError if merging would leave a part of the method out."
         parts = parts_of(model).values()
         if not parts:
-            raise ValueError(f'{self} cannot be merged: it changes no weights')
+            raise Problem(f'{self} cannot be merged: it changes no weights')
         for part in parts:
             part.check_merge()
 
@@ -162,7 +163,7 @@ class Method:
         model: nn.Module,  # With this method on it
     ) -> dict:  # Content of adapter_config.json, without what every method shares
         "The configuration in PEFT's words."
-        raise ValueError(f'{type(self).__name__} has no form on disk')
+        raise Problem(f'{type(self).__name__} has no form on disk')
 
     @classmethod
     def from_peft(
@@ -170,7 +171,7 @@ class Method:
         config: dict,  # Content of adapter_config.json
     ) -> 'Method':  # ValueError names a field that it cannot honour
         "The method that a PEFT configuration describes."
-        raise ValueError(f'{cls.__name__} has no form on disk')
+        raise Problem(f'{cls.__name__} has no form on disk')
 
 # %% ../../nbs/15_methods.ipynb #ff2a64e1
 METHODS = {}  # PEFT's name of a method -> its class
@@ -208,7 +209,8 @@ def method_of(
 ) -> Method:  # ValueError if there is none
     "The method that is on `model`."
     if not hasattr(model, 'ftbook_method'):
-        raise ValueError(
-            'the model has no method on it: apply one first, for instance `LoRA().apply(model)`'
+        raise Problem(
+            'the model has no method on it',
+            'apply one first, for instance `LoRA().apply(model)`',
         )
     return model.ftbook_method

@@ -21,16 +21,16 @@ from ftbook.methods.quant_model import (
     _shorten,
     quantizable,
 )
+from ..problem import Problem
 
 # %% ../../nbs/14_qlora.ipynb #b6e4c113
 def _to_shorten(model, skip):
     "Full names of the layers to take. ValueError if there is none, or one cannot be quantised."
     names = quantizable(model, skip)
     if not names:
-        raise ValueError(
+        raise Problem(
             f'no linear layer is left to quantise in {type(model).__name__}, with '
-            f'skip={skip!r}; '
-            'a layer by itself is taken by `QuantLinear.from_layer`'
+            f'skip={skip!r}; a layer by itself is taken by `QuantLinear.from_layer`'
         )
     for name in names:
         _check_weight(model.get_submodule(name).weight, f'{name}.weight')

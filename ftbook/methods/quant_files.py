@@ -21,6 +21,7 @@ from .quant_model import _check_backend, _say_dense, _shorten, quantizable
 from ..models.device import probe_device
 from ..models.load import as_dtype, check_weights, load_model, load_tokenizer
 from ..models.shipped import model_folder
+from ..problem import Problem
 
 # %% ../../nbs/inside/quant_files.ipynb #6894959a
 def _local_files(name):
@@ -43,8 +44,10 @@ def _empty(folder, dtype):
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, 'quantization_config', None):
-        raise ValueError(
-            f'{folder} is quantised already, and cannot be quantised again: take the version in full precision'
+        raise Problem(
+            f'{folder} is quantised already, and cannot be quantised again',
+            'take the version in full precision',
+            file=folder,
         )
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

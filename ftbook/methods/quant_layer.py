@@ -19,6 +19,7 @@ from .low_rank import working_dtype
 from .nf4 import quantize_tensor, Quantized
 from .targets import linear_size
 from .unpacked import _Unpacked
+from ..problem import Problem
 
 # %% ../../nbs/inside/quant_layer.ipynb #479beefc
 def _frozen_bias(bias):
@@ -141,9 +142,9 @@ def get_parameter(
 ) -> nn.Parameter:  # ValueError for the weight, into which nothing can be merged
     "A parameter by name."
     if target == 'weight':
-        raise ValueError(
-            "the layer is quantised, so nothing can be merged into its weight as it is: "
-            "`merge_quantized_(model, into)` with into='full', 'dequantized' or 'requantized' says how"
+        raise Problem(
+            'the layer is quantised, so nothing can be merged into its weight as it is',
+            "`merge_quantized_(model, into)` with into='full', 'dequantized' or 'requantized' says how",
         )
     return nn.Module.get_parameter(self, target)
 

@@ -20,6 +20,7 @@ from .quant_layer import QuantLinear
 from .quant_model import _shorten, quantized_layers, to_dense
 from .targets import is_linear, linear_size
 from ..models.load import load_model
+from ..problem import Problem
 
 # %% ../../nbs/inside/merge_quantized.ipynb #fe6efad7
 def _settings(layer):
@@ -43,9 +44,9 @@ def _matrix(base, name, layer):
         or linear_size(m) != (layer.in_features, layer.out_features)
         or isinstance(m, QuantLinear)
     ):
-        raise ValueError(
-            f'the base has no linear layer {name} of {layer.in_features} x {layer.out_features} in full '
-            'precision: give the model that was quantised, unquantised and without a method'
+        raise Problem(
+            f'the base has no linear layer {name} of {layer.in_features} x {layer.out_features} in full precision',
+            'give the model that was quantised, unquantised and without a method',
         )
     return m.weight if isinstance(m, nn.Linear) else m.weight.t()
 
@@ -55,8 +56,8 @@ def _check_rest(model, parts):
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     tied = [n for n, o in parts.items() for p in o.base.parameters() if uses[id(p)] > 1]
     if tied:
-        raise ValueError(
-            f'{tied[0]} is tied to another module, which merging would change too: leave it out of the targets'
+        raise Problem(
+            f'{tied[0]} is tied to another module, which merging would change too', 'leave it out of the targets'
         )
 
 # %% ../../nbs/inside/merge_quantized.ipynb #b20aa405
@@ -68,14 +69,14 @@ def merge_quantized_(
 ) -> nn.Module:  # The same model, without the method. ValueError if it cannot be, and then nothing has changed
     "Merge an adapter that stands beside quantised layers, layer by layer."
     if into not in ('full', 'dequantized', 'requantized'):
-        raise ValueError(f"into={into!r}: say 'full', 'dequantized' or 'requantized'")
+        raise Problem(f'into={into!r}', "say 'full', 'dequantized' or 'requantized'", key='into')
     method = method_of(model)
     parts = parts_of(model)
     layers = {n.removesuffix('.base'): m for n, m in quantized_layers(model).items()}
     if not layers:
-        raise ValueError('no layer of the model is quantised: `merge_(model)` merges it')
+        raise Problem('no layer of the model is quantised', '`merge_(model)` merges it')
     if (into == 'full') != (base is not None):
-        raise ValueError("into='full' needs `base`, the model in full precision, and the other ways take none")
+        raise Problem("into='full' needs `base`, the model in full precision, and the other ways take none", key='into')
     if into == 'full' and not isinstance(base, nn.Module):
         base, _ = load_model(base, dtype='float32', device='cpu')
     method.check_merge(model)

@@ -21,6 +21,7 @@ from .nf4 import quantize_tensor
 from .parts import replace_
 from .quant_layer import _frozen_bias, QuantLinear
 from .targets import head_of, is_linear, linear_size, name_matches
+from ..problem import Problem
 
 # %% ../../nbs/inside/quant_model.ipynb #9a62e715
 def quantized_layers(
@@ -37,21 +38,22 @@ def quantized_layers(
 def _check_plain(model):
     "Refuse a model that is quantised, or has a method on it."
     if hasattr(model, 'ftbook_method'):
-        raise ValueError(
-            'the model has a method on it already: quantise first, and apply the method to the quantised model'
+        raise Problem(
+            'the model has a method on it already', 'quantise first, and apply the method to the quantised model'
         )
     if done := quantized_layers(model):
-        raise ValueError(
-            f'the model is quantised already ({next(iter(done))} and {len(done) - 1} more): '
-            '`dequantize_(model)` first, or load it again'
+        raise Problem(
+            f'the model is quantised already ({next(iter(done))} and {len(done) - 1} more)',
+            '`dequantize_(model)` first, or load it again',
         )
     if getattr(model, 'is_quantized', False) or getattr(model, 'quantization_method', None):
         how = getattr(getattr(model, 'quantization_method', None), 'value', 'a quantised file')
-        raise ValueError(
-            f'the model was loaded from {how} and still counts as quantised, so it can be neither trained nor '
-            'saved: load a GGUF with '
-            "`quantization_config=GgufConfig(dequantize=True)`, the shipped one with "
-            "`load_model('smollm2-135m')`, any other from its safetensors"
+        raise Problem(
+            f'the model was loaded from {how} and still counts as quantised, so it can be neither trained nor saved',
+            (
+                "load a GGUF with `quantization_config=GgufConfig(dequantize=True)`, the shipped one with "
+                "`load_model('smollm2-135m')`, any other from its safetensors"
+            ),
         )
 
 # %% ../../nbs/inside/quant_model.ipynb #9f2aeb6f
@@ -129,19 +131,21 @@ def _check_unpacked(layer, w, name):
     near, p = _from_bnb(layer).float(), layer.weight
     want = quantize_tensor(w, p.quant_type, p.blocksize, p.compress_statistics, name).dequantize()
     if (near - want).abs().max() > 0.01 * want.abs().max():
-        raise ValueError(
-            f"{name}: bitsandbytes unpacks it wrongly on this CPU, for its rows of {layer.in_features} are no "
-            f"whole number of blocks of {p.blocksize}: "
-            "choose a block_size that divides them, or backend='ftbook'"
+        raise Problem(
+            (
+                f'{name}: bitsandbytes unpacks it wrongly on this CPU, for its rows of {layer.in_features} are no '
+                f'whole number of blocks of {p.blocksize}'
+            ),
+            "choose a block_size that divides them, or backend='ftbook'",
         )
 
 # %% ../../nbs/inside/quant_model.ipynb #7cc3e661
 def _check_backend(backend, kind, block_size):
     _check_kind(kind, block_size)
     if backend not in ('ftbook', 'bitsandbytes'):
-        raise ValueError(f"backend={backend!r} is not known: choose 'ftbook' or 'bitsandbytes'")
+        raise Problem(f'backend={backend!r} is not known', "choose 'ftbook' or 'bitsandbytes'", key='backend')
     if backend == 'bitsandbytes' and kind not in ('nf4', 'fp4'):
-        raise ValueError(f"bitsandbytes has no {kind}: choose kind='nf4' or 'fp4', or backend='ftbook'")
+        raise Problem(f'bitsandbytes has no {kind}', "choose kind='nf4' or 'fp4', or backend='ftbook'")
 
 # %% ../../nbs/inside/quant_model.ipynb #30c0dcea
 def _shorten(layer, kind, block_size, double_quant, backend, name):
@@ -178,9 +182,9 @@ def dequantize_(
 ) -> nn.Module:  # The same model, frozen where it was quantised. What quantising lost stays lost
     "Back to full precision, in place."
     if hasattr(model, 'ftbook_method'):
-        raise ValueError(('the model has a method on it: `merge_quantized_` merges it, `remove_` takes it away'))
+        raise Problem('the model has a method on it', '`merge_quantized_` merges it, `remove_` takes it away')
     if not (layers := quantized_layers(model)):
-        raise ValueError('the model is not quantised')
+        raise Problem('the model is not quantised')
     for name, layer in layers.items():
         replace_(model, name, to_dense(layer))
     model.__dict__.pop('is_loaded_in_4bit', None)

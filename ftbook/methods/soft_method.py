@@ -27,6 +27,7 @@ from ftbook.methods.prompt_cases import (
 from .protocol import Method
 from .targets import find_whole
 from .virtual_tokens import VirtualTokens
+from ..problem import Problem
 
 # %% ../../nbs/inside/soft_methods.ipynb #4054ea0e
 def _check_whole(name, value):
@@ -44,11 +45,11 @@ class SoftMethod(Method):
     def __post_init__(self):
         _check_whole('num_virtual_tokens', self.num_virtual_tokens)
         if self.init not in self.inits:
-            raise ValueError(f"init={self.init!r}: it must be one of {', '.join(map(repr, self.inits))}")
+            raise Problem(f"init={self.init!r}: it must be one of {', '.join(map(repr, self.inits))}")
         if self.init == 'text':
             self.token_ids()
         elif self.text is not None:
-            raise ValueError(f"text is given, but init={self.init!r} makes no use of it: write init='text'")
+            raise Problem(f'text is given, but init={self.init!r} makes no use of it', "write init='text'")
 
     def begin_(
         self,
@@ -62,21 +63,19 @@ class SoftMethod(Method):
         model: nn.Module,  # With this method on it
     ):
         "Raise ValueError: there are no weights that could do the work of tokens."
-        raise ValueError(f'{type(self).__name__} cannot be merged: it changes no weights')
+        raise Problem(f'{type(self).__name__} cannot be merged: it changes no weights')
 
     # num_virtual_tokens of them. ValueError if there is no text, or nothing in it
     def token_ids(self) -> list[int]:
         "The tokens of the text, repeated or cut to length."
         text, n = self.text, self.num_virtual_tokens
         if text is None:
-            raise ValueError("init='text' needs `text`: a string together with `tokenizer`, or token ids")
+            raise Problem("init='text' needs `text`: a string together with `tokenizer`, or token ids")
         if isinstance(text, str) and self.tokenizer is None:
-            raise ValueError('text is a string, so `tokenizer` is needed; or give token ids')
+            raise Problem('text is a string, so `tokenizer` is needed; or give token ids')
         ids = list(self.tokenizer(text)['input_ids'] if isinstance(text, str) else text)
         if not ids:
-            raise ValueError(
-                f'text={text!r} has no tokens: write a few words, best what you would tell the model to do'
-            )
+            raise Problem(f'text={text!r} has no tokens', 'write a few words, best what you would tell the model to do')
         return [int(ids[i % len(ids)]) for i in range(n)]
 
 # %% ../../nbs/inside/soft_methods.ipynb #91afe05d
@@ -94,7 +93,7 @@ def shapes(
     size = base.get_input_embeddings().weight.shape[0]
     bad = [i for i in (self.token_ids() if self.init == 'text' else []) if not 0 <= i < size]
     if bad:
-        raise ValueError(
+        raise Problem(
             f'token id {bad[0]} is not in the vocabulary of {size:,}: was the text read with the tokenizer of '
             'another model?'
         )
@@ -181,10 +180,9 @@ def check_tensors(
     self.shapes(model)
     here = cache_shape(model)
     if self.made_for and self.made_for != here:
-        raise ValueError(
+        raise Problem(
             f'{where} was made for {self.made_for[0]} layers of {self.made_for[1]} key heads and '
-            f'{self.made_for[2]} numbers each; '
-            f'this model has {here[0]}, {here[1]} and {here[2]}'
+            f'{self.made_for[2]} numbers each; this model has {here[0]}, {here[1]} and {here[2]}'
         )
     with torch.device('meta'):
         shape = self.build(model).rows().shape

@@ -18,6 +18,7 @@ from .fold import remove_
 from .lora_method import LoRA
 from .protocol import Method, method_of
 from .targets import exact_targets
+from ..problem import Problem
 
 # %% ../../nbs/inside/switching.ipynb #e2a2ce42
 def _take_off(model):
@@ -26,9 +27,9 @@ def _take_off(model):
         return None
     taken = method_of(model), {n: model.get_parameter(n) for n in model.ftbook_added}
     if taken[0].init not in ('kaiming', 'gaussian'):
-        raise ValueError(
-            f'an adapter that began with {taken[0].init!r} changed the frozen weights: save it, which writes '
-            'it as a plain one, and add that'
+        raise Problem(
+            f'an adapter that began with {taken[0].init!r} changed the frozen weights',
+            'save it, which writes it as a plain one, and add that',
         )
     remove_(model)
     return taken
@@ -60,10 +61,10 @@ def add_adapter_(
     "Put one more LoRA adapter on `model`."
     active, taken = _active(model), adapter_names(model)
     if name in taken:
-        raise ValueError(f'{name!r} is the name of another adapter: {", ".join(taken)} are taken')
+        raise Problem(f"{name!r} is the name of another adapter: {', '.join(taken)} are taken")
     method = source if isinstance(source, Method) else read_method(source)
     if not isinstance(method, LoRA):
-        raise ValueError(f'{type(method).__name__} cannot share a model with others: only LoRA adapters can')
+        raise Problem(f'{type(method).__name__} cannot share a model with others: only LoRA adapters can')
     _shelve(model)
     try:
         method.apply(model) if method is source else load_adapter(model, source)
@@ -90,7 +91,7 @@ def _active(model):
 # %% ../../nbs/inside/switching.ipynb #3e314cfa
 def _find(shelf, name):
     if name not in shelf:
-        raise ValueError(f"there is no adapter {name!r}: {', '.join(shelf) or 'none'} are here")
+        raise Problem(f"there is no adapter {name!r}: {', '.join(shelf) or 'none'} are here")
     return shelf[name]
 
 # %% ../../nbs/inside/switching.ipynb #7cd923bf
@@ -118,7 +119,7 @@ def _combined(model, shelf, weights, rank):
     chosen = [(w, *_find(shelf, n)) for n, w in weights.items()]
     for n, (_, m, t) in zip(weights, chosen):
         if m.use_dora or m.lora_bias or m.modules_to_save or any('.lora_embedding_' in k for k in t):
-            raise ValueError(
+            raise Problem(
                 f'{n!r} is more than products of two matrices (DoRA, biases, embeddings, whole modules), and '
                 'these do not add up'
             )
@@ -157,7 +158,7 @@ def use_adapter_(
     if which is not None and (
         unknown := [n for n in ([which] if isinstance(which, str) else which) if n not in adapter_names(model)]
     ):
-        raise ValueError(f"there is no adapter {unknown[0]!r}: {', '.join(adapter_names(model)) or 'none'} are here")
+        raise Problem(f"there is no adapter {unknown[0]!r}: {', '.join(adapter_names(model)) or 'none'} are here")
     before, shelf = _active(model), _shelve(model)
     try:
         if isinstance(which, dict):

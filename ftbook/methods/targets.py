@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/targets.ipynb #884f93d8
 def is_linear(
     module: nn.Module,  # Any layer
@@ -70,7 +72,10 @@ def _no_match(model, wanted, linears):
     other = [f'{n} is of type {type(m).__name__}' for n, m in model.named_modules() if n and name_matches(n, wanted)]
     why = f'matches no linear layer ({other[0]})' if other else 'matches nothing'
     known = sorted(linears, key=lambda n: not is_linear(linears[n]))  # embeddings, where they are allowed, come last
-    return ValueError(f"target_modules={wanted!r} {why}. These would match: {_endings(known)}; or write 'all-linear'")
+    return Problem(
+        f"target_modules={wanted!r} {why}. These would match: {_endings(known)}; or write 'all-linear'",
+        key='target_modules',
+    )
 
 # %% ../../nbs/inside/targets.ipynb #52c6709a
 def find_modules(
@@ -114,12 +119,15 @@ def find_whole(
     for o in modules_to_save:
         names = [n for n, m in model.named_modules() if n and n.endswith(o) and next(m.parameters(), None) is not None]
         if not names:
-            raise ValueError(
-                f"modules_to_save={o!r} matches no module with parameters. At the top of the model are "
-                f"{', '.join(n for n, _ in model.named_children())}"
+            raise Problem(
+                (
+                    f"modules_to_save={o!r} matches no module with parameters. At the top of the model are "
+                    f"{', '.join((n for n, _ in model.named_children()))}"
+                ),
+                key='modules_to_save',
             )
         found += [n for n in names if n not in found]
     for n in found:
         if any(n.startswith(f'{o}.') for o in found):
-            raise ValueError(f'modules_to_save names {n} and a module that holds it: leave one of them out')
+            raise Problem(f'modules_to_save names {n} and a module that holds it', 'leave one of them out')
     return found

@@ -28,6 +28,7 @@ from ftbook.methods.prompt_cases import (
     refuse,
     transformer_of,
 )
+from ..problem import Problem
 
 # %% ../../nbs/inside/virtual_tokens.ipynb #e3e55a1d
 def _counted(cache, layer_idx=0):
@@ -100,9 +101,9 @@ class Call:
         if mask is None:
             return
         if mask.dim() != 2:
-            raise ValueError(
-                f'an attention mask of shape {tuple(mask.shape)} cannot be widened for virtual tokens: give '
-                'one of shape (rows, tokens)'
+            raise Problem(
+                f'an attention mask of shape {tuple(mask.shape)} cannot be widened for virtual tokens',
+                'give one of shape (rows, tokens)',
             )
         self.kwargs['attention_mask'] = torch.cat([mask.new_ones(len(mask), n), mask], 1)
 
@@ -120,7 +121,7 @@ def embedded_(
     known = ('inputs_embeds', 'position_ids', 'token_type_ids')
     for k, v in self.kwargs.items():
         if k not in known and isinstance(v, Tensor) and v.shape[:2] == x.shape[:2]:
-            raise ValueError(f'{k} has a value for every token, and none is known for a virtual one: leave it out')
+            raise Problem(f'{k} has a value for every token, and none is known for a virtual one', 'leave it out')
     return x
 
 
@@ -242,9 +243,9 @@ def before(
         return None  # the transformer says itself what is missing
     refuse(self.case(base, call), CALL_RULES)
     if call.seen and getattr(call.cache, 'ftbook_virtual', None) != self.n:
-        raise ValueError(
-            f'the cache holds {call.seen} tokens that were read without these {self.n} virtual ones: start '
-            'with an empty cache'
+        raise Problem(
+            f'the cache holds {call.seen} tokens that were read without these {self.n} virtual ones',
+            'start with an empty cache',
         )
     call.make_room_(self.n, self.causal)
     self.enter_(base, call)
@@ -271,7 +272,7 @@ def after(
     if call is None:
         return out
     if call.length is not None and call.cache.get_seq_length() != call.length:
-        raise ValueError(f'{type(base).__name__} has dropped the prefix: it does not use the cache that it is given')
+        raise Problem(f'{type(base).__name__} has dropped the prefix: it does not use the cache that it is given')
 
     def seen(v):
         if not hasattr(v, 'get_seq_length'):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/device.ipynb #7b6ce4f3
 @dataclass(frozen=True)
 class Facts:
@@ -119,9 +121,9 @@ def read_facts(
 
     kind = torch.device(device).type if device else next(k for k in ('cuda', 'xpu', 'mps', 'cpu') if _is_there(k))
     if not _is_there(kind):
-        raise ValueError(
-            f'no {kind} device here: PyTorch {torch.__version__} sees '
-            f'{", ".join(k for k in ("cuda", "xpu", "mps", "cpu") if _is_there(k))}'
+        raise Problem(
+            f"no {kind} device here: PyTorch {torch.__version__} sees "
+            f"{', '.join((k for k in ('cuda', 'xpu', 'mps', 'cpu') if _is_there(k)))}"
         )
     if kind == 'cuda':
         p = torch.cuda.get_device_properties(device or 'cuda')

@@ -19,6 +19,7 @@ from torch import nn, Tensor
 
 from .device import probe_device
 from .shipped import _quiet, model_folder, SHIPPED
+from ..problem import Problem
 
 # %% ../../nbs/inside/load.ipynb #bebba066
 def as_dtype(
@@ -29,7 +30,7 @@ def as_dtype(
     if dtype in known.values():
         return dtype
     if dtype not in known:
-        raise ValueError(f'dtype must be one of {", ".join(known)}, not {dtype!r}')
+        raise Problem(f"dtype must be one of {', '.join(known)}, not {dtype!r}", key='dtype')
     return known[dtype]
 
 # %% ../../nbs/inside/load.ipynb #907e83b1
@@ -40,9 +41,10 @@ def check_weights(
     files = sorted(folder.glob('*.safetensors'))
     pickled = sorted(f.name for p in ('*.bin', '*.pt', '*.pth') for f in folder.glob(p))
     if pickled and not files:
-        raise ValueError(
-            f'{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened: '
-            'ask for a safetensors version, or convert it where you trust it with `save_pretrained`.'
+        raise Problem(
+            f'{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened',
+            'ask for a safetensors version, or convert it where you trust it with `save_pretrained`.',
+            file=folder,
         )
     for file in files:
         with open(file, 'rb') as f:
@@ -56,30 +58,29 @@ def check_weights(
             except ValueError:
                 ends = [math.inf]
         if file.stat().st_size < 8 + n_header + max(ends, default=0):
-            raise ValueError(f'{file} is truncated or damaged: copy or download it again.')
+            raise Problem(f'{file} is truncated or damaged', 'copy or download it again.', file=file)
 
 # %% ../../nbs/inside/load.ipynb #9cca4182
 def _load_error(name, source, e):
     "Why `name` did not load, as an exception that says what to do."
     said = str(e).strip().split('\n')[0]
     if 'trust_remote_code' in str(e):
-        return ValueError(
+        return Problem(
             f'{name} brings its own code, and ftbook runs none from a model repository: pick a model whose '
             'architecture is part of transformers.'
         )
     if isinstance(source, Path):
-        return ValueError(f'{source} does not load as a model: {said}')
+        return Problem(f'{source} does not load as a model: {said}', file=source)
     if 'safetensors' in str(e):
-        return ValueError(
+        return Problem(
             f'{name} has no safetensors weights, and pickled ones can run code when they are opened: pick a '
             f'revision or a model with safetensors. ({said})'
         )
     offline = os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON')
-    return ValueError(
-        f'cannot load {name!r}. Shipped with ftbook: {", ".join(SHIPPED)}. Anything else is a folder that '
-        'exists here, or a hub id such as '
-        'HuggingFaceTB/SmolLM2-135M-Instruct. '
-        f'{"HF_HUB_OFFLINE is set, so only models already in the hub cache load. " if offline else ""}({said})'
+    return Problem(
+        f"cannot load {name!r}. Shipped with ftbook: {', '.join(SHIPPED)}. Anything else is a folder that "
+        "exists here, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct. "
+        f"{('HF_HUB_OFFLINE is set, so only models already in the hub cache load. ' if offline else '')}({said})"
     )
 
 # %% ../../nbs/inside/load.ipynb #b87162e5
@@ -87,9 +88,9 @@ def _refuse_random(name, auto, missing):
     "Raise if transformers had to make up weights that the files do not have."
     missing = sorted(m for m in missing if 'pooler' not in m)  # no one here reads the pooler
     if missing:
-        raise ValueError(
-            f'{name} lacks {len(missing)} of the weights that {auto} needs ({missing[0]}, ...), so they would be '
-            'random: it is another kind of model. Encoders load with `load_encoder`.'
+        raise Problem(
+            f'{name} lacks {len(missing)} of the weights that {auto} needs ({missing[0]}, ...), so they would '
+            'be random: it is another kind of model. Encoders load with `load_encoder`.'
         )
 
 # %% ../../nbs/inside/load.ipynb #83189c50
@@ -129,7 +130,7 @@ def load_model(
 ) -> tuple:  # (model, tokenizer). Raises ValueError with the remedy if it cannot load
     "A causal language model, ready to run, and its tokenizer."
     if name in SHIPPED and SHIPPED[name].kind != 'causal':
-        raise ValueError(f'{name} is an encoder and writes no text: use `load_encoder`')
+        raise Problem(f'{name} is an encoder and writes no text', 'use `load_encoder`')
     return _load('AutoModelForCausalLM', name, dtype, device, attention)
 
 # %% ../../nbs/inside/load.ipynb #6770ce32
@@ -142,7 +143,7 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{name} has no tokenizer that loads: {e}") from e
+        raise Problem(f'{name} has no tokenizer that loads: {e}') from e
 
 # %% ../../nbs/inside/load.ipynb #ead06374
 def _max_length(source, encoder, tokenizer):
@@ -190,10 +191,10 @@ def embed(
 ) -> Tensor:  # (n, d) float32 on the CPU, each row of length 1
     "Turn texts into vectors whose dot products compare their meanings."
     if isinstance(texts, str):
-        raise ValueError('texts must be a list of strings, not one string')
+        raise Problem('texts must be a list of strings, not one string', key='texts')
     for i, t in enumerate(texts):
         if not isinstance(t, str):
-            raise ValueError(f'text {i} is {type(t).__name__}, not a string')
+            raise Problem(f'text {i} is {type(t).__name__}, not a string')
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out = torch.empty(len(texts), encoder.config.hidden_size)
     for at in range(0, len(order), batch_size):

@@ -12,6 +12,7 @@ from torch import nn
 from .count import count_parameters, role_of
 from .load import _load_error
 from .shipped import model_folder
+from ..problem import Problem
 
 # %% ../../nbs/02_model_scale.ipynb #dd73579e
 BYTES = {
@@ -46,11 +47,14 @@ def training_bytes(
 ) -> dict[str, int]:  # Bytes by item. Raises ValueError if the numbers do not fit together
     "Bytes that a model and AdamW hold during training; activations come on top."
     if precision not in TRAINING:
-        raise ValueError(f'precision must be one of {", ".join(TRAINING)}, not {precision!r}')
+        raise Problem(
+            f"precision must be one of {', '.join(TRAINING)}, not {precision!r}",
+            key='precision',
+        )
     n_trained = n if n_trained is None else n_trained
     n_frozen = n - n_trained
     if not 0 <= n_nf4 <= n_frozen <= n:
-        raise ValueError(
+        raise Problem(
             f'of {n:,} parameters, {n_trained:,} cannot be trained and {n_nf4:,} '
             'frozen in 4 bits'
         )
@@ -127,7 +131,7 @@ def scale_bytes(
 ) -> dict[str, int]:  # Bytes by item; activations come on top
     "What one of the three common ways to fine-tune `model` holds in memory."
     if method not in ('full', 'LoRA', 'QLoRA'):
-        raise ValueError(f'method must be full, LoRA or QLoRA, not {method!r}')
+        raise Problem(f'method must be full, LoRA or QLoRA, not {method!r}', key='method')
     n = sum(count_parameters(model).values())
     if method == 'full':
         return training_bytes(n, precision=precision)

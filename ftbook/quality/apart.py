@@ -6,6 +6,7 @@ __all__ = []
 # %% ../../nbs/09_how_much_data.ipynb #39e8cd17
 import numpy as np
 
+from ..problem import Problem
 from .domain_measures import _two_samples, rank_auc
 from .probe import deal_folds, fit_probe
 
@@ -25,7 +26,7 @@ def domain_auc(
 ) -> float:
     "How well a classifier that never saw a row tells which side it is from."
     if n_folds < 2:
-        raise ValueError(f"n_folds must be 2 or more, not {n_folds}")
+        raise Problem(f'n_folds must be 2 or more, not {n_folds}', key='n_folds')
     a, b = _two_samples(a, b, n_folds)
     x = np.concatenate([a, b])
     side = np.repeat([0, 1], [len(a), len(b)])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..problem import Problem
 from .classes import class_codes
 
 # %% ../../nbs/08_labels.ipynb #2088bc3c
@@ -20,7 +21,7 @@ def balance(
     "How evenly the rows are spread over the classes."
     classes, codes = class_codes(labels)
     if not classes:
-        raise ValueError("there are no labels to count")
+        raise Problem('there are no labels to count')
     counts = np.bincount(codes)
     share = counts / counts.sum()
     return dict(
@@ -49,7 +50,7 @@ def resample(
 ) -> np.ndarray:
     "Choose rows so that every class has the same number."
     if how not in ('over', 'under'):
-        raise ValueError(f"how must be 'over' or 'under', not {how!r}")
+        raise Problem(f"how must be 'over' or 'under', not {how!r}", key='how')
     codes = class_codes(labels)[1]
     rng = np.random.default_rng(seed)
     counts = np.bincount(codes)
@@ -72,12 +73,12 @@ def adjust_logits(
     "Take the training prior off the logits (Menon et al., 2021)."
     counts = np.asarray(counts, dtype=float)
     if not (counts > 0).all():
-        raise ValueError(
-            f"class {int(np.argmin(counts))} has {counts.min():g} training rows: its "
-            "prior cannot be taken off; leave the class out"
+        raise Problem(
+            f'class {int(np.argmin(counts))} has {counts.min():g} training rows: its '
+            'prior cannot be taken off; leave the class out'
         )
     if logits.shape[-1] != len(counts):
-        raise ValueError(f"{logits.shape[-1]} columns of logits, but {len(counts)} counts")
+        raise Problem(f'{logits.shape[-1]} columns of logits, but {len(counts)} counts')
     prior = np.log(counts / counts.sum())
     return logits - tau * (
         prior if isinstance(logits, np.ndarray) else logits.new_tensor(prior)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/probe.ipynb #3143e04a
 def _kind(label):
     return (
@@ -25,13 +27,15 @@ def _plain(labels):
     labels = [v.item() if hasattr(v, 'item') else v for v in labels]
     for i, v in enumerate(labels):
         if _kind(v) not in ('bool', 'int', 'str') or v == '':
-            raise ValueError(
-                f"row {i} has the label {v!r}: a label is a string or an integer; fill it in, or leave the row out"
+            raise Problem(
+                f'row {i} has the label {v!r}: a label is a string or an integer; fill it in, or leave the row out',
+                row=i,
             )
         if _kind(v) != _kind(labels[0]):
-            raise ValueError(
-                f"row {i} has the label {v!r} ({_kind(v)}), row 0 has {labels[0]!r} ({_kind(labels[0])}): "
-                "write all labels as one type"
+            raise Problem(
+                f'row {i} has the label {v!r} ({_kind(v)}), row 0 has {labels[0]!r} ({_kind(labels[0])})',
+                'write all labels as one type',
+                row=i,
             )
     return labels
 
@@ -47,9 +51,12 @@ def class_codes(
     place = {(_kind(c), c): k for k, c in enumerate(classes)}
     lost = next((i for i, v in enumerate(labels) if (_kind(v), v) not in place), None)
     if lost is not None:
-        raise ValueError(
-            f"row {lost} has the label {labels[lost]!r}, which is none of the classes "
-            f"{', '.join(map(repr, classes[:9]))}"
+        raise Problem(
+            (
+                f"row {lost} has the label {labels[lost]!r}, which is none of the classes "
+                f"{', '.join(map(repr, classes[:9]))}"
+            ),
+            row=lost,
         )
     return classes, np.array([place[_kind(v), v] for v in labels], dtype=int)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_table, write_text
+from ..problem import Problem
 from .audit import Audit, SAFE
 
 # %% ../../nbs/inside/audit_report.ipynb #83c96f82
@@ -65,7 +66,7 @@ def write_clean(
     path = Path(path)
     kept, left = clean(audit, kinds)
     if not kept:
-        raise ValueError(f"nothing of {path} would be left: all {len(left):,} rows are proposed to be left out")
+        raise Problem(f'nothing of {path} would be left: all {len(left):,} rows are proposed to be left out')
     cleaned = path.with_name(f'{path.stem}.clean{path.suffix}')
     list_of_left = path.with_name(f'{path.stem}.left_out.jsonl')
     for file in cleaned, list_of_left:

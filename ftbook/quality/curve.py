@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..problem import Problem
 from .needed import Needed
 from .power_law import fit_power_law, group_runs, power_law
 
@@ -73,7 +74,7 @@ def data_needed(
 ) -> Needed:  # With an interval; says when the target is out of reach
     "How many examples a score would take."
     if not 0 < target < 1:
-        raise ValueError(f"target must lie between 0 and 1, not {target}")
+        raise Problem(f'target must lie between 0 and 1, not {target}', key='target')
     floor, scale, power = np.vstack([curve.fit, curve.draws]).T
     room = 1 - target - floor
     with np.errstate(divide='ignore', over='ignore', invalid='ignore'):

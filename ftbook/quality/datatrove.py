@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_text
+from ..problem import Problem
 from .matches import _check_share
 from .minhash import s_curve
 
@@ -32,7 +33,7 @@ def choose_bands(
         if s_curve(threshold, b, r) >= recall
     ]
     if not able:
-        raise ValueError(f"{n_hashes} hashes cannot reach a recall of {recall} at {threshold}")
+        raise Problem(f'{n_hashes} hashes cannot reach a recall of {recall} at {threshold}')
     return min(able)[1:]
 
 # %% ../../nbs/inside/datatrove.ipynb #2d050160
@@ -120,9 +121,9 @@ def write_datatrove(
 ) -> Path:  # The script; `python SCRIPT` runs it where datatrove is installed
     "Write the same search as a datatrove pipeline, for more rows than one machine holds."
     if executor not in ('local', 'slurm', 'ray'):
-        raise ValueError(f"executor must be 'local', 'slurm' or 'ray', not {executor!r}")
+        raise Problem(f"executor must be 'local', 'slurm' or 'ray', not {executor!r}", key='executor')
     if tasks < 1:
-        raise ValueError(f"tasks must be 1 or more, not {tasks}")
+        raise Problem(f'tasks must be 1 or more, not {tasks}', key='tasks')
     bands, rows = choose_bands(threshold, recall)
     values = dict(
         INPUT=str(source),

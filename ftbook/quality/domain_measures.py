@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..problem import Problem
 from .matches import _check_texts
 from .words import words
 
@@ -34,13 +35,15 @@ def _two_samples(a, b, least):
     a = np.asarray(a, dtype=float)
     b = np.asarray(b, dtype=float)
     if not a.ndim == b.ndim == 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"vectors of the shapes {a.shape} and {b.shape}: both must be (rows, d), with the same d")
+        raise Problem(f'vectors of the shapes {a.shape} and {b.shape}: both must be (rows, d), with the same d')
     for side, x in dict(first=a, second=b).items():
         if len(x) < least:
-            raise ValueError(f"the {side} side has {len(x)} rows, and {least} are needed: bring more")
+            raise Problem(f'the {side} side has {len(x)} rows, and {least} are needed: bring more')
         wrong = np.flatnonzero(~np.isfinite(x).all(1))
         if len(wrong):
-            raise ValueError(f"row {wrong[0]} of the {side} side is not finite: embed it again, or leave it out")
+            raise Problem(
+                f'row {wrong[0]} of the {side} side is not finite', 'embed it again, or leave it out', row=wrong[0]
+            )
     return a, b
 
 # %% ../../nbs/inside/domain_measures.ipynb #69c04c0f
@@ -86,11 +89,11 @@ def ngram_divergence(
     "The Jensen-Shannon divergence of two sides' runs of words; fewer runs make it larger."
     _check_texts(a), _check_texts(b)
     if n < 1:
-        raise ValueError(f"n must be 1 or more, not {n}")
+        raise Problem(f'n must be 1 or more, not {n}', key='n')
     one, two = _ngram_counts(a, n), _ngram_counts(b, n)
     if not one or not two:
-        raise ValueError(
-            f"the {'second' if one else 'first'} side has no run of {n} words: bring texts, or take a smaller n"
+        raise Problem(
+            f"the {('second' if one else 'first')} side has no run of {n} words: bring texts, or take a smaller n"
         )
     _, p, q = _ngram_shares(one, two, size, np.random.default_rng(seed))
     return float(_js_terms(p, q).sum().clip(0, 1))

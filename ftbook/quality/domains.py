@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..problem import Problem
 from .apart import domain_auc
 from .domain_measures import _divergences, _drawn, embedding_distance
 from .matches import _check_texts
@@ -17,10 +18,10 @@ def _check_sides(train, target, train_vectors, target_vectors):
     "ValueError for texts that are no strings, and for vectors that do not fit them."
     _check_texts(train, 'training text'), _check_texts(target, 'target text')
     if (train_vectors is None) != (target_vectors is None):
-        raise ValueError("give vectors of both sides, or of none")
+        raise Problem('give vectors of both sides, or of none')
     for name, texts, vectors in (('train', train, train_vectors), ('target', target, target_vectors)):
         if vectors is not None and len(vectors) != len(texts):
-            raise ValueError(f"{len(vectors)} {name}_vectors for {len(texts)} texts")
+            raise Problem(f'{len(vectors)} {name}_vectors for {len(texts)} texts')
 
 # %% ../../nbs/inside/domain_measures.ipynb #d0a1d004
 def domain_distances(

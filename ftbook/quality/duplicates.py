@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.split import normalise
+from ..problem import Problem
 from .groups import _groups, Group
 from .join import near_duplicates
 from .matches import _check_texts, Matches
@@ -42,7 +43,7 @@ def find_duplicates(
 ) -> list[Group]:
     "Groups of rows that say the same, and which row of each to keep."
     if labels is not None and len(labels) != len(texts):
-        raise ValueError(f"{len(labels)} labels for {len(texts)} texts")
+        raise Problem(f'{len(labels)} labels for {len(texts)} texts')
     copies = exact_duplicates(texts) + near_duplicates(texts, threshold)
     groups = _groups(copies, texts, labels)
     if vectors is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..data.read import read_rows
 from ..data.rows import row_parts
+from ..problem import Problem
 
 # %% ../../nbs/inside/findings.ipynb #e0a50517
 @dataclass
@@ -106,9 +107,9 @@ def _said(messages):
 # %% ../../nbs/inside/findings.ipynb #25e1cbd6
 def _one_text(value, column):
     if not isinstance(value, str):
-        raise ValueError(f"{column!r} is {'empty' if value is None else 'a ' + type(value).__name__}, not text")
+        raise Problem(f"{column!r} is {('empty' if value is None else 'a ' + type(value).__name__)}, not text")
     if not value.strip():
-        raise ValueError(f"{column!r} is empty")
+        raise Problem(f'{column!r} is empty')
     return value
 
 # %% ../../nbs/inside/findings.ipynb #3997cd82
@@ -118,9 +119,9 @@ def _kind_of(fields, text_column, label_column):
     if {'term', 'definition'} <= fields:
         return 'term'
     if text_column not in fields:
-        raise ValueError(
-            f"no column {text_column!r}; there are {', '.join(map(repr, sorted(fields))) or 'none'}: say which "
-            "one holds the text (text_column, --text-column)"
+        raise Problem(
+            f"no column {text_column!r}; there are {', '.join(map(repr, sorted(fields))) or 'none'}",
+            'say which one holds the text (text_column, --text-column)',
         )
     return 'classification' if label_column in fields else 'text'
 
@@ -134,7 +135,7 @@ def _pieces(r, kind, text_column, label_column):
     text = _one_text(r.get(text_column), text_column)
     label = r.get(label_column)
     if kind == 'classification' and (label is None or not str(label).strip()):
-        raise ValueError(f"{label_column!r} is empty")
+        raise Problem(f'{label_column!r} is empty')
     return ('', text) if kind == 'text' else (text, '')
 
 # %% ../../nbs/inside/findings.ipynb #b3ae9f62

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..problem import Problem
 from .hashes import _ranges, _read_shingles, _spread, _starts
 from .matches import _check_share, _check_texts, Matches
 from .minhash import _mix
@@ -192,7 +193,7 @@ def near_duplicates(
     "Texts that share most of their shingles."
     _check_share('threshold', threshold), _check_texts(texts), _check_texts(other or [], 'other text')
     if n_words < 1 or crowd < 1:
-        raise ValueError(f"n_words and crowd must be 1 or more, not {n_words} and {crowd}")
+        raise Problem(f'n_words and crowd must be 1 or more, not {n_words} and {crowd}')
     n, every = len(texts), [*texts, *(other or [])]
     runs, sizes, rows, first = _read_shingles(every, n_words)
     a, b, similarity, skipped = _join(

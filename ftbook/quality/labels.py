@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..problem import Problem
 from .classes import class_codes
 from .confident import CLOSE, confident_class, confident_thresholds
 from .probe import _check_features, _check_folds, deal_folds, fit_probe
@@ -58,7 +59,7 @@ def flag_labels(
 ) -> np.ndarray:
     "Which given labels are probably wrong."
     if method not in METHODS or rule not in ('cleanlab', 'paper'):
-        raise ValueError(
+        raise Problem(
             f"method {method!r} with rule {rule!r}: there are {' and '.join(METHODS)}, "
             "with 'cleanlab' or 'paper'"
         )

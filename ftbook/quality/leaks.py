@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.split import normalise
+from ..problem import Problem
 from ftbook.quality.hashes import (
     _blocks,
     _firsts,
@@ -84,7 +85,7 @@ def contained(
     "Texts that stand inside other texts, whole or in large part."
     _check_share('threshold', threshold), _check_texts(texts), _check_texts(within, 'row')
     if not 1 <= shortest <= n_words:
-        raise ValueError(f"shortest must lie between 1 and n_words ({n_words}), not {shortest}")
+        raise Problem(f'shortest must lie between 1 and n_words ({n_words}), not {shortest}', key='shortest')
     probes, total, first = _probes(texts, n_words, shortest)
     found = [np.empty((3, 0), np.int64)]
     for at, block in _blocks(within):

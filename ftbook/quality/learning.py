@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..problem import Problem
 from .classes import class_codes
 from .probe import _check_features, fit_probe
 
@@ -18,9 +19,9 @@ def _sizes(sizes, n_rows, n_classes, n_test):
     most = n_rows - n_test
     sizes = sizes or [32 * 2**k for k in range(8) if 32 * 2**k <= most]
     if n_classes < 2 or not sizes or max(sizes) > most:
-        raise ValueError(
-            f"{n_rows} rows of {n_classes} classes cannot give {max(sizes, default=32)} to learn from and {n_test} "
-            "to judge by"
+        raise Problem(
+            f'{n_rows} rows of {n_classes} classes cannot give {max(sizes, default=32)} to learn from and '
+            f'{n_test} to judge by'
         )
     return sizes
 

@@ -9,20 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/links.ipynb #c8ccf34d
 def _check_texts(texts, what='text'):
     if isinstance(texts, str):
-        raise ValueError(f"give a list of strings, not one string: {texts[:40]!r}")
+        raise Problem(f'give a list of strings, not one string: {texts[:40]!r}')
     if set(map(type, texts)) <= {str}:
         return
     wrong = next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)
     if wrong is not None:
-        raise ValueError(f"{what} {wrong} is {type(texts[wrong]).__name__}, not a string")
+        raise Problem(f'{what} {wrong} is {type(texts[wrong]).__name__}, not a string')
 
 
 def _check_share(name, value):
     if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie above 0 and at most at 1, not {value}")
+        raise Problem(f'{name} must lie above 0 and at most at 1, not {value}', key=name)
 
 # %% ../../nbs/inside/links.ipynb #b8a87fd3
 @dataclass

@@ -11,6 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
+from ..problem import Problem
 from .words import words
 
 # %% ../../nbs/07_clean_rows.ipynb #7e0457ab
@@ -46,9 +47,7 @@ def minhash(
 ) -> np.ndarray:  # (n, n_hashes) uint64
     "A short signature per set; equal entries estimate Jaccard similarity."
     if not all(sets):
-        raise ValueError(
-            f"set {[bool(s) for s in sets].index(False)} is empty: it has no minimum"
-        )
+        raise Problem(f'set {[bool(s) for s in sets].index(False)} is empty: it has no minimum')
     keys = np.array(
         [
             int.from_bytes(blake2b(repr(x).encode(), digest_size=8).digest())
@@ -68,7 +67,7 @@ def lsh_pairs(
 ) -> set[tuple]:  # (i, j) with i < j: candidates, to be verified
     "Pairs that agree in a whole band."
     if signatures.shape[1] % bands:
-        raise ValueError(f"{signatures.shape[1]} hashes do not make {bands} equal bands")
+        raise Problem(f'{signatures.shape[1]} hashes do not make {bands} equal bands')
     found = set()
     for band in np.split(signatures, bands, axis=1):
         buckets = defaultdict(list)

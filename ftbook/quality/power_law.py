@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/power_law.ipynb #44a2deba
 def power_law(
     n,  # Examples, a number or an array
@@ -54,14 +56,14 @@ def group_runs(
     "Group runs by their number of examples."
     wrong = next((r for r in runs if not (r['n'] >= 1 and 0 <= r['score'] <= 1)), None)
     if wrong:
-        raise ValueError(
+        raise Problem(
             f"a run has n {wrong['n']} and score {wrong['score']}: n is 1 or more, a score lies between 0 and 1"
         )
     n = sorted({r['n'] for r in runs})
     scores = [np.array([r['score'] for r in runs if r['n'] == k]) for k in n]
     if len(n) < 3 or min(map(len, scores)) < 2:
-        raise ValueError(
-            f"runs of {len(n)} sizes, at least {min(map(len, scores), default=0)} of each: a curve needs three "
-            "sizes and two runs of each"
+        raise Problem(
+            f'runs of {len(n)} sizes, at least {min(map(len, scores), default=0)} of each: a curve needs three '
+            'sizes and two runs of each'
         )
     return n, scores

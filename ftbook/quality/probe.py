@@ -12,6 +12,8 @@ import warnings
 
 import numpy as np
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/probe.ipynb #7ed967a6
 def deal_folds(
     codes: np.ndarray,  # (n,) class of each row, from 0
@@ -30,30 +32,30 @@ def deal_folds(
 def _check_features(features, n):
     x = np.asarray(features, dtype=float)
     if x.ndim != 2 or len(x) != n:
-        raise ValueError(
-            f"features have the shape {x.shape}, but there are {n} labels: give one row of numbers for each label"
+        raise Problem(
+            f'features have the shape {x.shape}, but there are {n} labels', 'give one row of numbers for each label'
         )
     wrong = np.flatnonzero(~np.isfinite(x).all(1))
     if len(wrong):
-        raise ValueError(
-            f"the features of row {wrong[0]} are not finite ({len(wrong)} such rows): embed them again, or "
-            "leave them out"
+        raise Problem(
+            f'the features of row {wrong[0]} are not finite ({len(wrong)} such rows)',
+            'embed them again, or leave them out',
         )
     return x
 
 # %% ../../nbs/inside/probe.ipynb #ab5ec2d0
 def _check_folds(classes, codes, n_folds):
     if len(classes) < 2:
-        raise ValueError(
+        raise Problem(
             f"every row has the label {classes[0]!r}: one class leaves nothing to tell apart"
             if classes
             else "there are no rows"
         )
     if n_folds < 2:
-        raise ValueError(f"n_folds must be 2 or more, not {n_folds}")
+        raise Problem(f'n_folds must be 2 or more, not {n_folds}', key='n_folds')
     if len(codes) < n_folds:
-        raise ValueError(
-            f"{len(codes)} rows cannot fill {n_folds} folds: set n_folds to {len(codes)} or less, or find more rows"
+        raise Problem(
+            f'{len(codes)} rows cannot fill {n_folds} folds', f'set n_folds to {len(codes)} or less, or find more rows'
         )
     alone = [c for c, n in zip(classes, np.bincount(codes)) if n == 1]
     if alone:

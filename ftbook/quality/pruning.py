@@ -10,6 +10,7 @@ __all__ = []
 # %% ../../nbs/inside/label_methods.ipynb #e9aba140
 import numpy as np
 
+from ..problem import Problem
 from .classes import _round_rows
 from .confident import CLOSE, confident_joint
 
@@ -47,14 +48,14 @@ def _by_noise_rate(codes, probabilities, confident):
 def _check_probabilities(probabilities, codes, classes):
     p = np.asarray(probabilities, dtype=float)
     if p.shape != (len(codes), len(classes)):
-        raise ValueError(
+        raise Problem(
             f"probabilities have the shape {p.shape}, not {(len(codes), len(classes))}: one row for each label "
-            "and one column for each of "
-            f"{', '.join(map(repr, classes[:9]))}; name the columns with `classes` where a class has no row"
+            f"and one column for each of {', '.join(map(repr, classes[:9]))}; name the columns with `classes` "
+            "where a class has no row"
         )
     wrong = np.flatnonzero(~((p >= -CLOSE) & (p <= 1 + CLOSE)).all(1))
     if len(wrong):
-        raise ValueError(f"row {wrong[0]} has a probability that is no number between 0 and 1")
+        raise Problem(f'row {wrong[0]} has a probability that is no number between 0 and 1', row=wrong[0])
     return p
 
 
@@ -71,6 +72,6 @@ def label_scores(
     if rank_by == 'self_confidence':
         return given
     if rank_by != 'normalised_margin':
-        raise ValueError(f"rank_by must be 'normalised_margin' or 'self_confidence', not {rank_by!r}")
+        raise Problem(f"rank_by must be 'normalised_margin' or 'self_confidence', not {rank_by!r}", key='rank_by')
     others = np.where(np.arange(probabilities.shape[1]) == codes[:, None], -1, probabilities)
     return (given - others.max(1) + 1) / 2

@@ -6,6 +6,7 @@ __all__ = []
 # %% ../../nbs/inside/links.ipynb #343d5c1b
 import numpy as np
 
+from ..problem import Problem
 from .matches import group_rows, Matches
 
 # %% ../../nbs/inside/links.ipynb #edf02c66
@@ -16,7 +17,7 @@ def semantic_duplicates(
     "Rows whose vectors point the same way."
     v = np.ascontiguousarray(np.asarray(vectors, dtype=np.float32))
     if v.ndim != 2 or (len(v) and abs(np.linalg.norm(v, axis=1) - 1).max() > 1e-3):
-        raise ValueError("vectors must be (n, d), each of length 1")
+        raise Problem('vectors must be (n, d), each of length 1', key='vectors')
     label, found = np.arange(len(v)), []
     step = max(1, (1 << 23) // max(1, len(v)))
     for at in range(0, len(v), step):

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..problem import Problem
 from .matches import _check_texts
 
 # %% ../../nbs/inside/domain_measures.ipynb #924c5aef
 def _start_token(tokenizer):
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
-        raise ValueError("the tokenizer has neither a bos nor an eos token: say which token comes first (start)")
+        raise Problem('the tokenizer has neither a bos nor an eos token', 'say which token comes first (start)')
     return start
 
 # %% ../../nbs/inside/domain_measures.ipynb #87cc5e66
@@ -55,7 +56,7 @@ def bits_per_byte(
     "How surprised a language model is by each text."
     _check_texts(texts)
     if batch_size < 1 or max_length < 1:
-        raise ValueError(f"batch_size and max_length must be 1 or more, not {batch_size} and {max_length}")
+        raise Problem(f'batch_size and max_length must be 1 or more, not {batch_size} and {max_length}')
     start = _start_token(tokenizer) if start is None else start
     sizes = np.array([len(_utf8(t)) for t in texts], int)
     ids = [
@@ -82,7 +83,7 @@ def pool_bits(
     "One number for many texts, in which a long text counts for more."
     sizes = np.array([len(_utf8(t)) for t in texts])
     if len(sizes) != len(values):
-        raise ValueError(f"{len(values)} values for {len(sizes)} texts")
+        raise Problem(f'{len(values)} values for {len(sizes)} texts')
     if not sizes.sum():
-        raise ValueError("no text has a byte")
+        raise Problem('no text has a byte')
     return float(np.nansum(values * sizes) / sizes.sum())

@@ -33,6 +33,7 @@ from ..models.device import probe_device
 from ..models.load import as_dtype, load_tokenizer
 from ..models.scale import skeleton, training_bytes
 from ..models.shipped import SHIPPED
+from ..problem import Problem
 from ..quality.audit import audit
 from ..quality.findings import Findings, view_rows
 from .config import given_keys, load_recipe, METHODS, Recipe
@@ -245,8 +246,8 @@ def _check_model(p):
     "Load tokenizer and skeleton."
     keys, add = p.recipe.model, p.findings.add
     if keys.name in SHIPPED and SHIPPED[keys.name].kind != 'causal':
-        raise ValueError(
-            f"{keys.name} is an encoder and writes no text; take a causal language model such as smollm2-135m"
+        raise Problem(
+            f'{keys.name} is an encoder and writes no text; take a causal language model such as smollm2-135m'
         )
     p.skeleton = skeleton(keys.name)
     p.tokenizer = load_tokenizer(keys.name)

@@ -28,6 +28,7 @@ from ..methods.lora_method import LoRA
 from ..methods.p_tuning import PTuning
 from ..methods.prefix_tuning import PrefixTuning
 from ..methods.prompt_tuning import PromptTuning
+from ..problem import Problem
 from ..training.optimizer_names import OPTIMIZERS
 
 # %% ../../nbs/inside/recipe_keys.ipynb #51ccf2c8
@@ -292,13 +293,13 @@ def _checked(path, annotation, value):
         switched = 'text' in wanted and any(
             isinstance(v, bool) for v in (value if isinstance(value, list) else [value])
         )
-        raise ValueError(
+        raise Problem(
             f"{path} must be {wanted}, not {value!r}"
             + '; YAML reads yes, no, on and off as true and false: put them in quotes' * switched
         ) from None
     fits = value is None or all(r.holds(value) for r in rules)
     if not fits or isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{path} must be {wanted}, not {value!r}")
+        raise Problem(f'{path} must be {wanted}, not {value!r}', file=path)
     return value
 
 # %% ../../nbs/inside/recipe_keys.ipynb #9aafa229
@@ -318,9 +319,9 @@ def _nearest(path):
 def _unknown(path, cls):
     near = _nearest(path)
     section = path.rpartition('.')[0]
-    return ValueError(
-        f"unknown key {path}{f'; did you mean {near}?' if near else '.'} Keys "
-        f"{'in ' + section if section else 'at the top'}: {', '.join(f.name for f in fields(cls))}"
+    return Problem(
+        f"unknown key {path}{(f'; did you mean {near}?' if near else '.')} Keys "
+        f"{('in ' + section if section else 'at the top')}: {', '.join((f.name for f in fields(cls)))}"
     )
 
 # %% ../../nbs/inside/recipe_keys.ipynb #53db3024
@@ -332,8 +333,9 @@ def make_recipe(
     "Make a recipe from nested dicts; what is not given keeps its default."
     values, hints = {}, _hints(cls)
     if not isinstance(given, dict):
-        raise ValueError(
-            f"{path.rstrip('.') or 'a recipe'} must be a section with keys ({', '.join(hints)}), not {given!r}"
+        raise Problem(
+            f"{path.rstrip('.') or 'a recipe'} must be a section with keys ({', '.join(hints)}), not {given!r}",
+            key=path.rstrip('.') or 'a recipe',
         )
     for name, value in given.items():
         if name not in hints:
@@ -435,9 +437,7 @@ class _Loader(yaml.SafeLoader):
         seen = {}
         for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
             if key.value in seen:
-                raise ValueError(
-                    f"{key.value} stands twice, in line {seen[key.value]} and line {key.start_mark.line + 1}"
-                )
+                raise Problem(f'{key.value} stands twice, in line {seen[key.value]} and line {key.start_mark.line + 1}')
             seen[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
@@ -454,9 +454,9 @@ def load_recipe(
     try:
         recipe = make_recipe(yaml.load(path.read_text(encoding='utf-8'), _Loader) or {})
     except yaml.YAMLError as e:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+        raise Problem(f"{path} is not YAML: {' '.join(str(e).split())}", file=path) from e
     except (ValueError, OSError) as e:
-        raise ValueError(f"{path}: {e}") from e
+        raise Problem(f'{e}', file=path) from e
     if problem := _contradiction(recipe):
-        raise ValueError(f"{path}: {problem}")
+        raise Problem(f'{problem}', file=path)
     return from_folder(recipe, path.parent)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..data.columns import column_names, different_values, find_text_column, pick_columns
 from ..data.read import read_rows, READERS
+from ..problem import Problem
 from .config import DataKeys, from_folder, load_recipe, make_recipe, Recipe
 from .rows import find_labels, shape_by_fields
 
@@ -42,10 +43,12 @@ def find_data_keys(
     text = find_text_column(rows, given.get('text_column'), given.get('label_column'))
     label = None if shape == 'text' else _label_column(rows, text, given.get('label_column'))
     if label is None and shape != 'text' and text != 'text' and len(names) > 1:
-        raise ValueError(
-            f"no column looks like a label; there are {', '.join(map(repr, names))}. Call a question and its answer "
-            "prompt and completion, name the label (data.label_column), or learn one column as plain text "
-            "(data.shape: text, data.text_column)"
+        raise Problem(
+            f"no column looks like a label; there are {', '.join(map(repr, names))}",
+            (
+                'Call a question and its answer prompt and completion, name the label (data.label_column), or '
+                'learn one column as plain text (data.shape: text, data.text_column)'
+            ),
         )
     if label is None:
         return {'shape': 'text', 'text_column': text}
@@ -67,7 +70,7 @@ def recipe_from_file(
     try:
         data = find_data_keys(rows, data) | data
     except ValueError as e:
-        raise ValueError(f'{path}: {e}') from e
+        raise Problem(f'{e}', file=path) from e
     return from_folder(make_recipe(changes | {'data': data | {'source': str(path)}}), Path.cwd())
 
 # %% ../../nbs/inside/recipe_rows.ipynb #675ddbed

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from ..files import _writing, write_text
+from ..problem import Problem
 from .checks import choose_precision
 from .config import Recipe
 from ..training.processes import join_processes
@@ -108,4 +109,4 @@ def free_folder(
             return folder
         except FileExistsError:
             continue
-    raise ValueError(f"{base} is full of runs called {name}: name another folder")
+    raise Problem(f'{base} is full of runs called {name}', 'name another folder')

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from ..data.corpora import term_rows
 from ..data.rows import classification_row
+from ..problem import Problem
 from .config import DataKeys
 
 # %% ../../nbs/inside/recipe_rows.ipynb #a6d355f4
@@ -43,10 +44,10 @@ def guess_shape(
         return 'classification'
     if keys.text_column in has:
         return 'text'
-    raise ValueError(
+    raise Problem(
         f"the rows have the fields {', '.join(map(repr, has)) or '(none)'}; wanted are messages, or prompt "
-        "with completion, "
-        f"or {keys.text_column!r} with or without {keys.label_column!r} (data.text_column, data.label_column)"
+        f"with completion, or {keys.text_column!r} with or without {keys.label_column!r} (data.text_column, "
+        "data.label_column)"
     )
 
 # %% ../../nbs/inside/recipe_rows.ipynb #341b33df
@@ -61,16 +62,16 @@ def name_label(
             i = bisect_left(keys.cuts, float(value))
             on_cut = float(value) in keys.cuts
         except (TypeError, ValueError):
-            raise ValueError(f"{keys.label_column!r} must be a number to be cut, not {value!r}") from None
+            raise Problem(f'{keys.label_column!r} must be a number to be cut, not {value!r}') from None
         return None if on_cut and names[i + 1] is None else names[i]
     said = '' if value is None else str(value).strip()
     if not said:
-        raise ValueError(f"{keys.label_column!r} is empty")
+        raise Problem(f'{keys.label_column!r} is empty')
     if not names or said in names:
         return said
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
         return names[value]
-    raise ValueError(f"{keys.label_column!r} is {value!r}, which is none of data.labels: {', '.join(names)}")
+    raise Problem(f"{keys.label_column!r} is {value!r}, which is none of data.labels: {', '.join(names)}")
 
 # %% ../../nbs/inside/recipe_rows.ipynb #3941a793
 def find_labels(
@@ -85,10 +86,12 @@ def find_labels(
         return [str(l) for l in keys.labels if l is not None]
     found = {str(v).strip() for row in rows if (v := row.get(keys.label_column)) is not None} - {''}
     if len(found) > 50:
-        raise ValueError(
-            f"{keys.label_column!r} has {len(found)} different values, such as "
-            f"{', '.join(map(repr, sorted(found)[:3]))}: "
-            "a classification has few. Name them in data.labels, cut numbers with data.cuts, or set data.shape"
+        raise Problem(
+            (
+                f"{keys.label_column!r} has {len(found)} different values, such as "
+                f"{', '.join(map(repr, sorted(found)[:3]))}: a classification has few"
+            ),
+            'Name them in data.labels, cut numbers with data.cuts, or set data.shape',
         )
     return sorted(found)
 
@@ -96,10 +99,10 @@ def find_labels(
 def _classified(row, keys, labels):
     for column in (keys.text_column, keys.label_column):
         if column not in row:
-            raise ValueError(f"no field {column!r}; it has {', '.join(map(repr, row)) or 'no field at all'}")
+            raise Problem(f"no field {column!r}; it has {', '.join(map(repr, row)) or 'no field at all'}")
     text = row[keys.text_column]
     if not isinstance(text, str):
-        raise ValueError(f"field {keys.text_column!r} must be text, not {text!r:.60}")
+        raise Problem(f'field {keys.text_column!r} must be text, not {text!r:.60}')
     label = name_label(row[keys.label_column], keys)
     return label and classification_row(text, label, keys.instruction, labels)
 

@@ -6,6 +6,8 @@ __all__ = []
 # %% ../../nbs/inside/charts.ipynb #f775969a
 import math
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/charts.ipynb #26846c81
 def _step(span, n):
     base = 10 ** math.floor(math.log10(span / n))
@@ -63,7 +65,7 @@ class _Axis:
         self.values, self.log, self.n = values, log, n
         lo, hi = limits or (min(values), max(values))
         if lo > hi or log and lo <= 0:
-            raise ValueError(f"an axis cannot go from {lo:g} to {hi:g}" + ' in logarithms' * log)
+            raise Problem(f"an axis cannot go from {lo:g} to {hi:g}" + ' in logarithms' * log)
         lo, hi = self.scale(lo), self.scale(hi)
         if not lo < hi:
             lo, hi = lo - (abs(lo) * 0.1 or 1), lo + (abs(lo) * 0.1 or 1)

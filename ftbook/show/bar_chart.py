@@ -7,6 +7,7 @@ __all__ = ['bars']
 import math
 from collections.abc import Mapping
 
+from ..problem import Problem
 from .axes import tidy
 from .figure import _Chart, _marks, _picture, _px, _tint
 from .page import escape, Picture
@@ -20,16 +21,16 @@ def _number(what, v):
 # %% ../../nbs/inside/charts.ipynb #9eda3250
 def _grouped(values):
     if not isinstance(values, Mapping) or not values:
-        raise ValueError("nothing to draw: values should be a dict with at least one bar")
+        raise Problem('nothing to draw: values should be a dict with at least one bar')
     nested = [isinstance(v, Mapping) for v in values.values()]
     if any(nested) and not all(nested):
-        raise ValueError("values mixes numbers and groups; give one or the other")
+        raise Problem('values mixes numbers and groups; give one or the other')
     groups = {
         str(g): {str(s): _number(f'bar {g!r}', v) for s, v in (row if all(nested) else {'': row}).items()}
         for g, row in values.items()
     }
     if not any(math.isfinite(v) for row in groups.values() for v in row.values()):
-        raise ValueError("none of the bars is finite")
+        raise Problem('none of the bars is finite')
     return groups
 
 # %% ../../nbs/inside/charts.ipynb #67c679e0
@@ -39,7 +40,7 @@ def _spread(groups, errors):
     for g, row in errors.items():
         for s, e in row.items():
             if s not in groups.get(g, {}):
-                raise ValueError(f"errors names {s or g!r}, which is no bar; there are: {', '.join(groups)}")
+                raise Problem(f"errors names {s or g!r}, which is no bar; there are: {', '.join(groups)}")
             v = groups[g][s]
             out[g, s] = (
                 tuple(_floats(f'error {g!r}', e))

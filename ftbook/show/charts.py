@@ -10,6 +10,7 @@ __all__ = ['plot']
 # %% ../../nbs/inside/charts.ipynb #bf77f4d5
 import math
 
+from ..problem import Problem
 from .axes import _Axis, tidy
 from .figure import _Chart, _marks, _palette, _picture, _px, _tint
 from .page import escape, Picture
@@ -107,7 +108,7 @@ def _check_logs(data, log_x, log_y, marks):
         _check_log(data, 'log_y', False)
     wrong = next((label for label, v in marks.items() if log_x and v <= 0), None)
     if wrong is not None:
-        raise ValueError(f"log_x needs values above 0; mark {wrong!r} has {marks[wrong]:g}")
+        raise Problem(f'log_x needs values above 0; mark {wrong!r} has {marks[wrong]:g}')
 
 # %% ../../nbs/inside/charts.ipynb #768bd91d
 def _axes(data, log_x, log_y, x_range, y_range, marks):

@@ -6,6 +6,7 @@ __all__ = ['Control']
 # %% ../../nbs/inside/explorer.ipynb #1d692483
 from collections.abc import Sequence
 
+from ..problem import Problem
 from .axes import tidy
 
 # %% ../../nbs/inside/explorer.ipynb #3d0267f3
@@ -30,9 +31,9 @@ class Control:
         self.name = ''
         self._watchers = []
         if not self.options:
-            raise ValueError("a control needs at least one option")
+            raise Problem('a control needs at least one option')
         if len(set(map(repr, self.options))) < len(self.options):
-            raise ValueError(f"options repeat: {self.options}")
+            raise Problem(f'options repeat: {self.options}')
         self.index = self.find(self.options[0] if value is None else value)
 
     @property
@@ -52,7 +53,7 @@ class Control:
         for i, o in enumerate(self.options):
             if o == value and isinstance(o, bool) == isinstance(value, bool):
                 return i
-        raise ValueError(
+        raise Problem(
             f"{self.name or 'the control'} cannot be {value!r}; its options are {', '.join(map(repr, self.options))}"
         )
 

@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 
+from ..problem import Problem
 from .controls import _option, Controls
 from .page import escape, Picture
 
@@ -40,7 +41,7 @@ class Explorer:
         _check_call(compute, [c.name for c in controls])
         n = math.prod(len(c.options) for c in controls)
         if n > max_frames:
-            raise ValueError(f"{_sizes(controls)} = {n:,} frames, more than {max_frames:,}; {_advice(controls)}")
+            raise Problem(f'{_sizes(controls)} = {n:,} frames, more than {max_frames:,}; {_advice(controls)}')
 
     def _key(self):
         return tuple(c.index for c in self.controls)
@@ -109,7 +110,7 @@ def explore(
 ) -> Explorer:  # Live in Jupyter and Colab, and on a page without a kernel
     "Let a reader move what `compute` depends on."
     if not controls:
-        raise ValueError("an explorer needs at least one control")
+        raise Problem('an explorer needs at least one control')
     return Explorer(compute, draw, Controls(**controls), max_frames, max_bytes)
 
 # %% ../../nbs/inside/explorer.ipynb #6c1044bd
@@ -121,9 +122,9 @@ def _pack(explorer):
     data = json.dumps(dict(frames=list(unique), index=index), ensure_ascii=False, separators=(',', ':'))
     packed = base64.b64encode(zlib.compress(data.encode(), 9)).decode()
     if len(packed) > explorer.max_bytes:
-        raise ValueError(
-            f"{len(unique):,} frames take {len(packed):,} bytes, more than {explorer.max_bytes:,}; "
-            f"draw less in each, or {_advice(explorer.controls)}"
+        raise Problem(
+            f'{len(unique):,} frames take {len(packed):,} bytes, more than {explorer.max_bytes:,}; draw less '
+            f'in each, or {_advice(explorer.controls)}'
         )
     return packed
 

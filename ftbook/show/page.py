@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..files import _beside
+from ..problem import Problem
 
 # %% ../../nbs/inside/page.ipynb #5e1ba2ef
 def escape(
@@ -63,7 +64,7 @@ class Picture:
         if path.suffix == '.svg' and self.svg:
             return _save(path, self.svg)
         can = '.html or .svg' if self.svg else '.html'
-        raise ValueError(f"cannot save to {path.name!r}: this picture saves to {can}")
+        raise Problem(f'cannot save to {path.name!r}: this picture saves to {can}')
 
 # %% ../../nbs/inside/page.ipynb #1b4ce762
 def row(
@@ -71,7 +72,7 @@ def row(
 ) -> Picture:  # They wrap where the page is too narrow for them
     "Put pictures side by side."
     if not pictures:
-        raise ValueError("a row needs at least one picture")
+        raise Problem('a row needs at least one picture')
     cells = ''.join(f'<div style="flex:1 1 260px;min-width:0">{p._repr_html_()}</div>' for p in pictures)
     return Picture(f'<div style="display:flex;flex-wrap:wrap;gap:0 2em;align-items:flex-start">{cells}</div>')
 

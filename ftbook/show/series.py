@@ -8,6 +8,8 @@ import itertools
 import math
 from collections.abc import Mapping
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/charts.ipynb #1a64ad67
 def _floats(what, column):
     column = column.tolist() if hasattr(column, 'tolist') else list(column)
@@ -15,7 +17,7 @@ def _floats(what, column):
         return [math.nan if v is None else float(v) for v in column]
     except (TypeError, ValueError):
         bad = next(v for v in column if not isinstance(v, (int, float, type(None))))
-        raise ValueError(f"{what} has {bad!r}, which is not a number") from None
+        raise Problem(f'{what} has {bad!r}, which is not a number') from None
 
 # %% ../../nbs/inside/charts.ipynb #c12999fe
 def _finite(row):
@@ -25,16 +27,16 @@ def _finite(row):
 def _series(kind, name, data, names):
     what = f'{kind} {name!r}'
     if not isinstance(data, (tuple, list)) or len(data) != len(names):
-        raise ValueError(f"{what} should be a tuple ({', '.join(names)})")
+        raise Problem(f"{what} should be a tuple ({', '.join(names)})")
     columns = [_floats(what, c) for c in data]
     sizes = [len(c) for c in columns]
     if len(set(sizes)) > 1:
-        raise ValueError(f"{what}: " + ' but '.join(f'{s} {n}' for s, n in zip(sizes, names)))
+        raise Problem(f"{what}: " + ' but '.join(f'{s} {n}' for s, n in zip(sizes, names)))
     if not sizes[0]:
-        raise ValueError(f"{what} is empty")
+        raise Problem(f'{what} is empty')
     rows = list(zip(*columns))
     if not any(map(_finite, rows)):
-        raise ValueError(f"{what}: none of its {sizes[0]} values is finite")
+        raise Problem(f'{what}: none of its {sizes[0]} values is finite')
     return rows
 
 # %% ../../nbs/inside/charts.ipynb #7fd77b03
@@ -44,13 +46,13 @@ _kinds = dict(bands=('band', ('xs', 'lows', 'highs')), lines=('line', ('xs', 'ys
 def _gather(**given):
     for group, data in given.items():
         if data is not None and not isinstance(data, Mapping):
-            raise ValueError(f"{group} should be a dict from names to series, not {type(data).__name__}")
+            raise Problem(f'{group} should be a dict from names to series, not {type(data).__name__}')
     data = {
         g: {str(name): _series(_kinds[g][0], name, s, _kinds[g][1]) for name, s in (given[g] or {}).items()}
         for g in _kinds
     }
     if not any(data.values()):
-        raise ValueError("nothing to plot: give lines, points or bands")
+        raise Problem('nothing to plot', 'give lines, points or bands')
     return data
 
 # %% ../../nbs/inside/charts.ipynb #6dd0c424
@@ -59,7 +61,7 @@ def _check_log(data, side, first):
         for name, rows in series.items():
             bad = [v for row in rows if _finite(row) for v in (row[:1] if first else row[1:]) if v <= 0]
             if bad:
-                raise ValueError(f"{side} needs values above 0; {_kinds[group][0]} {name!r} has {bad[0]:g}")
+                raise Problem(f'{side} needs values above 0; {_kinds[group][0]} {name!r} has {bad[0]:g}')
 
 # %% ../../nbs/inside/charts.ipynb #f2eb1c40
 def _thin(run, tolerance=0.3):

@@ -7,6 +7,7 @@ __all__ = ['table']
 import math
 from collections.abc import Mapping, Sequence
 
+from ..problem import Problem
 from .axes import _sign, tidy
 from .page import escape, Picture
 
@@ -52,11 +53,11 @@ def table(
     "Draw `rows` as a table: numbers to the right, with the same decimals down a column."
     rows = list(rows)
     if not rows:
-        raise ValueError("the table has no rows")
+        raise Problem('the table has no rows')
     every = list(dict.fromkeys(k for row in rows for k in row))
     columns = columns if isinstance(columns, Mapping) else {c: c for c in columns or every}
     if missing := [c for c in columns if c not in every]:
-        raise ValueError(f"no row has {missing[0]!r}; there are: {', '.join(map(str, every))}")
+        raise Problem(f"no row has {missing[0]!r}; there are: {', '.join(map(str, every))}")
     down = {c: [row.get(c) for row in rows] for c in columns}
     texts = {c: _column(values, digits) for c, values in down.items()}
     numeric = [texts[c] is not None for c in columns]

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..problem import Problem
 from .processes import _cut_like, _whole
 
 # %% ../../nbs/inside/checkpoints.ipynb #d4cd0500
@@ -166,8 +167,10 @@ def _check_same(path, now, then):
     "Refuse to go on with another run."
     differ = [f'{k} was {then.get(k)!r} and is {now[k]!r}' for k in now if now[k] != then.get(k)]
     if differ:
-        raise ValueError(
-            f"{path} belongs to another run: {'; '.join(differ)}. Give the same data and settings, or another `out`"
+        raise Problem(
+            f"{path} belongs to another run: {'; '.join(differ)}",
+            'Give the same data and settings, or another `out`',
+            file=path,
         )
 
 
@@ -216,14 +219,14 @@ def _begin(loop, run, out, resume):
     "Find the checkpoint to go on from, or see that there is none."
     found = checkpoints(Path(out) / 'checkpoints') if out else []
     if found and not resume:
-        raise ValueError(
-            f"{out} holds a run that reached step {int(found[-1].name[5:])}: go on with it (`resume=True`), or "
-            "choose another folder"
+        raise Problem(
+            f'{out} holds a run that reached step {int(found[-1].name[5:])}: go on with it (`resume=True`), or '
+            'choose another folder'
         )
     if resume and not out:
-        raise ValueError("resume=True needs `out`, the folder of the run to go on with")
+        raise Problem('resume=True needs `out`, the folder of the run to go on with', key='resume')
     if found and loop.deepspeed:
-        raise ValueError(
+        raise Problem(
             "DeepSpeed keeps AdamW's moments to itself, so a run cannot go on under it: go on with ddp or "
             "fsdp2, or begin in another folder"
         )

@@ -13,6 +13,7 @@ import math
 import torch
 
 from ..data.examples import Example
+from ..problem import Problem
 
 # %% ../../nbs/inside/training_checks.ipynb #d28c7273
 def check_trainable(
@@ -22,19 +23,18 @@ def check_trainable(
 ):
     "Refuse what would train nothing, or train badly."
     if not named:
-        raise ValueError(
-            "no parameter of the model requires a gradient, so nothing would be trained: apply a method, or "
-            "`model.requires_grad_(True)`"
+        raise Problem(
+            'no parameter of the model requires a gradient, so nothing would be trained',
+            'apply a method, or `model.requires_grad_(True)`',
         )
     low = next((n for n, p in named.items() if p.dtype in (torch.bfloat16, torch.float16)), None)
     if low:
-        raise ValueError(
-            f"{low} is to be trained but is kept in {str(named[low].dtype)[6:]}, which "
-            "rounds small updates away: "
-            "load the model in float32 and give `precision='bf16'`"
+        raise Problem(
+            f'{low} is to be trained but is kept in {str(named[low].dtype)[6:]}, which rounds small updates away',
+            "load the model in float32 and give `precision='bf16'`",
         )
     if precision == 'fp16' and device == 'cpu':
-        raise ValueError("fp16 needs a GPU; on a CPU use precision='bf16' or None")
+        raise Problem("fp16 needs a GPU; on a CPU use precision='bf16' or None")
 
 # %% ../../nbs/inside/training_checks.ipynb #6df96d44
 class NonFiniteLoss(RuntimeError):

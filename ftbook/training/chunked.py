@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..ghost import runs_on
+from ..problem import Problem
 
 # %% ../../nbs/inside/chunked_loss.ipynb #3791073f
 def nats_and_gradient_(
@@ -83,7 +84,7 @@ def chunked_loss(
 ) -> Tensor:  # Summed loss in nats; divide by the number of targets for the mean
     "Cross-entropy of a linear head at `targets` only; peak memory is one chunk of logits."
     if len(hidden) != len(targets):
-        raise ValueError(f"{len(hidden)} hidden states for {len(targets)} targets")
+        raise Problem(f'{len(hidden)} hidden states for {len(targets)} targets')
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

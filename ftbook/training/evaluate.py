@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.examples import Example
+from ..problem import Problem
 from .batches import _sharing, isolated, portions, to_device
 from .objective import Objective
 
@@ -63,7 +64,7 @@ def evaluate(
 ) -> Evaluation:  # In the order of `examples`
     "Mean loss per target token, and the loss of every example; never more than a chunk of logits."
     if not examples:
-        raise ValueError("there is no example to evaluate")
+        raise Problem('there is no example to evaluate')
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     training = model.training
     found = {}

@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/launch.ipynb #5291d632
 def config_files() -> dict[str, Path]:  # Kind -> file
     "The configurations in the package."
@@ -38,14 +40,15 @@ def _read(path):
     try:
         config = yaml.safe_load(Path(path).read_text())
     except OSError as e:
-        raise ValueError(
-            f"{path} cannot be read ({e.strerror}): give a file, or one of {', '.join(config_files())} to "
-            "`launch_config`"
+        raise Problem(
+            f'{path} cannot be read ({e.strerror})',
+            f"give a file, or one of {', '.join(config_files())} to `launch_config`",
+            file=path,
         ) from e
     except yaml.YAMLError as e:
-        raise ValueError(f"{path} is no YAML: {e}") from e
+        raise Problem(f'{path} is no YAML: {e}', file=path) from e
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold keys and values, not {config!r:.60}")
+        raise Problem(f'{path} must hold keys and values, not {config!r:.60}', file=path)
     return config
 
 # %% ../../nbs/inside/launch.ipynb #de1bef92
@@ -146,7 +149,7 @@ def validate_config(
     if here and not found:
         found = list(_missing_here(c))
     if found:
-        raise ValueError(f"{'the configuration' if isinstance(config, dict) else config}: " + '; '.join(found))
+        raise Problem(f"{'the configuration' if isinstance(config, dict) else config}: " + '; '.join(found))
     return c
 
 # %% ../../nbs/inside/launch.ipynb #47fe7fea
@@ -170,7 +173,7 @@ def launch_config(
 ) -> dict:  # ValueError for what cannot be
     "A configuration of accelerate, checked."
     if kind not in config_files():
-        raise ValueError(f"kind must be one of {', '.join(config_files())}, not {kind!r}")
+        raise Problem(f"kind must be one of {', '.join(config_files())}, not {kind!r}", key='kind')
     config = _read(config_files()[kind]) | dict(num_processes=n_devices, mixed_precision=mixed_precision, use_cpu=cpu)
     validate_config(_placed(config, changes))
     if path:

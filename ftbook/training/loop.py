@@ -19,6 +19,7 @@ from torch import nn
 
 from ..data.examples import Example
 from ..data.packs import length_batches, pack, pad, shared_prefix
+from ..problem import Problem
 from .batches import _sharing, to_device
 from .checks import check_finite, check_trainable
 from .objective import Objective
@@ -168,9 +169,7 @@ def add_penalty(self: Loop) -> dict:
     if self.regularizer is None:
         return {}
     if self.sharded or self.deepspeed:
-        raise ValueError(
-            "a regulariser reads whole weights: run it on one device, or under ddp"
-        )
+        raise Problem('a regulariser reads whole weights', 'run it on one device, or under ddp')
     with self.synchronised(last=False):
         with self.accelerator.autocast():
             penalty = self.regularizer(self.model, self.step)

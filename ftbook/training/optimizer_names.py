@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..problem import Problem
 from .optimizers import Adafactor, AdamW8bit, StepInBackward
 
 # %% ../../nbs/inside/optimizer_names.ipynb #894d1b551
@@ -84,9 +85,12 @@ def as_optimizer(
     if callable(optimizer):
         return optimizer
     if optimizer not in OPTIMIZERS:
-        raise ValueError(
-            f'optimizer must be one of {", ".join(OPTIMIZERS)}, or a function that '
-            f'takes parameter groups, not {optimizer!r}'
+        raise Problem(
+            (
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, or a function that takes parameter groups, not "
+                f"{optimizer!r}"
+            ),
+            key='optimizer',
         )
     return OPTIMIZERS[optimizer]
 

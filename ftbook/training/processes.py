@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from ..problem import Problem
+
 # %% ../../nbs/inside/processes.ipynb #894d1b550
 def _wanted(*engines):
     return any(os.environ.get(f'ACCELERATE_USE_{e}', '').lower() == 'true' for e in engines)
@@ -66,7 +68,7 @@ def _with_fsdp(accelerator):
     if state.distributed_type != DistributedType.FSDP:
         return accelerator
     if not accelerator.is_fsdp2:
-        raise ValueError("this run was launched with FSDP 1: set fsdp_version: 2 in the configuration of accelerate")
+        raise Problem('this run was launched with FSDP 1', 'set fsdp_version: 2 in the configuration of accelerate')
     state.fsdp_plugin.cpu_ram_efficient_loading = False  # every process has the weights already
     return accelerator
 
@@ -94,9 +96,9 @@ def check_world(
     world = loop.world[0]
     rows = loop.settings.batch_size
     if world > rows:
-        raise ValueError(
-            f"batch_size {rows} leaves {world - rows} of {world} processes without a row in every step: raise "
-            f"batch_size to {world} or more, or start fewer processes"
+        raise Problem(
+            f'batch_size {rows} leaves {world - rows} of {world} processes without a row in every step',
+            f'raise batch_size to {world} or more, or start fewer processes',
         )
     if loop.deepspeed:
         _set_deepspeed(loop)
@@ -108,9 +110,9 @@ def check_world(
 def _set_deepspeed(loop):
     "What DeepSpeed does by itself, done as the settings say; its stage 3 is refused."
     if loop.deepspeed.zero_stage > 2:
-        raise ValueError(
-            "DeepSpeed's stage 3 hides the weights from the loop, which reads them for its loss and its "
-            "checkpoints: take fsdp2, which divides the same, or zero2"
+        raise Problem(
+            "DeepSpeed's stage 3 hides the weights from the loop, which reads them for its loss and its checkpoints",
+            'take fsdp2, which divides the same, or zero2',
         )
     loop.deepspeed.deepspeed_config.update(
         train_micro_batch_size_per_gpu=1,
@@ -190,5 +192,5 @@ def as_sharding(
     "The name of an engine, as plans and configurations have it."
     name = 'fsdp2' if name == 'fsdp' else name
     if name not in DIVIDED:
-        raise ValueError(f'sharding must be one of {", ".join(DIVIDED)}, not {name!r}')
+        raise Problem(f"sharding must be one of {', '.join(DIVIDED)}, not {name!r}")
     return name

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
+from ..problem import Problem
+
 # %% ../../nbs/06_settings.ipynb #749b3828
 def lr_at(
     step: int,  # 0 is the first
@@ -58,7 +60,7 @@ class Settings:
 def _check_settings(s):
     def need(ok, name, wanted):
         if not ok:
-            raise ValueError(f"{name} must be {wanted}, not {getattr(s, name)!r}")
+            raise Problem(f'{name} must be {wanted}, not {getattr(s, name)!r}', key=name)
 
     for name in ('lr', 'epochs'):
         need(math.isfinite(getattr(s, name)) and getattr(s, name) > 0, name, 'above 0')

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.examples import Example
 from ..models.device import peak_memory
+from ..problem import Problem
 from .batches import isolated
 from .checkpoints import _begin, put_weights_
 from .checks import NonFiniteLoss
@@ -74,9 +75,9 @@ def _prepared(model, settings, fast):
 def _check_asked(examples, eval_examples, patience):
     "Refuse a call that cannot be meant."
     if not examples:
-        raise ValueError("there is no example to train on")
+        raise Problem('there is no example to train on')
     if patience and not eval_examples:
-        raise ValueError("patience counts evaluations, so it needs `eval_examples`")
+        raise Problem('patience counts evaluations, so it needs `eval_examples`')
 
 
 def _say_interrupted(loop, out):

@@ -15,6 +15,7 @@ from ..methods.files import adapter_tensors
 from ..methods.fold import remove_
 from ..methods.parts import parts_of
 from ..methods.protocol import method_of
+from ..problem import Problem
 
 # %% ../../nbs/27_using.ipynb #91ec8a34
 @contextmanager
@@ -25,7 +26,7 @@ def untuned(
     "The model without its method, for the length of a block."
     method = method_of(model)
     if any(part.merged for part in parts_of(model).values()):
-        raise ValueError('the method is merged into the weights: `unmerge_(model)` first')
+        raise Problem('the method is merged into the weights', '`unmerge_(model)` first')
     tensors = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
     training = model.training
     remove_(model)

@@ -13,6 +13,7 @@ from ..files import _scratch
 from ..methods.files import load_adapter, read_adapter_config
 from ..methods.fold import merge_, remove_
 from ..models.load import load_model
+from ..problem import Problem
 
 # %% ../../nbs/27_using.ipynb #e149ffd6
 PROBE = 'The capital of France is', 'A good review says what was seen.'
@@ -61,9 +62,13 @@ def export(
     "Fold an adapter into its base model, save the result, and check it against the live model."
     out = Path(out)
     if format not in FORMATS:
-        raise ValueError(
-            f'format must be one of {", ".join(FORMATS)}, not {format!r}: for GGUF or Ollama, '
-            "export as 'safetensors' and give that folder to llama.cpp's convert_hf_to_gguf.py"
+        raise Problem(
+            (
+                f"format must be one of {', '.join(FORMATS)}, not {format!r}: for GGUF or "
+                "Ollama, export as 'safetensors' and give that folder to llama.cpp's "
+                "convert_hf_to_gguf.py"
+            ),
+            key='format',
         )
     if out.exists() and not overwrite:
         raise FileExistsError(f'{out} is there already: give another folder, or overwrite=True')

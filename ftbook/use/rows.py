@@ -17,6 +17,7 @@ from ..data.encoding import encode
 from ..data.examples import Example
 from ..data.read import read_rows
 from ..data.split import split_rows
+from ..problem import Problem
 from ..recipe.config import DataKeys
 from ..recipe.rows import find_labels, shape_rows
 from ..training.watch import Run
@@ -43,9 +44,12 @@ def _first_refused(refused, keys):
     "The error for rows that cannot be used."
     row, why = refused[0]
     more = f' (and {len(refused) - 1} more rows)' if len(refused) > 1 else ''
-    return ValueError(
-        f'row {row}: {why}{more}. The columns are {keys.text_column!r} and {keys.label_column!r}; '
-        'name others with keys=DataKeys(text_column=..., label_column=...)'
+    return Problem(
+        (
+            f'{why}{more}. The columns are {keys.text_column!r} and {keys.label_column!r}; name others with '
+            'keys=DataKeys(text_column=..., label_column=...)'
+        ),
+        row=row,
     )
 
 
@@ -73,8 +77,8 @@ def prepare_rows(
     if isinstance(source, Sequence) and source and isinstance(source[0], Example):
         return Prepared(list(source))
     if tokenizer is None:
-        raise ValueError(
-            'rows that are not encoded need the tokenizer: give tokenizer=tokenizer, as load_model returned it'
+        raise Problem(
+            'rows that are not encoded need the tokenizer', 'give tokenizer=tokenizer, as load_model returned it'
         )
     keys = keys or DataKeys()
     shaped, labels = shaped_rows(source, keys)
@@ -85,8 +89,9 @@ def _n_held_out(eval_rows, n):
     "Rows to hold out, from a share or a number."
     n_test = round(eval_rows * n) if eval_rows < 1 else int(eval_rows)
     if not 0 < n_test < n:
-        raise ValueError(
-            f'eval_rows={eval_rows} would hold out {n_test} of {n} rows: at least one must be left on each side'
+        raise Problem(
+            f'eval_rows={eval_rows} would hold out {n_test} of {n} rows: at least one must be left on each side',
+            key='eval_rows',
         )
     return n_test
 
@@ -121,7 +126,7 @@ def finetune(
     train, held_out = made.examples, None
     if eval_rows is not None:
         if settings.get('eval_examples') is not None:
-            raise ValueError('eval_rows and eval_examples both hold rows out: give one of them')
+            raise Problem('eval_rows and eval_examples both hold rows out', 'give one of them')
         train, held_out = split_prepared(made, eval_rows, seed)
         settings['eval_examples'] = held_out
     return finetune_examples(model, train, seed=seed, **settings)

@@ -110,7 +110,7 @@ def _hand_over(result, as_json):
         return  # the first one speaks
     if as_json:
         return print(json.dumps(result.facts))
-    from ftbook.recipe.report import summary_line
+    from ftbook.recipe.words import summary_line
 
     print(f"\n{summary_line(result.facts)}\n{'report':8} {folder / 'report.html'}\n{saved:8} {folder / saved}")
     if result.facts.get('missing'):

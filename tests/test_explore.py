@@ -9,7 +9,7 @@ from ftbook.show.bar_chart import bars
 from ftbook.show.charts import plot
 from ftbook.show.controls import Control
 from ftbook.show.explorer import _unpack, drop_widget_views, explore
-from ftbook.show.page import escape, page, Picture, row
+from ftbook.show.page import page, Picture, row
 from ftbook.show.tables import table
 
 NOTEBOOK = Path(__file__).parent.parent / 'nbs/inside/explorer.ipynb'
@@ -50,7 +50,7 @@ def show(browser):
         tab.on('pageerror', lambda e: trouble.append(str(e)))
         tab.on('console', lambda m: trouble.append(m.text))
         tab.on('request', lambda r: None if r.url.startswith(('data:', 'about:')) else trouble.append(r.url))
-        tab.set_content(body if body.startswith('<!doctype') else page('test', ('', body)))
+        tab.set_content(body if body.startswith('<!doctype') else page('test', ('', Picture(body))))
         opened.append((context, trouble))
         return tab
 
@@ -461,7 +461,7 @@ def test_text_from_data_stays_text():
         table([{evil: evil}], title=evil),
     ):
         assert '<img' not in picture.html and '<img' not in picture.svg
-    assert '<img' not in page(evil, (evil, escape(evil)))
+    assert '<img' not in page(evil, (evil, evil))
     assert '<img' not in explore(lambda a: a, lambda v: Picture('x'), a=Control([evil, 'b'], label=evil)).html
 
 
@@ -561,8 +561,8 @@ def test_a_page_stands_alone(show):
     report = page(
         'A run',
         ('Loss', plot({'a': ([1, 2], [1, 2])})),
-        ('Loss', [table([dict(a=1, b=None)]), '<p>more</p>']),
-        ('Next', '<p>x</p>'),
+        ('Loss', [table([dict(a=1, b=None)]), 'more']),
+        ('Next', 'x'),
     )
     tab = show(report)
     assert tab.locator('h2').evaluate_all('es => es.map(e => e.id)') == ['loss', 'loss-2', 'next']

@@ -11,6 +11,7 @@ from ftbook.forgetting import lost as forgetting_lost
 from ftbook.forgetting import choices as forgetting_choices
 from ftbook.recipe import checks as recipe_checks
 from ftbook.recipe import config as recipe_config
+from ftbook.recipe import facts as recipe_facts
 from ftbook.recipe import job as recipe_job
 from ftbook.recipe import judge as recipe_judge
 from ftbook.recipe import preflight as recipe_preflight
@@ -18,6 +19,7 @@ from ftbook.recipe import report as recipe_report
 from ftbook.recipe import rows as recipe_rows
 from ftbook.recipe import run as recipe_run
 from ftbook.recipe import stages as recipe_stages
+from ftbook.recipe import words as recipe_words
 from ftbook.training import tune as training_tune
 from ftbook.methods.lora_method import LoRA
 from ftbook.methods.files import load_adapter
@@ -720,7 +722,7 @@ def test_a_quantised_run_and_its_adapter_on_the_same_base(make, tiny, tmp_path, 
     assert (
         0 < result.facts["memory_plan"]["quantised weights"] < 14 * 64 * 64 * 4 / 3
         and f"load_quantized({str(tiny)!r}, {kind!r}, dtype='float32')"
-        in recipe_report.loading_code(result.facts["recipe"])
+        in recipe_words.loading_code(result.facts["recipe"])
     )
     model = load_adapter(load_quantized(tiny, kind, dtype="float32", device="cpu")[0], tmp_path / "run/adapter")
     told = recipe_judge.measure(recipe_preflight.prepare(recipe), model, {})
@@ -1106,8 +1108,8 @@ def test_a_run_that_trains_the_embedding_ends_with_an_adapter_that_loads(make, t
         (recipe_judge, "write_answers", trained, "answers"),
         (recipe_judge, "measure_battery", trained, "battery"),
         (recipe_judge, "_texts_read", trained, "texts"),
-        (recipe_report, "compare_losses", None, "texts"),
-        (recipe_report, "moved", None, "changes"),
+        (recipe_facts, "compare_losses", None, "texts"),
+        (recipe_facts, "moved", None, "changes"),
         (recipe_run, "show_mask", None, "mask"),
         (recipe_report, "draw_losses", None, "Training"),
     ],
@@ -1151,7 +1153,7 @@ def test_a_judge_that_fails_for_good_fails_again_and_the_run_stays(make, tmp_pat
         and again.facts["accuracy_after"] is None
         and again.facts["loss_after"] is None
     )
-    assert "was not measured" in again.report.html() and "trained in 10 steps and saved" in recipe_report.summary_line(
+    assert "was not measured" in again.report.html() and "trained in 10 steps and saved" in recipe_words.summary_line(
         again.facts
     )
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..forgetting.report import draw_answers, draw_moved
 from .words import bytes_text
 from ..show.bar_chart import bars
 from ..show.charts import plot
@@ -59,35 +58,12 @@ def draw_losses(
     )
 
 # %% ../../nbs/inside/run_report.ipynb #3c69761f
-def draw_lost(
+def loss_table(
     lost: dict,  # {text: `Forgetting` as a dict}
-) -> list[Picture]:
-    "The loss on other text: its change, and before and after."
-    return [
-        draw_intervals(
-            {k: (f['change'], f['low'], f['high']) for k, f in lost.items()}, marks={'no change': 0.0}, write=signed
-        ),
-        table(
-            list(lost.values()),
-            columns=dict(name='text', tokens='tokens', before='loss before', after='loss after'),
-            digits=4,
-        ),
-    ]
-
-
-def draw_battery(
-    kept: dict,  # What the battery found beside its texts
-) -> list[Picture]:  # As many as there is something to draw
-    "Questions answered right, matrices that moved, and answers to simple requests."
-    drawn = []
-    if kept['tasks']:
-        right = {k: {'before': b / n, 'after': a / n} for k, (b, a, n) in kept['tasks'].items()}
-        drawn.append(bars(right, x_label='share of the questions answered right'))
-    if kept['moved']:
-        drawn.append(draw_moved(kept['moved']))
-    if kept['answers']:
-        drawn.append(draw_answers(kept['answers']))
-    return drawn
+) -> Picture:
+    "The loss on other text, before and after."
+    columns = dict(name='text', tokens='tokens', before='loss before', after='loss after')
+    return table(list(lost.values()), columns=columns, digits=4)
 
 # %% ../../nbs/inside/run_report.ipynb #307054b4
 _stages = dict(

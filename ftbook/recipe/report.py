@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from ..files import write_text
-from ..forgetting.report import battery_words, forgetting_words
-from .figures import answers_shown, draw_battery, draw_change, draw_cost, draw_losses, draw_lost
+from ..forgetting.figures import battery_words, draw_battery, draw_lost, forgetting_words
+from .figures import answers_shown, draw_change, draw_cost, draw_losses, loss_table
 from .judge import Attempts
 from .words import advice, bytes_text, loading_code, summary_line, summary_sentence, time_text
 from ..show.page import HtmlReport, inline, Picture, Section, whole_page
@@ -90,7 +90,7 @@ def _forgotten(f, more):
         f"The loss on {tokens:,} tokens of plain text that was not trained on, after minus before, with "
         f"its 95% interval. To the right of zero, something was lost. {forgetting_words(lost)}"
     )
-    return found | dict(said=[said], texts=draw_lost(lost))
+    return found | dict(said=[said], texts=[draw_lost(lost), loss_table(lost)])
 
 # %% ../../nbs/inside/run_report.ipynb #3e5f9f32
 def _learnt(f, mask, more):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ftbook.show.axes import _Axis, tidy
 from ftbook.show.bar_chart import bars
-from ftbook.show.charts import plot
+from ftbook.show.charts import Frame, plot
 from ftbook.show.controls import Control
 from ftbook.show.explorer import _unpack, drop_widget_views, explore
 from ftbook.show.page import page, Picture, row
@@ -103,7 +103,7 @@ def two_kinds():
 def one_line():
     return explore(
         lambda k: ([1, 2, 3], [k, k * 2, k * 3]),
-        lambda v: plot({'a "quoted" <name>': v}, y_range=(0, 30)),
+        lambda v: plot({'a "quoted" <name>': v}, frame=Frame(y_range=(0, 30))),
         k=Control(range(10), value=3, label='<slope> & "more"'),
     )
 
@@ -335,14 +335,18 @@ def nothing(**kwargs):
         (lambda: plot({'a': ([1, 2], [math.nan, None])}), ValueError, "line 'a': none of its 2 values is finite"),
         (lambda: plot({'a': ([1], ['x'])}), ValueError, "line 'a' has 'x', which is not a number"),
         (
-            lambda: plot(points={'a': ([0], [1])}, log_x=True),
+            lambda: plot(points={'a': ([0], [1])}, frame=Frame(log_x=True)),
             ValueError,
             "log_x needs values above 0; points 'a' has 0",
         ),
-        (lambda: plot({'a': ([1], [-1])}, log_y=True), ValueError, "log_y needs values above 0; line 'a' has -1"),
-        (lambda: plot({'a': ([1], [1])}, y_range=(2, 1)), ValueError, 'an axis cannot go from 2 to 1'),
         (
-            lambda: plot({'a': ([1], [1])}, marks={'m': 0}, log_x=True),
+            lambda: plot({'a': ([1], [-1])}, frame=Frame(log_y=True)),
+            ValueError,
+            "log_y needs values above 0; line 'a' has -1",
+        ),
+        (lambda: plot({'a': ([1], [1])}, frame=Frame(y_range=(2, 1))), ValueError, 'an axis cannot go from 2 to 1'),
+        (
+            lambda: plot({'a': ([1], [1])}, marks={'m': 0}, frame=Frame(log_x=True)),
             ValueError,
             "log_x needs values above 0; mark 'm' has 0",
         ),
@@ -372,12 +376,11 @@ def gallery():
                 n: (ranks, [r * c for r in ranks])
                 for n, c in (('576×192', 3e-3), ('576×576', 2e-3), ('576×1,536', 1.9e-3))
             },
-            log_x=True,
-            log_y=True,
             x_label='rank',
             y_label='share',
             title='A title',
             marks={'rank 16': 16, 'breaks even at': 288, 'and here is another': 300},
+            frame=Frame(log_x=True, log_y=True),
         ),
         band=plot(
             {'mean': (xs, [1 / x for x in xs])},
@@ -389,8 +392,8 @@ def gallery():
             {f'method number {i}': ([0, 1], [i, i * 2]) for i in range(9)},
             title='A long title that has to wrap on a narrow page, and does',
         ),
-        near=plot({c: ([0, 1], [0, 1 + i / 1e3]) for i, c in enumerate('abcdef')}, height=240),
-        lrs=plot({'accuracy': ([1e-5, 1e-4, 1e-3], [0.6, 0.7, 0.9])}, log_x=True, height=240),
+        near=plot({c: ([0, 1], [0, 1 + i / 1e3]) for i, c in enumerate('abcdef')}, frame=Frame(height=240)),
+        lrs=plot({'accuracy': ([1e-5, 1e-4, 1e-3], [0.6, 0.7, 0.9])}, frame=Frame(log_x=True, height=240)),
         big=plot({'': ([0, 4e9], [-5e6, 5e6])}),
         flat=plot({'': ([1, 2], [3, 3])}),
         small=plot({'': ([0, 3e-5], [0, 2e-7])}),
@@ -482,7 +485,7 @@ def test_names_may_be_numbers():
 
 
 def test_marks_outside_a_fixed_range_are_not_drawn():
-    assert 'far' not in plot({'': ([0, 1], [0, 1])}, marks={'far': 9}, x_range=(0, 1)).html
+    assert 'far' not in plot({'': ([0, 1], [0, 1])}, marks={'far': 9}, frame=Frame(x_range=(0, 1))).html
 
 
 def test_any_finite_numbers_make_a_chart():
@@ -497,7 +500,7 @@ def test_any_finite_numbers_make_a_chart():
             else random.choice([1, 2, 1e9, 1e9 + 1, 1e-7])
         )
         xs, ys = [one() or 1 for _ in range(n)], [one() or 1 for _ in range(n)]
-        for p in (plot({'a': (xs, ys)}, {'a': (xs, ys)}, log_x=log, log_y=log), bars(dict(enumerate(ys)))):
+        for p in (plot({'a': (xs, ys)}, {'a': (xs, ys)}, frame=Frame(log_x=log, log_y=log)), bars(dict(enumerate(ys)))):
             assert not re.search(r'\b(nan|inf)\b', p.html), (xs, ys)
             xml.dom.minidom.parseString(p.svg)
 

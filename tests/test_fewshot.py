@@ -1087,7 +1087,12 @@ def test_a_report_says_what_was_warned(tiny, tmp_path):
 def test_a_file_that_cannot_be_used(tiny, tmp_path, rows, kw, said):
     with pytest.raises(ValueError, match=said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fewshot_report(write_csv(tmp_path / "rows.csv", rows), out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"), **kw)
+        fewshot_report(
+            write_csv(tmp_path / "rows.csv", rows),
+            out=tmp_path / "out",
+            settings=FewShotSettings(tiny, device="cpu"),
+            **kw,
+        )
 
 
 def test_a_row_of_a_file_keeps_its_number_whatever_is_left_out_before_it(tiny, tmp_path):

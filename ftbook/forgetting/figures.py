@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..show.bar_chart import bars
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 from ..show.intervals import crosses, draw_intervals, signed
 from ..show.page import Picture, Section
 from ..show.tables import table
@@ -84,7 +84,7 @@ def draw_moved(
         {k: v for k, v in found.items() if k not in lines},
         x_label='layer',
         y_label='update, % of the norm of the weights',
-        width=736,
+        frame=Frame(width=736),
     )
 
 # %% ../../nbs/inside/forgetting_report.ipynb #286482c6
@@ -154,7 +154,5 @@ def draw_pareto(
         x_label=x_label,
         y_label='nats per token lost on other text',
         title=title,
-        x_range=ranges[0],
-        y_range=ranges[1],
-        height=440,
+        frame=Frame(x_range=ranges[0], y_range=ranges[1], height=440),
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from .words import bytes_text
 from ..show.bar_chart import bars
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 from ..show.intervals import draw_intervals, signed
 from ..show.page import Picture
 from ..show.tables import table
@@ -52,9 +52,7 @@ def draw_losses(
         {'each step': (steps, losses)},
         x_label='step',
         y_label='loss, nats per learnt token' + ', logarithmic scale' * steep,
-        width=736,
-        height=280,
-        log_y=steep,
+        frame=Frame(log_y=steep, width=736, height=280),
     )
 
 # %% ../../nbs/inside/run_report.ipynb #3c69761f

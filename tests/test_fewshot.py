@@ -1041,6 +1041,18 @@ def test_a_report_of_sixteen_rows(tiny, tmp_path, monkeypatch):
     assert names["model"].classes == report.model.classes
 
 
+def test_a_report_escapes_rows_labels_and_file_names(tiny, tmp_path):
+    texts, labels = sentences(4, classes=("kitchen", "sea"))
+    evil = "<script>alert(1)</script>"
+    named = [evil if c == "sea" else c for c in labels]
+    file = write_csv(tmp_path / "<script>.csv", [("text", "label"), *zip(texts, named), (evil, "")])
+    report = fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"))
+    for shown in (report.html(), (tmp_path / "out" / "report.html").read_text(), report._repr_html_()):
+        assert "<script" not in shown and "&lt;script&gt;" in shown
+    assert report.html().count("&lt;script&gt;") >= 5  # the title twice, two classes, a row to label
+    assert report.save(tmp_path / "alone.html").read_text() == report.html()
+
+
 def test_shots_and_other_judges(tiny, tmp_path):
     texts, labels = sentences(10)
     file = write_csv(tmp_path / "rows.csv", [("body", "kind"), *zip(texts, labels)])

@@ -11,7 +11,7 @@ from ftbook.quality.audit import SAFE, audit
 from ftbook.quality.report import audit_report, save_audit
 from ftbook.quality.form import check_form
 from ftbook.quality.cleaning import clean, write_clean
-from ftbook.quality.findings import view_rows
+from ftbook.quality.findings import Finding, view_rows
 
 good = [
     "The film was long, and the plot had more holes than a sieve.",
@@ -225,6 +225,17 @@ def test_the_report_is_whole(tmp_path):
     assert '<script>alert' not in html and 'http' not in html.replace('http://www.w3.org', '')
     flat, told = read_rows(folder / 'findings.parquet'), json.loads((folder / 'findings.json').read_text())
     assert len(flat) == sum(len(f['rows']) for f in told['findings']) and told['rows'] == 6
+
+
+def test_the_report_escapes_rows_labels_and_file_names(tmp_path):
+    evil = '<script>alert(1)</script>'
+    rows = labelled([*good, good[0], evil, evil], [evil, 'neg', evil, 'neg', 'neg', 'neg', evil])
+    report = audit_report(quick(rows), f'{evil}.csv: the audit')
+    html = report.html()
+    assert '<script' not in html and html.count('&lt;script&gt;') > 5
+    assert report.save(tmp_path / 'alone.html').read_text() == html
+    report.audit.findings.append(Finding('note', evil, evil))
+    assert '<script' not in report._repr_html_() and report._repr_html_().count('&lt;script&gt;') >= 2
 
 
 def test_the_audit_changes_nothing():

@@ -31,7 +31,7 @@ from .files import _write_json
 from .uncertain import next_rows
 from ..files import _check_place, _whole
 from ..problem import Problem
-from ..show.page import HtmlReport, inline, Section, whole_page
+from ..show.page import HtmlReport, inline, Section, sentence, whole_page
 from ..show.tables import table
 
 # %% ../../nbs/inside/fewshot_report.ipynb #05242c53
@@ -70,7 +70,7 @@ class FewShotReport(HtmlReport):
 
     def said(self) -> list[str]:  # Sentences
         "The result, what the check says of it, and what was warned."
-        return [s for s in (self.headline, self.facts['check'], *self.facts['warnings']) if s]
+        return [sentence(s) for s in (self.headline, self.facts['check'], *self.facts['warnings']) if s]
 
     def html(self) -> str:  # A page that loads nothing
         "The report as a page."
@@ -113,7 +113,7 @@ def _sections(report):
         result=Section('', dict(said=report.said())),
         confusion=Section('What was taken for what', dict(said=[confusion], drawn=[draw_confusion(report.evaluation)])),
         reliability=Section(
-            'How sure it may be', dict(said=[sure], drawn=[draw_reliability({judge: report.evaluation})])
+            'How sure it may be', dict(said=[sure], drawn=[draw_reliability({'this classifier': report.evaluation})])
         ),
         following=Section(
             'Label these next',

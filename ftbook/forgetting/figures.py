@@ -13,7 +13,6 @@ from ..show.bar_chart import bars
 from ..show.charts import Frame, plot
 from ..show.intervals import crosses, draw_intervals, signed
 from ..show.page import Picture, Section
-from ..show.tables import table
 
 # %% ../../nbs/inside/forgetting_report.ipynb #50dbd19b
 def forgetting_words(
@@ -84,18 +83,17 @@ def draw_moved(
         {k: v for k, v in found.items() if k not in lines},
         x_label='layer',
         y_label='update, % of the norm of the weights',
+        title='How far the weights moved',
         frame=Frame(width=736),
     )
 
 # %% ../../nbs/inside/forgetting_report.ipynb #286482c6
-def draw_answers(
-    answers: Sequence[tuple],  # (request, before, after)
+def answers_of(
+    facts: dict,  # From `ForgettingReport.facts`
     n: int = 4,  # Show so many
-) -> Picture:  # A table
+) -> list[dict]:  # For the template
     "What a model answers to simple requests, before and after."
-    return table(
-        [dict(request=r, before=b, after=a) for r, b, a in answers[:n]], title='What it answers to simple requests'
-    )
+    return [dict(question=r, before=b, after=a) for r, b, a in facts['answers'][:n]]
 
 # %% ../../nbs/inside/forgetting_report.ipynb #61f6d1b5
 def draw_lost(
@@ -109,15 +107,14 @@ def draw_lost(
 def draw_battery(
     facts: dict,  # From `ForgettingReport.facts`
 ) -> list[Picture]:  # As many as there is something to draw
-    "Questions answered right, matrices that moved, and answers to simple requests."
+    "Questions answered right, and matrices that moved."
     drawn = []
     if facts['tasks']:
         right = {k: {'before': b / n, 'after': a / n} for k, (b, a, n) in facts['tasks'].items()}
-        drawn.append(bars(right, x_label='share of the questions answered right'))
+        title = 'Questions that have nothing to do with the task'
+        drawn.append(bars(right, x_label='share of the questions answered right', title=title))
     if facts['moved']:
         drawn.append(draw_moved(facts['moved']))
-    if facts['answers']:
-        drawn.append(draw_answers(facts['answers']))
     return drawn
 
 # %% ../../nbs/inside/forgetting_report.ipynb #8f86fe3d
@@ -130,7 +127,9 @@ def sections_of(
     said = [forgetting_words(lost)] if lost else []
     return dict(
         lost=Section(headings[0], dict(said=said, drawn=[draw_lost(lost)] if lost else [])),
-        kept=Section(headings[1], dict(said=battery_words(facts), drawn=draw_battery(facts))),
+        kept=Section(
+            headings[1], dict(said=battery_words(facts), drawn=draw_battery(facts), answers=answers_of(facts))
+        ),
     )
 
 # %% ../../nbs/inside/forgetting_report.ipynb #02c28d78

@@ -22,7 +22,7 @@ from .curve_chart import draw_curve
 from .findings import _written
 from .personal import _keys, _many_digits
 from ..show.bar_chart import bars
-from ..show.page import HtmlReport, inline, row, Section, whole_page
+from ..show.page import HtmlReport, inline, row, Section, sentence, whole_page
 from ..show.tables import table
 
 # %% ../../nbs/inside/audit_report.ipynb #eeed8971
@@ -74,43 +74,32 @@ def _more_rows(audit):
     if not runs:
         return {}
     drawn = [draw_curve({'a linear probe on a frozen encoder': fit_curve(runs)})]
-    return dict(curve=Section('What more rows would bring', dict(said=[], drawn=drawn)))
+    return dict(curve=Section('What more rows would bring', dict(said=[], found=[], drawn=drawn)))
 
 # %% ../../nbs/inside/audit_report.ipynb #0f62f9db
-def _overview(findings):
-    return table(
-        [
-            {
-                '': f.level,
-                'kind': f.where,
-                'rows': len(f.rows),
-                'to leave out': len(f.drop),
-                'what': f.message,
-                'what to do': f.remedy,
-            }
-            for f in findings
-        ]
-    )
-
-# %% ../../nbs/inside/audit_report.ipynb #5c3487e4
 def _listed(audit):
     "The findings, errors first."
     rank = dict(error=0, warning=1, note=2)
     return sorted(audit.findings, key=lambda f: rank[f.level])
 
 
+def _overview(finding):
+    "A finding in a line, as the template lists it."
+    remedy = sentence(finding.remedy) + f' Rows to leave out: {len(finding.drop):,}.' * bool(finding.drop)
+    return dict(level=finding.level, where=finding.where, message=sentence(finding.message), remedy=remedy)
+
+# %% ../../nbs/inside/audit_report.ipynb #5c3487e4
 def _summary(audit):
-    "A sentence and a table."
-    listed = _listed(audit)
-    return dict(said=[audit.sentence() + '.'], drawn=[_overview(listed)] if listed else [])
+    "A sentence and a list of the findings."
+    return dict(said=[sentence(audit.sentence())], found=list(map(_overview, _listed(audit))), drawn=[])
 
 
-def _kind(audit, finding):
+def _kind(audit, finding, most=8):
     "A finding with its first rows."
-    n, most = len(finding.rows), 8
-    shown = f' The first {most} of {n:,} rows:' if n > most else ''
-    said = f'{finding.message}. {finding.remedy}.'.replace('..', '.').strip(' .') + '.' + shown
-    return dict(said=[said], drawn=[_worst(audit.view, finding, most)])
+    n = len(finding.rows)
+    shown = f' The first {most} of {n:,} rows:' * (n > most)
+    said = f'{sentence(finding.message)} {sentence(finding.remedy)}'.strip() + shown
+    return dict(said=[said], found=[], drawn=[_worst(audit.view, finding, most)])
 
 # %% ../../nbs/inside/audit_report.ipynb #c6ca8b85
 @dataclass(repr=False)
@@ -124,7 +113,7 @@ class AuditReport(HtmlReport):
         "The page."
         sections = dict(
             found=Section('What was found', _summary(self.audit)),
-            rows=Section('The rows', dict(said=[], drawn=[_figures(self.audit.view)])),
+            rows=Section('The rows', dict(said=[], found=[], drawn=[_figures(self.audit.view)])),
         )
         sections |= _more_rows(self.audit)
         sections |= {

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from ..files import write_text
-from ..forgetting.figures import battery_words, draw_battery, draw_lost, forgetting_words
+from ..forgetting.figures import answers_of, battery_words, draw_battery, draw_lost, forgetting_words
 from .figures import answers_shown, draw_change, draw_cost, draw_losses, loss_table
 from .judge import Attempts
 from .words import advice, bytes_text, loading_code, summary_line, summary_sentence, time_text
@@ -81,6 +81,7 @@ def _forgotten(f, more):
         lacking=lacking,
         battery=battery_words(kept) if kept else [],
         drawn=draw_battery(kept) if kept else [],
+        answers=answers_of(kept) if kept else [],
         more=more,
     )
     if not lost:

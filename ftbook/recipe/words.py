@@ -44,6 +44,11 @@ def summary_line(
     )
 
 # %% ../../nbs/inside/run_words.ipynb #e391ec8a
+def _points(share):
+    "A share in percentage points, with a real minus sign."
+    return f'{100 * share:.1f}'.replace('-', '\u2212')
+
+
 def summary_sentence(
     facts: dict,  # From `collect`
 ) -> str:
@@ -66,8 +71,8 @@ def summary_sentence(
     return (
         f"{name} got {round(facts['accuracy_before'] * n):,} of {n:,} held-out rows right before the training, "
         f"and {round(facts['accuracy_after'] * n):,} after it. "
-        f"The gain of {100 * facts['accuracy_change']:.1f} points has a 95% interval from {100 * low:.1f} to "
-        f"{100 * high:.1f}."
+        f"The gain of {_points(facts['accuracy_change'])} points has a 95% interval from {_points(low)} to "
+        f"{_points(high)}."
     )
 
 # %% ../../nbs/inside/run_words.ipynb #35bd01fa

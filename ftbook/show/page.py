@@ -27,6 +27,14 @@ def escape(
     return html.escape(str(text))
 
 
+def sentence(
+    text: str,  # Any
+) -> str:  # It begins with a capital and ends with a full stop; '' stays ''
+    "Make a sentence of what may be one already."
+    text = text.strip()
+    return text[:1].upper() + text[1:] + '.' * (not text.endswith(('.', '!', '?')) and bool(text))
+
+
 def _save(path, text):
     "Write a page or a drawing into a folder that is there."
     with _beside(path) as part:

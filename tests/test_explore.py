@@ -8,8 +8,10 @@ from ftbook.show.axes import _Axis, tidy
 from ftbook.show.bar_chart import bars
 from ftbook.show.charts import Frame, plot
 from ftbook.show.controls import Control
+from ftbook.show.drawing import drawing, label, tile
 from ftbook.show.explorer import _unpack, drop_widget_views, explore
 from ftbook.show.page import page, Picture, row
+from ftbook.show.stacks import stacked_bars
 from ftbook.show.tables import table
 
 NOTEBOOK = Path(__file__).parent.parent / 'nbs/inside/explorer.ipynb'
@@ -407,6 +409,12 @@ def gallery():
         ),
         long=bars({LONG: 224, 'ftbook': 421.4, 'broken': math.nan}),
         signs=bars({'forgotten': -3.2, 'gained': 12.5, 'equal': 0}, errors={'forgotten': 0.8}),
+        stacks=stacked_bars(
+            {'LLaMA-7B, LoRA': {'weights': 12.6, 'activations': 3.1}, LONG: {'weights': 2.5, 'AdamW': 10.1}},
+            unit='GiB',
+            title='Peak of a step',
+            marks={'8 GiB': 8, '16 GiB': 16, '80 GiB': 80},
+        ),
     )
 
 
@@ -462,6 +470,8 @@ def test_text_from_data_stays_text():
         plot({evil: ([1, 2], [1, 2]), 'b': ([1], [2])}, title=evil, x_label=evil, y_label=evil, marks={evil: 1}),
         bars({evil: {evil: 1, 'b': 2}}, title=evil, x_label=evil),
         table([{evil: evil}], title=evil),
+        stacked_bars({evil: {evil: 1, 'b': 2}}, unit=evil, title=evil, marks={evil: 1}),
+        drawing(9, 9, evil, tile(0, 0, (4, 4), evil), label(1, 1, evil), titled=True),
     ):
         assert '<img' not in picture.html and '<img' not in picture.svg
     assert '<img' not in page(evil, (evil, evil))

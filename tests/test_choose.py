@@ -345,9 +345,9 @@ def test_every_value_has_a_reason_and_the_file_is_a_recipe(rows, known, tmp_path
 
 def test_broken_rows_are_told_first(rows, known):
     found = advised([r for r in rows if r["label"] == "good"], known)
-    assert found.yaml().startswith("# The audit calls these rows broken.") and found._repr_html_().startswith(
-        "<p><b>The audit calls"
-    )
+    assert found.yaml().startswith("# The audit calls these rows broken.")
+    shown = found._repr_html_().split("<section>")[1]
+    assert shown.strip().startswith("<p><b>The audit calls these rows broken.</b>")
     assert "labels.classes" in found.facts()["broken"][0]
 
 

@@ -24,6 +24,11 @@ def _pieces(row, items, top, y, unit):
     return drawn
 
 
+def _heading(name, total, y, unit):
+    "The name of a bar and its sum, above it."
+    return f'<text y="{y}">{escape(_short(str(name), 34))}: {total:,.1f} {unit}</text>'
+
+
 def stacked_bars(
     values: dict,  # {bar: {part: number}}, none below 0
     *,
@@ -38,11 +43,10 @@ def stacked_bars(
     parts = list(dict.fromkeys(k for row in values.values() for k in row))
     sums = {name: sum(row.values()) for name, row in values.items()}
     top = max(*sums.values(), 1e-9) * 1.08
-    unit = escape(unit)
-    body = ''
-    for n, (name, row) in enumerate(values.items()):
-        body += f'<text y="{44 * n + 12}">{escape(_short(str(name), 34))}: {sums[name]:,.1f} {unit}</text>'
-        body += _pieces(row, parts, top, 44 * n + 18, unit)
+    body = ''.join(
+        _heading(name, sums[name], 44 * n + 12, escape(unit)) + _pieces(row, parts, top, 44 * n + 18, escape(unit))
+        for n, (name, row) in enumerate(values.items())
+    )
     height = 44 * len(values)
     signs, room = _marks({k: v for k, v in (marks or {}).items() if v < top}, lambda v: v / top, height)
     legend = [(str(p), i, '\u25a0') for i, p in enumerate(parts)]

@@ -9,7 +9,7 @@ from math import sqrt
 from pathlib import Path
 
 from ftbook.show.bar_chart import bars
-from ftbook.show.charts import plot
+from ftbook.show.charts import Frame, plot
 
 nbs = Path(__file__).resolve().parent.parent / "nbs"
 
@@ -49,11 +49,10 @@ def draw_placeholder():  # A chart of trainable weights by rank
     ranks = [1, 2, 4, 8, 16, 32, 64]
     return plot(
         {"LoRA": (ranks, [100 * layers * r * widths / total for r in ranks])},
-        log_x=True,
         x_label="rank",
         y_label="% of the model's weights",
         title="What a LoRA trains, of SmolLM2-135M's 134,515,008 weights",
-        height=300,
+        frame=Frame(log_x=True, height=300),
     )
 
 

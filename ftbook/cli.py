@@ -110,7 +110,7 @@ def _hand_over(result, as_json):
         return  # the first one speaks
     if as_json:
         return print(json.dumps(result.facts))
-    from ftbook.recipe.report import summary_line
+    from ftbook.recipe.words import summary_line
 
     print(f"\n{summary_line(result.facts)}\n{'report':8} {folder / 'report.html'}\n{saved:8} {folder / saved}")
     if result.facts.get('missing'):
@@ -559,7 +559,7 @@ def fewshot(
 ):
     "Train a text classifier from a few examples of each class."
     with _guarded(as_json, debug, 'Nothing was written; the same command begins again'):
-        from ftbook.fewshot.report import fewshot_report
+        from ftbook.fewshot.report import fewshot_report, FewShotSettings
 
         folder = out or Path('ftbook-fewshot') / file.stem
         report = fewshot_report(
@@ -569,10 +569,7 @@ def fewshot(
             shots=shots,
             test=test,
             out=folder,
-            encoder=encoder,
-            seed=seed,
-            same_labels='merge' if merge_labels else 'refuse',
-            n_next=following,
+            settings=FewShotSettings(encoder, seed, 'merge' if merge_labels else 'refuse', following),
         )
     if as_json:
         return print(json.dumps(report.facts | dict(folder=str(folder))))

@@ -14,6 +14,7 @@ from ftbook.choose import surface as choose_surface
 from ftbook.choose import sweep as choose_sweep
 from ftbook.choose import ways as choose_ways
 from ftbook import cli
+from ftbook.quality.findings import Finding, Findings
 from ftbook.recipe.config import load_recipe
 from ftbook.show.page import Picture
 
@@ -344,9 +345,9 @@ def test_every_value_has_a_reason_and_the_file_is_a_recipe(rows, known, tmp_path
 
 def test_broken_rows_are_told_first(rows, known):
     found = advised([r for r in rows if r["label"] == "good"], known)
-    assert found.yaml().startswith("# The audit calls these rows broken.") and found._repr_html_().startswith(
-        "<p><b>The audit calls"
-    )
+    assert found.yaml().startswith("# The audit calls these rows broken.")
+    shown = found._repr_html_().split("<section>")[1]
+    assert shown.strip().startswith("<p><b>The audit calls these rows broken.</b>")
     assert "labels.classes" in found.facts()["broken"][0]
 
 
@@ -478,3 +479,12 @@ def test_the_command_writes_a_recipe(desk):
 def test_the_command_refuses(desk, args, code, said):
     done = ftbook("recommend", *args, "--device", "cpu", "--encoder", "none")
     assert done.exit_code == code and said in done.stderr and not (desk / "rows.yaml").exists(), done.output
+
+
+def test_a_recommendation_escapes_what_it_shows():
+    evil = "<script>alert(1)</script>"
+    decision = choose_method.Decision(evil, (choose_method.Border(evil, "asked"),))
+    findings = Findings([Finding("error", "form", evil)])
+    reasons = {"data.source": (f"{evil}.csv", evil, "asked")}
+    shown = choose_recommend.Recommendation(decision, None, reasons, findings, {})._repr_html_()
+    assert "<script" not in shown and shown.count("&lt;script&gt;") >= 5

@@ -23,7 +23,7 @@ from ftbook.fewshot.evaluation import Evaluation, calibration_error, reliability
 from ftbook.fewshot.classifier import FewShotClassifier
 from ftbook.fewshot.rows import Shots, make_shots
 from ftbook.fewshot.tuning import Tuning, suited_tuning
-from ftbook.fewshot.report import choose_shots, fewshot_report
+from ftbook.fewshot.report import choose_shots, fewshot_report, FewShotSettings
 from ftbook.fewshot.contrast import contrastive_loss, pair_loss, same_class, similarity_loss, tune_
 from ftbook.fewshot.exchange import export_setfit, load_classifier, load_setfit
 from ftbook.fewshot.uncertain import most_uncertain, next_rows
@@ -587,8 +587,7 @@ def test_a_report_says_its_verdict_once(tiny, tmp_path, monkeypatch):
     report = fewshot_report(
         write_csv(tmp_path / "rows.csv", [("text", "label"), *zip(texts, labels)]),
         out=tmp_path / "out",
-        encoder=tiny,
-        device="cpu",
+        settings=FewShotSettings(tiny, device="cpu"),
     )
     assert str(report).count("tuning hurts") == 1 and not [w for w in report.facts["warnings"] if "hurts" in w]
 
@@ -1025,7 +1024,7 @@ def write_csv(path, rows):
 def test_a_report_of_sixteen_rows(tiny, tmp_path, monkeypatch):
     texts, labels = sentences(8, classes=("kitchen", "sea"))
     file = write_csv(tmp_path / "rows.csv", [("text", "label"), *zip(texts, labels), ("the ship and the oven", "")])
-    report = fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu")
+    report = fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "next.csv", "report.html", "report.json"]
     facts = json.loads((tmp_path / "out" / "report.json").read_text())
     assert facts["n_train"] == 16 and "cross-validation" in facts["judge"] and facts["n_judged"] == 16
@@ -1042,10 +1041,22 @@ def test_a_report_of_sixteen_rows(tiny, tmp_path, monkeypatch):
     assert names["model"].classes == report.model.classes
 
 
+def test_a_report_escapes_rows_labels_and_file_names(tiny, tmp_path):
+    texts, labels = sentences(4, classes=("kitchen", "sea"))
+    evil = "<script>alert(1)</script>"
+    named = [evil if c == "sea" else c for c in labels]
+    file = write_csv(tmp_path / "<script>.csv", [("text", "label"), *zip(texts, named), (evil, "")])
+    report = fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"))
+    for shown in (report.html(), (tmp_path / "out" / "report.html").read_text(), report._repr_html_()):
+        assert "<script" not in shown and "&lt;script&gt;" in shown
+    assert report.html().count("&lt;script&gt;") >= 5  # the title twice, two classes, a row to label
+    assert report.save(tmp_path / "alone.html").read_text() == report.html()
+
+
 def test_shots_and_other_judges(tiny, tmp_path):
     texts, labels = sentences(10)
     file = write_csv(tmp_path / "rows.csv", [("body", "kind"), *zip(texts, labels)])
-    rest = fewshot_report(file, out=tmp_path / "a", encoder=tiny, device="cpu", shots=4)
+    rest = fewshot_report(file, out=tmp_path / "a", settings=FewShotSettings(tiny, device="cpu"), shots=4)
     assert (
         rest.facts["n_train"] == 12
         and rest.facts["n_judged"] == 18
@@ -1053,7 +1064,7 @@ def test_shots_and_other_judges(tiny, tmp_path):
         and len(rest.next_rows) == 10
     )
     test = write_csv(tmp_path / "test.csv", [("kind", "body"), *((c, t) for t, c in zip(*sentences(5, seed=4)))])
-    tested = fewshot_report(file, out=tmp_path / "b", encoder=tiny, device="cpu", shots=4, test=test)
+    tested = fewshot_report(file, out=tmp_path / "b", settings=FewShotSettings(tiny, device="cpu"), shots=4, test=test)
     assert tested.facts["judge"] == "the test file" and tested.facts["n_judged"] == 15
 
 
@@ -1062,7 +1073,7 @@ def test_a_report_says_what_was_warned(tiny, tmp_path):
     file = write_csv(
         tmp_path / "rows.csv", [("text", "label"), *zip(texts, labels), ("word " * 99, "sea"), (texts[0], "sea")]
     )
-    report = fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu")
+    report = fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"))
     said = " ".join(report.facts["warnings"])
     assert "two labels" in said and "tokens are cut" in said and "tokens are cut" in report.html()
 
@@ -1088,7 +1099,12 @@ def test_a_report_says_what_was_warned(tiny, tmp_path):
 def test_a_file_that_cannot_be_used(tiny, tmp_path, rows, kw, said):
     with pytest.raises(ValueError, match=said), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fewshot_report(write_csv(tmp_path / "rows.csv", rows), out=tmp_path / "out", encoder=tiny, device="cpu", **kw)
+        fewshot_report(
+            write_csv(tmp_path / "rows.csv", rows),
+            out=tmp_path / "out",
+            settings=FewShotSettings(tiny, device="cpu"),
+            **kw,
+        )
 
 
 def test_a_row_of_a_file_keeps_its_number_whatever_is_left_out_before_it(tiny, tmp_path):
@@ -1104,17 +1120,17 @@ def test_a_row_of_a_file_keeps_its_number_whatever_is_left_out_before_it(tiny, t
     with pytest.raises(
         ValueError, match=r"rows\.jsonl, row 10, counted from 1, has the label 'land' but its text is empty"
     ):
-        fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", shots=2)
+        fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"), shots=2)
     for odd in (dict(text=3.5, label="sea"), dict(text=3.5, label=None)):
         write([*rows, odd])
         with pytest.raises(ValueError, match=r"rows\.jsonl, row 10, counted from 1: the text is 3\.5, not a string"):
-            fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu")
+            fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"))
     write([dict(text="", label="sea"), *rows])
     test = write_csv(tmp_path / "test.csv", [("text", "label"), ("", "sea"), ("the oven", "kitchen")])
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 1, "):
-        fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", test=test)
+        fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"), test=test)
     write(rows)
-    judged = fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", test=test)
+    judged = fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"), test=test)
     assert judged.facts["n_judged"] == 2, "a test row without a text is judged like any other"
 
 

@@ -161,7 +161,10 @@ def test_a_stiffer_spring_holds_tighter_and_a_teacher_keeps_its_answers():
     other = rows_of_ids(seed=5)
     apart = [
         np.mean(
-            sum(forgetting_divergence.token_divergence(forgetting_divergence.remember(base, other), run(r)[1], other), [])
+            sum(
+                forgetting_divergence.token_divergence(forgetting_divergence.remember(base, other), run(r)[1], other),
+                [],
+            )
         )
         for r in (None, forgetting_remedies.Distill(base, other, 10.0, batch_size=6))
     ]
@@ -566,3 +569,17 @@ def test_shares_of_the_work_are_apart_and_whole(monkeypatch):
     monkeypatch.setattr(bench, 'read', lambda: dict(runs=[]))
     parts = [bench.missing(f'{i}/3') for i in range(3)]
     assert sorted(sum(parts, [])) == sorted(bench.missing()) and all(len(p) > 3 for p in parts)
+
+
+def test_a_report_escapes_names_and_answers(tmp_path):
+    evil = "<script>alert(1)</script>"
+    lost = forgetting_lost.Forgetting(evil, 1.0, 1.1, 0.1, 0.05, 0.2, 4, 50)
+    moved = [dict(name=evil, share=0.1, rank=1.0)]
+    report = forgetting_report.ForgettingReport(
+        {evil: lost}, {evil: (1, 2, 3)}, (0.1, 0.0, 0.2), (1, 1, 1), [(evil, evil, evil)], (0.1, 0.0, 0.2), moved
+    )
+    html = report.html()
+    assert "<script" not in html and html.count("&lt;script&gt;") > 5
+    assert "<script" not in report._repr_html_() and "&lt;script&gt;" in report._repr_html_()
+    folder = report.save(tmp_path / "lost")
+    assert json.loads((folder / "report.json").read_text()) == report.facts()

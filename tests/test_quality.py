@@ -11,7 +11,7 @@ from ftbook.quality.audit import SAFE, audit
 from ftbook.quality.report import audit_report, save_audit
 from ftbook.quality.form import check_form
 from ftbook.quality.cleaning import clean, write_clean
-from ftbook.quality.findings import view_rows
+from ftbook.quality.findings import Finding, view_rows
 
 good = [
     "The film was long, and the plot had more holes than a sieve.",
@@ -62,7 +62,7 @@ def test_any_rows_add_up(rows):
     found = quick(rows)
     adds_up(found)
     adds_up(found, ('form', 'duplicates', 'labels'))
-    audit_report(found)
+    audit_report(found).html()
 
 
 @settings(max_examples=40, deadline=None)
@@ -84,7 +84,7 @@ def test_any_instructions_add_up(rows):
         assert 'column' in str(e)
         return
     adds_up(found)
-    audit_report(found)
+    audit_report(found).html()
 
 
 def test_a_missing_column_lists_those_there_are():
@@ -144,7 +144,7 @@ def test_secrets_are_not_repeated_in_the_report():
     assert found.finding('form.personal').rows == [0, 1, 2, 3]
     evidence = json.dumps(found.finding('form.personal').evidence)
     assert key not in evidence and 'ann@' not in evidence
-    page = audit_report(found)
+    page = audit_report(found).html()
     assert key not in page and 'ann@example' not in page
 
 
@@ -227,12 +227,23 @@ def test_the_report_is_whole(tmp_path):
     assert len(flat) == sum(len(f['rows']) for f in told['findings']) and told['rows'] == 6
 
 
+def test_the_report_escapes_rows_labels_and_file_names(tmp_path):
+    evil = '<script>alert(1)</script>'
+    rows = labelled([*good, good[0], evil, evil], [evil, 'neg', evil, 'neg', 'neg', 'neg', evil])
+    report = audit_report(quick(rows), f'{evil}.csv: the audit')
+    html = report.html()
+    assert '<script' not in html and html.count('&lt;script&gt;') > 5
+    assert report.save(tmp_path / 'alone.html').read_text() == html
+    report.audit.findings.append(Finding('note', evil, evil))
+    assert '<script' not in report._repr_html_() and report._repr_html_().count('&lt;script&gt;') >= 2
+
+
 def test_the_audit_changes_nothing():
     rows = labelled([*good, good[0]])
     before = json.dumps(rows)
     found = quick(rows)
     clean(found)
-    audit_report(found)
+    audit_report(found).html()
     assert json.dumps(rows) == before
 
 

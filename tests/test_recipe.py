@@ -11,6 +11,7 @@ from ftbook.forgetting import lost as forgetting_lost
 from ftbook.forgetting import choices as forgetting_choices
 from ftbook.recipe import checks as recipe_checks
 from ftbook.recipe import config as recipe_config
+from ftbook.recipe import facts as recipe_facts
 from ftbook.recipe import job as recipe_job
 from ftbook.recipe import judge as recipe_judge
 from ftbook.recipe import preflight as recipe_preflight
@@ -18,6 +19,7 @@ from ftbook.recipe import report as recipe_report
 from ftbook.recipe import rows as recipe_rows
 from ftbook.recipe import run as recipe_run
 from ftbook.recipe import stages as recipe_stages
+from ftbook.recipe import words as recipe_words
 from ftbook.training import tune as training_tune
 from ftbook.methods.lora_method import LoRA
 from ftbook.methods.files import load_adapter
@@ -524,46 +526,89 @@ def test_the_report_is_one_safe_page(make, tmp_path):
         assert heading in html
 
 
-def test_slots_are_shown():
-    facts = json.loads(
-        json.dumps(
-            dict(
-                accuracy_before=None,
-                accuracy_after=None,
-                loss_before=1.0,
-                loss_after=0.5,
-                loss_change=-0.5,
-                loss_change_interval=[-0.6, -0.4],
-                n_eval=9,
-                n_left=0,
-                tokens_per_second=1.0,
-                peak_memory_bytes=1,
-                memory_plan={},
-                forgetting={},
-                seconds=1.0,
-                seconds_by_stage=dict(train=1.0),
-                n_train=1,
-                train_tokens=1,
-                steps=1,
-                trained_parameters=1,
-                total_parameters=2,
-                device="cpu",
-                threads=2,
-                dtype="float32",
-                device_reasons=["r"],
-                findings=[],
-                history=[dict(step=1, loss=1.0, lr=0.1, eval_loss=None)],
-                samples=[],
-                recipe=asdict(recipe_config.Recipe()),
-                seed=0,
-                versions=dict(a="1"),
-            )
-        )
+def bare_facts(**changes):
+    "The least that a report can be made of."
+    facts = dict(
+        accuracy_before=None,
+        accuracy_after=None,
+        loss_before=1.0,
+        loss_after=0.5,
+        loss_change=-0.5,
+        loss_change_interval=[-0.6, -0.4],
+        n_eval=9,
+        n_left=0,
+        tokens_per_second=1.0,
+        peak_memory_bytes=1,
+        memory_plan={},
+        forgetting={},
+        seconds=1.0,
+        seconds_by_stage=dict(train=1.0),
+        n_train=1,
+        train_tokens=1,
+        steps=1,
+        trained_parameters=1,
+        total_parameters=2,
+        device="cpu",
+        threads=2,
+        dtype="float32",
+        device_reasons=["r"],
+        findings=[],
+        history=[dict(step=1, loss=1.0, lr=0.1, eval_loss=None)],
+        samples=[],
+        recipe=asdict(recipe_config.Recipe()),
+        seed=0,
+        versions=dict(a="1"),
     )
+    return json.loads(json.dumps(facts | changes))
+
+
+def test_slots_are_shown():
     html = recipe_report.Report(
-        facts, audit=["AUDIT"], plan=["PLAN"], preflight=["PREFLIGHT"], forgetting=["BATTERY"]
+        bare_facts(), audit=["AUDIT"], plan=["PLAN"], preflight=["PREFLIGHT"], forgetting=["BATTERY"]
     ).html()
     assert all(word in html for word in ("AUDIT", "PLAN", "PREFLIGHT", "BATTERY"))
+
+
+def test_a_report_escapes_rows_labels_and_file_names():
+    evil = "<script>alert(1)</script>"
+    sample = dict(row=0, question=evil, wanted=evil, before=evil, after=evil, right_before=False, right_after=False)
+    finding = dict(level="warning", where=evil, message=evil, remedy=evil)
+    lost = dict(name=evil, tokens=5, before=1.0, after=1.1, change=0.1, low=0.05, high=0.2)
+    kept = dict(
+        tasks={evil: [1, 2, 3]},
+        accuracy=[0.1, 0.0, 0.2],
+        stopped=[1, 1, 1],
+        answers=[[evil, evil, evil]],
+        divergence=[0.1, 0.0, 0.2],
+        moved=[dict(name=evil, share=0.1, rank=1.0)],
+    )
+    keys = dict(asdict(recipe_config.Recipe()))
+    keys["model"] = keys["model"] | dict(name=evil)
+    keys["data"] = keys["data"] | dict(source=f"{evil}.csv".replace("/", ""), labels=[evil])
+    missing = dict(part="mask", section="What it learnt from", what=evil, why=evil)
+    changes = dict(samples=[sample, sample], findings=[finding], forgetting={evil: lost}, kept=kept, recipe=keys)
+    more = dict(
+        device=evil, device_reasons=[evil], memory_plan={evil: 5}, seconds_by_stage={evil: 1.0}, missing=[missing]
+    )
+    report = recipe_report.Report(
+        bare_facts(**changes, **more, versions={evil: evil}),
+        audit=[evil],
+        plan=[evil],
+        preflight=[evil],
+        forgetting=[evil],
+    )
+    html = report.html()
+    assert report.facts["missing"] == [missing], "every section is drawn"
+    assert "<script" not in html and html.count("&lt;script&gt;") > 30
+    assert "<script" not in report._repr_html_() and "&lt;script&gt;" in report._repr_html_()
+
+
+def test_a_report_saves_a_page_or_a_folder(tmp_path):
+    report = recipe_report.Report(bare_facts())
+    assert report.save(tmp_path / "alone.html").read_text() == report.html()
+    folder = report.save(tmp_path / "run")
+    assert sorted(f.name for f in folder.iterdir()) == ["report.html", "report.json"]
+    assert json.loads((folder / "report.json").read_text()) == report.facts
 
 
 def test_a_run_without_choices(make, tmp_path):
@@ -720,7 +765,7 @@ def test_a_quantised_run_and_its_adapter_on_the_same_base(make, tiny, tmp_path, 
     assert (
         0 < result.facts["memory_plan"]["quantised weights"] < 14 * 64 * 64 * 4 / 3
         and f"load_quantized({str(tiny)!r}, {kind!r}, dtype='float32')"
-        in recipe_report.loading_code(result.facts["recipe"])
+        in recipe_words.loading_code(result.facts["recipe"])
     )
     model = load_adapter(load_quantized(tiny, kind, dtype="float32", device="cpu")[0], tmp_path / "run/adapter")
     told = recipe_judge.measure(recipe_preflight.prepare(recipe), model, {})
@@ -1106,8 +1151,8 @@ def test_a_run_that_trains_the_embedding_ends_with_an_adapter_that_loads(make, t
         (recipe_judge, "write_answers", trained, "answers"),
         (recipe_judge, "measure_battery", trained, "battery"),
         (recipe_judge, "_texts_read", trained, "texts"),
-        (recipe_report, "compare_losses", None, "texts"),
-        (recipe_report, "moved", None, "changes"),
+        (recipe_facts, "compare_losses", None, "texts"),
+        (recipe_facts, "moved", None, "changes"),
         (recipe_run, "show_mask", None, "mask"),
         (recipe_report, "draw_losses", None, "Training"),
     ],
@@ -1151,7 +1196,7 @@ def test_a_judge_that_fails_for_good_fails_again_and_the_run_stays(make, tmp_pat
         and again.facts["accuracy_after"] is None
         and again.facts["loss_after"] is None
     )
-    assert "was not measured" in again.report.html() and "trained in 10 steps and saved" in recipe_report.summary_line(
+    assert "was not measured" in again.report.html() and "trained in 10 steps and saved" in recipe_words.summary_line(
         again.facts
     )
 

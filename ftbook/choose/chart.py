@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from .method import decide
 from .ways import plan_way, WAYS
 from ..memory.plan import GIB
+from ..show.drawing import drawing, label, tile
 from ..show.page import escape, Picture
 
 # %% ../../nbs/inside/choice_charts.ipynb #7bb85247
@@ -64,18 +65,11 @@ COLOURS = {
 }
 
 
-def _tile(i, j, choice):
-    said = 'too large' if COLOURS[choice] == 'none' else choice
-    return (
-        f'<rect x="{100 + 76 * i}" y="{8 + 34 * j}" width="74" height="32" fill="{COLOURS[choice]}" '
-        'fill-opacity=".45" stroke="currentColor" stroke-opacity=".2"/>'
-        f'<text x="{137 + 76 * i}" y="{28 + 34 * j}" font-size="10.5" text-anchor="middle" '
-        f'fill="currentColor">{said}</text>'
-    )
-
-
-def _label(x, y, text, anchor):
-    return f'<text x="{x}" y="{y}" font-size="11" text-anchor="{anchor}" fill="currentColor">{text}</text>'
+def _choice(i, j, choice):
+    "A tile of the map."
+    colour = COLOURS[choice]
+    said = 'too large' if colour == 'none' else choice
+    return tile(100 + 76 * i, 8 + 34 * j, (74, 32), said, colour, 0.45)
 
 
 def draw_map(
@@ -85,14 +79,12 @@ def draw_map(
     "Draw which method is chosen where."
     sizes = list(dict.fromkeys(m for m, _ in cells))[::-1]
     counts = list(dict.fromkeys(n for _, n in cells))
-    tiles = ''.join(_tile(i, j, cells[m, n].choice) for j, m in enumerate(sizes) for i, n in enumerate(counts))
-    names = ''.join(_label(92, 28 + 34 * j, m.replace('Llama-', ''), 'end') for j, m in enumerate(sizes))
-    under = ''.join(_label(137 + 76 * i, 24 + 34 * len(sizes), f'{n:,}', 'middle') for i, n in enumerate(counts))
+    tiles = [_choice(i, j, cells[m, n].choice) for j, m in enumerate(sizes) for i, n in enumerate(counts)]
+    names = [label(92, 28 + 34 * j, m.replace('Llama-', ''), 11, 'end') for j, m in enumerate(sizes)]
+    names += [label(137 + 76 * i, 24 + 34 * len(sizes), f'{n:,}', 11) for i, n in enumerate(counts)]
+    title = f'Method by examples and model, {memory} GiB'
+    sheet = drawing(640, 36 + 34 * len(sizes), title, *tiles, *names)
     top = next((m for m in sizes if cells[m, 1000].choice != 'a smaller model'), sizes[-1])
+    said = f'{escape(top)}, 1,000 rows, {memory} GiB: <b>{cells[top, 1000].choice}</b>'
     why = ''.join(f'<li>{escape(str(b))}</li>' for b in cells[top, 1000].borders)
-    return Picture(
-        f'<svg viewBox="0 0 640 {36 + 34 * len(sizes)}" width="640" style="max-width:100%" role="img" '
-        f'aria-label="Method by examples and model, {memory} GiB">{tiles}{names}{under}</svg>'
-        f'<div style="font:13px/1.5 system-ui">{escape(top)}, 1,000 rows, {memory} GiB: '
-        f'<b>{cells[top, 1000].choice}</b><ul>{why}</ul></div>'
-    )
+    return Picture(f'{sheet.html}<div style="font:13px/1.5 system-ui">{said}<ul>{why}</ul></div>')

@@ -30,7 +30,7 @@ from ..quality.audit import audit
 from ..quality.findings import Findings, view_rows
 from ..recipe.checks import free_memory
 from ..recipe.config import make_recipe, Recipe
-from ..show.page import escape
+from ..show.page import inline, Section
 from ..show.tables import table
 
 # %% ../../nbs/inside/recommend.ipynb #e64bc89c
@@ -114,14 +114,9 @@ class Recommendation:
         return self.yaml()
 
     def _repr_html_(self):
-        first = ''.join(f'<p><b>The audit calls these rows broken.</b> {escape(str(e))}</p>' for e in self.broken)
-        return (
-            first
-            + f'<pre>{escape(repr(self.decision))}</pre>'
-            + table(
-                [dict(key=k, value=_inline(v), reason=why, source=s) for k, (v, why, s) in self.reasons.items()]
-            ).html
-        )
+        rows = [dict(key=k, value=_inline(v), reason=why, source=s) for k, (v, why, s) in self.reasons.items()]
+        said = dict(broken=list(map(str, self.broken)), decision=repr(self.decision), drawn=[table(rows)])
+        return inline('recommendation.html', dict(advice=Section('', said))).html
 
 # %% ../../nbs/inside/recommend.ipynb #31a0764d
 def _inline(value):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from .sweep import Sweep
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 from ..show.page import Picture
 
 # %% ../../nbs/inside/choice_charts.ipynb #75ea0f14
@@ -88,9 +88,8 @@ def draw_search(
             'each run': ([r['cpu_seconds'] for r in runs], [r['test_accuracy'] for r in runs]),
             'recommended': ([mean_of(ours, 'cpu_seconds')], [mean_of(ours)]),
         },
-        log_x=True,
         x_label='seconds of one core',
         y_label='accuracy on held-out rows',
         title=task,
-        y_range=(0, 1),
+        frame=Frame(log_x=True, y_range=(0, 1)),
     )

@@ -24,7 +24,7 @@ _mask_css = (
     '.ftbook-mask .p{background:repeating-linear-gradient(45deg,transparent 0 3px,rgba(128,128,128,'
     '.35) 3px 5px)}\n'
     '.ftbook-mask p{font:13px/1.5 system-ui,sans-serif;margin:0 0 .5em}'
-    '.ftbook-mask p i{margin:0 .35em 0 0}.ftbook-mask p b{font-weight:400;margin-right:1.4em;'
+    '.ftbook-mask p i{margin:0 .35em 0 0;white-space:nowrap}.ftbook-mask p b{font-weight:400;margin-right:1.4em;'
     'white-space:nowrap}</style>'
 )
 _kinds = dict(t='trained', e='end of turn, trained', u='end of turn, ignored', n='ignored', p='padding')

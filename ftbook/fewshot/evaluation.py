@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..problem import Problem
 from ..quality.balance import macro_f1
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 from ..show.page import Picture
 from ..show.tables import table
 
@@ -92,9 +92,7 @@ def draw_reliability(
         lines={'as sure as right': ((0, 1), (0, 1))} | lines,
         x_label='how sure',
         y_label='how often right',
-        x_range=(0, 1),
-        y_range=(0, 1),
-        height=320,
+        frame=Frame(x_range=(0, 1), y_range=(0, 1), height=320),
     )
 
 # %% ../../nbs/inside/sureness.ipynb #b82a7ad2

@@ -12,7 +12,7 @@ from torch import Tensor
 from .contrast import tune_
 from .encoder import Body, read_states, read_vectors
 from .tuning import Tuning
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 from ..show.page import Picture
 
 # %% ../../nbs/inside/tuning.ipynb #f1e0b003
@@ -75,6 +75,5 @@ def draw_plane(
     return plot(
         points={name: xy[codes == k].t().tolist() for k, name in enumerate(classes)},
         title=title,
-        x_range=(-1, 1),
-        y_range=(-1, 1),
+        frame=Frame(x_range=(-1, 1), y_range=(-1, 1)),
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .report import draw_pareto
+from .figures import draw_pareto
 from ..show.bar_chart import bars
 from ..show.intervals import draw_intervals, signed
 from ..show.page import Picture

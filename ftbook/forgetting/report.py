@@ -9,55 +9,27 @@ __all__ = ['ForgettingReport', 'forgetting_report']
 
 # %% ../../nbs/inside/forgetting_report.ipynb #10ceec18
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
+from ..files import write_text
 from .battery import Battery, measure_battery, n_tokens
+from .figures import sections_of
 from .lost import compare_losses, paired_bootstrap
 from .moved import moved
 from ..methods.files import load_adapter
 from ..methods.fold import remove_
 from ..models.load import load_model, load_tokenizer
 from ..problem import Problem
-from ..show.bar_chart import bars
-from ..show.charts import plot
-from ..show.intervals import crosses, draw_intervals, signed
-from ..show.page import escape, Picture
-from ..show.tables import table
+from ..show.page import HtmlReport, inline, Picture, whole_page
 from ..training.evaluate import Evaluation
-
-# %% ../../nbs/inside/forgetting_report.ipynb #fbcd2def
-def draw_moved(
-    shifts: Sequence[dict],  # From `moved`
-) -> Picture:  # A line for every kind of matrix
-    "How far the matrices moved, layer by layer."
-    if not shifts:
-        return Picture(
-            '<p>There is no matrix to show: the method leaves them as they are, or they are kept in few bits.</p>'
-        )
-    found = {}
-    for m in shifts:
-        layer = next((int(p) for p in m['name'].split('.') if p.isdigit()), 0)
-        xs, ys = found.setdefault(m['name'].rpartition('.')[2], ([], []))
-        xs.append(layer)
-        ys.append(100 * m['share'])
-    lines = {k: v for k, v in found.items() if len(v[0]) > 1}
-    return plot(
-        lines,
-        {k: v for k, v in found.items() if k not in lines},
-        x_label='layer',
-        y_label='update, % of the norm of the weights',
-        width=736,
-    )
 
 # %% ../../nbs/inside/forgetting_report.ipynb #cc3546dd
 @dataclass
-class ForgettingReport:
+class ForgettingReport(HtmlReport):
     "What was lost, and what moved."
 
     texts: dict  # Kind of text -> `Forgetting`
@@ -71,6 +43,28 @@ class ForgettingReport:
     def facts(self) -> dict:  # As JSON can hold it
         "The report without pictures."
         return json.loads(json.dumps(asdict(self)))
+
+    def html(self) -> str:  # It loads nothing
+        "The report as a page."
+        return whole_page('forgetting.html', 'What the fine-tune lost', sections_of(self.facts()))
+
+    def write(
+        self,
+        folder: Path,  # Made if needed
+    ):
+        "Write report.html and report.json."
+        super().write(folder)
+        write_text(folder / 'report.json', json.dumps(self.facts(), indent=1))
+
+    def _repr_html_(self):
+        return draw_report(self.facts()).html
+
+# %% ../../nbs/inside/forgetting_report.ipynb #3493ad58
+def draw_report(
+    facts: dict,  # From `ForgettingReport.facts`
+) -> Picture:
+    "A report as a notebook shows it."
+    return inline('forgetting.html', sections_of(facts, ('', '')))
 
 # %% ../../nbs/inside/forgetting_report.ipynb #82e2dc1f
 def compare_batteries(
@@ -168,120 +162,3 @@ def _reported(before, after, then, battery, seed, progress):
         )
     now = measure_battery(after, battery, then, progress)
     return compare_batteries(then, now, battery.tokenizer, moved(after, dict(before.named_parameters())), seed)
-
-# %% ../../nbs/inside/forgetting_report.ipynb #50dbd19b
-def forgetting_words(
-    lost: dict,  # {name: `Forgetting` as a dict}
-) -> str:
-    "What was lost, in a sentence."
-    worst = max(lost.values(), key=lambda f: f['low'])
-    if worst['low'] <= 0:
-        return 'No loss of general text can be told from chance.'
-    return (
-        f"The loss on {worst['name']} rose by {worst['change']:.3f} nats per token, which is "
-        f"{math.expm1(worst['change']):.1%} in perplexity."
-    )
-
-# %% ../../nbs/inside/forgetting_report.ipynb #e285d11d
-def battery_words(
-    facts: dict,  # From `ForgettingReport.facts`
-) -> list[str]:  # Sentences
-    "What a battery found, in words."
-    said = []
-    if facts['accuracy']:
-        before, after, n = (sum(t[k] for t in facts['tasks'].values()) for k in range(3))
-        change, low, high = (100 * v for v in facts['accuracy'])
-        said.append(
-            f"Of {n} questions that have nothing to do with the task it got {before} right before and {after} "
-            f"after: {signed(change, 1)} points, 95% interval {signed(low, 1)} to {signed(high, 1)}."
-        )
-    if facts['stopped']:
-        words = [int(np.median([len(a[k].split()) for a in facts['answers']])) for k in (1, 2)]
-        said.append(
-            "Of {2} answers to simple requests, {0} ended by themselves before and {1} after; ".format(
-                *facts['stopped']
-            )
-            + f"half of them have at most {words[0]} words before and {words[1]} after."
-        )
-    if facts['divergence']:
-        said.append(
-            (
-                "On what the base answered, the tuned model is {:.3f} nats per token away from it (KL, 95% "
-                "interval {:.3f} to {:.3f})."
-            ).format(*facts['divergence'])
-        )
-    if facts['moved']:
-        far = max(facts['moved'], key=lambda m: m['share'])
-        said.append(
-            f"{len(facts['moved'])} matrices moved, {far['name']} furthest: by {far['share']:.1%} of its norm, "
-            f"in about {far['rank']:.1f} directions."
-        )
-    return said
-
-# %% ../../nbs/inside/forgetting_report.ipynb #286482c6
-def draw_answers(
-    answers: Sequence[tuple],  # (request, before, after)
-    n: int = 4,  # Show so many
-) -> Picture:  # A table
-    "What a model answers to simple requests, before and after."
-    return table(
-        [dict(request=r, before=b, after=a) for r, b, a in answers[:n]], title='What it answers to simple requests'
-    )
-
-# %% ../../nbs/inside/forgetting_report.ipynb #61f6d1b5
-def draw_report(
-    facts: dict,  # From `ForgettingReport.facts`
-) -> Picture:
-    "A report as a page shows it."
-    parts = []
-    if facts['texts']:
-        parts += [
-            f"<p>{escape(forgetting_words(facts['texts']))}</p>",
-            draw_intervals(
-                {k: (f['change'], f['low'], f['high']) for k, f in facts['texts'].items()},
-                marks={'no change': 0.0},
-                write=signed,
-            ),
-        ]
-    parts += [f'<p>{escape(s)}</p>' for s in battery_words(facts)]
-    if facts['tasks']:
-        parts.append(
-            bars(
-                {k: {'before': t[0] / t[2], 'after': t[1] / t[2]} for k, t in facts['tasks'].items()},
-                x_label='share of the questions answered right',
-            )
-        )
-    if facts['moved']:
-        parts.append(draw_moved(facts['moved']))
-    if facts['answers']:
-        parts.append(draw_answers(facts['answers']))
-    return Picture(''.join(p if isinstance(p, str) else p.html for p in parts))
-
-
-ForgettingReport._repr_html_ = lambda self: draw_report(self.facts()).html
-
-# %% ../../nbs/inside/forgetting_report.ipynb #02c28d78
-def draw_pareto(
-    # {method: its points in the order of the rate}, each (learnt, lost), each of these (mean, half the width of its
-    # interval)
-    curves: dict,
-    remedies: dict,  # {name: a point}
-    x_label: str = 'learnt',  # And its unit
-    title: str = '',  # What the chart shows
-    ranges: tuple = (None, None),  # (low, high) of learnt and of lost, to keep the axes still
-) -> Picture:  # A chart
-    "Draw learning against forgetting."
-    dots = {name: tuple([v[0]] for v in point) for name, point in remedies.items()} | {
-        m: tuple([p[k][0] for p in points] for k in (0, 1)) for m, points in curves.items()
-    }
-    return plot(
-        {m: crosses(points, True) for m, points in curves.items()}
-        | {name: crosses([point]) for name, point in remedies.items()},
-        dots,
-        x_label=x_label,
-        y_label='nats per token lost on other text',
-        title=title,
-        x_range=ranges[0],
-        y_range=ranges[1],
-        height=440,
-    )

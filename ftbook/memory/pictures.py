@@ -11,33 +11,8 @@ __all__ = []
 import statistics
 
 from .plan import GIB, SIZES
-from ..show.page import escape, Picture
-
-# %% ../../nbs/inside/plan_pictures.ipynb #bbf8af35
-_tints = (
-    '#4477aa #66ccee #228833 #ccbb44 #ee6677 #aa3377 #bbbbbb #222255 #994455 #997700'.split()
-)  # As many items as a plan has
-
-
-def _bar(name, row, top, y, tints):
-    "One plan: its name and its items."
-    at = 0.0
-    drawn = f'<text x="0" y="{y + 12}">{escape(name)}: {sum(row.values()):.1f} GiB</text>'
-    for item, gib in row.items():
-        drawn += (
-            f'<rect x="{at / top:.2%}" y="{y + 18}" width="{gib / top:.2%}" height="20" '
-            f'fill="{tints[item]}"><title>{escape(item)} {gib:.2f} GiB</title></rect>'
-        )
-        at += gib
-    return drawn
-
-
-def _mark(gib, top, y):
-    "A line for a size."
-    return (
-        f'<line x1="{gib / top:.2%}" x2="{gib / top:.2%}" y1="16" y2="{y}" stroke="currentColor" '
-        f'stroke-dasharray="3"/><text x="{gib / top:.2%}" y="{y + 12}" text-anchor="middle">{gib}</text>'
-    )
+from ..show.page import Picture
+from ..show.stacks import stacked_bars
 
 # %% ../../nbs/inside/plan_pictures.ipynb #ff422670
 def stacked(
@@ -46,18 +21,7 @@ def stacked(
     title: str = '',  # What it shows
 ) -> Picture:  # Horizontal bars, an item after the other
     "Items of plans, end to end."
-    items = list(dict.fromkeys(k for r in rows.values() for k in r))
-    top = max([sum(r.values()) for r in rows.values()] + [1e-9]) * 1.08
-    tints = dict(zip(items, _tints * (len(items) // len(_tints) + 1)))
-    height = 50 * len(rows)
-    drawn = ''.join(_bar(name, r, top, 50 * i, tints) for i, (name, r) in enumerate(rows.items()))
-    drawn += ''.join(_mark(gib, top, height) for gib in marks if gib < top)
-    legend = ' '.join(f'<span style="color:{tints[k]}">&#9632;</span>&nbsp;{escape(k)}' for k in items)
-    return Picture(
-        f'<div><b>{escape(title)}</b><svg viewBox="0 0 640 {height + 18}" width="100%" '
-        'style="max-width:640px;font-size:12px;fill:currentColor" role="img" '
-        f'aria-label="{escape(title)}">{drawn}</svg><div style="font-size:12px">{legend}</div></div>'
-    )
+    return stacked_bars(rows, unit='GiB', title=title, marks={f'{gib} GiB': gib for gib in marks})
 
 # %% ../../nbs/inside/plan_pictures.ipynb #351def89
 def fit_picture(

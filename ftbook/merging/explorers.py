@@ -10,6 +10,7 @@ __all__ = []
 # %% ../../nbs/inside/merge_explorers.ipynb #mexp0005
 from .task_runs import CALLED
 from ..show.bar_chart import bars
+from ..show.drawing import drawing, label, tile
 from ..show.page import escape, Picture, row
 
 # %% ../../nbs/inside/merge_explorers.ipynb #7b94d1e6
@@ -25,51 +26,27 @@ def controls_of(
 BLUE, ORANGE = '#0072b2', '#d55e00'  # told apart by most eyes, in light and dark
 
 
-def _words(x, y, text, size=11, more=''):
-    "Text around a point."
-    return (
-        f'<text x="{x:.4g}" y="{y:.4g}" font-size="{size}" text-anchor="middle" fill="currentColor"{more}>'
-        f'{escape(str(text))}</text>'
-    )
-
-
-def _block(x, y, width, height, value, colour, opacity, more=''):
-    "A shaded rectangle with a value in it."
-    return (
-        f'<rect x="{x:.4g}" y="{y:.4g}" width="{width}" height="{height}" fill="{colour}" '
-        f'fill-opacity="{opacity:.2f}"{more}/>' + _words(x + width / 2, y + height / 2 + 4, f'{value:.2f}')
-    )
-
-
-def _drawing(width, height, label, inside, title=True):
-    "Wrap shapes; the label is read aloud, and stands above them as a title."
-    head = f'<div style="font:600 14px system-ui">{escape(label)}</div>' * title
-    return Picture(
-        f'{head}<svg viewBox="0 0 {width} {height}" width="{width}" style="max-width:100%" role="img" '
-        f'aria-label="{escape(label)}">{inside}</svg>'
-    )
+def _valued(x, y, size, value, colour, opacity, framed=False):
+    "A tile with a value in it."
+    return tile(x, y, size, f'{value:.2f}', colour, opacity, framed)
 
 # %% ../../nbs/inside/merge_explorers.ipynb #45720f80
 def _signed(v, x, y):
     "A square as large as a value, orange where it is positive."
     side = 10 * min(1, abs(v)) ** 0.5
-    return (
-        f'<rect x="{x + 11 - side:.5g}" y="{y + 11 - side:.5g}" width="{2 * side:.4g}" height="{2 * side:.4g}" '
-        f'fill="{ORANGE if v > 0 else BLUE}"/>'
-    )
+    return tile(x + 11 - side, y + 11 - side, (2 * side, 2 * side), '', ORANGE if v > 0 else BLUE, 1)
 
 
 def strips(
     rows: dict[str, list],  # Name -> values; 1 and -1 fill a square
-    label: str,  # What is seen, for who does not see it
+    title: str,  # What is seen, for who does not see it
 ) -> Picture:
     "Rows of signed squares, with a name each."
-    inside = ''.join(
-        f'<text x="0" y="{28 * j + 16}" font-size="13" fill="currentColor">{escape(name)}</text>'
-        + ''.join(_signed(float(v), 120 + 22 * i, 28 * j) for i, v in enumerate(values))
-        for j, (name, values) in enumerate(rows.items())
-    )
-    return _drawing(650, 28 * len(rows), label, inside, title=False)
+    names = [label(0, 28 * j + 16, name, 13, 'start') for j, name in enumerate(rows)]
+    squares = [
+        _signed(float(v), 120 + 22 * i, 28 * j) for j, values in enumerate(rows.values()) for i, v in enumerate(values)
+    ]
+    return drawing(650, 28 * len(rows), title, *names, *squares)
 
 # %% ../../nbs/inside/merge_explorers.ipynb #69fc4720
 def half_matrix(
@@ -80,17 +57,13 @@ def half_matrix(
     "A value for every pair; darker is larger, and a pair without a value is blank."
     low = min(values.values(), default=0)
     high = max(values.values(), default=1)
-    shade = lambda v: 0.1 + 0.6 * (v - low) / max(1e-9, high - low)
-    heads = ''.join(
-        _words(116 + 62 * i, 14, t)
-        + f'<text x="80" y="{40 + 28 * i}" font-size="11" text-anchor="end" fill="currentColor">{t}</text>'
-        for i, t in enumerate(names)
-    )
-    cells = ''.join(
-        _block(86 + 62 * names.index(a), 22 + 28 * names.index(b), 60, 26, v, BLUE, shade(v))
-        for (a, b), v in values.items()
-    )
-    return _drawing(86 + 62 * len(names), 24 + 28 * len(names), title, heads + cells)
+    heads = [label(116 + 62 * i, 14, t, 11) for i, t in enumerate(names)]
+    heads += [label(80, 40 + 28 * i, t, 11, 'end') for i, t in enumerate(names)]
+    cells = []
+    for (a, b), v in values.items():
+        shade = 0.1 + 0.6 * (v - low) / max(1e-9, high - low)
+        cells.append(_valued(86 + 62 * names.index(a), 22 + 28 * names.index(b), (60, 26), v, BLUE, shade))
+    return drawing(86 + 62 * len(names), 24 + 28 * len(names), title, *heads, *cells, titled=True)
 
 # %% ../../nbs/inside/merge_explorers.ipynb #0b6e5d23
 def heat_table(
@@ -99,79 +72,85 @@ def heat_table(
 ) -> Picture:
     "Shares as a shaded table."
     columns = list(next(iter(rows.values())))
-    heads = ''.join(_words(260 + 62 * i, 14, c) for i, c in enumerate(columns))
-    lines = ''.join(
-        f'<text x="222" y="{37 + 24 * j}" font-size="11" text-anchor="end" fill="currentColor">{escape(n)}</text>'
-        + ''.join(
-            _block(230 + 62 * i, 22 + 24 * j, 60, 22, v, ORANGE, max(0.04, 1.5 * v - 0.6))
-            for i, v in enumerate(r.values())
-        )
-        for j, (n, r) in enumerate(rows.items())
-    )
-    return _drawing(234 + 62 * len(columns), 24 + 24 * len(rows), title, heads + lines)
+    heads = [label(260 + 62 * i, 14, c, 11) for i, c in enumerate(columns)]
+    heads += [label(222, 37 + 24 * j, name, 11, 'end') for j, name in enumerate(rows)]
+    cells = [
+        _valued(230 + 62 * i, 22 + 24 * j, (60, 22), v, ORANGE, max(0.04, 1.5 * v - 0.6))
+        for j, row in enumerate(rows.values())
+        for i, v in enumerate(row.values())
+    ]
+    return drawing(234 + 62 * len(columns), 24 + 24 * len(rows), title, *heads, *cells, titled=True)
 
 # %% ../../nbs/inside/merge_explorers.ipynb #d49daf4d
 def weight_plane(
     values: dict[tuple, float],  # (weight to the right, weight upwards) -> a value from 0 to 1
     names: tuple[str, str],  # Of the two weights
     at: tuple[float, float],  # Which one is framed
-    label: str,  # What is seen, for who does not see it
+    title: str,  # What is seen, for who does not see it
 ) -> Picture:
     "A value for every pair of weights of a grid."
     steps = sorted({w for p in values for w in p})
-    frame = lambda p: ' stroke="currentColor" stroke-width="2"' * (p == tuple(at))
-    cells = ''.join(
-        _block(60 + 50 * steps.index(a), 150 - 50 * steps.index(b), 48, 48, v, ORANGE, 0.05 + 0.9 * v, frame((a, b)))
+    cells = [
+        _valued(
+            60 + 50 * steps.index(a),
+            150 - 50 * steps.index(b),
+            (48, 48),
+            v,
+            ORANGE,
+            0.05 + 0.9 * v,
+            (a, b) == tuple(at),
+        )
         for (a, b), v in values.items()
-    )
-    ticks = ''.join(
-        _words(84 + 50 * i, 216, f'{w:g}')
-        + f'<text x="52" y="{178 - 50 * i}" font-size="11" text-anchor="end" fill="currentColor">{w:g}</text>'
-        for i, w in enumerate(steps)
-    )
-    axes = _words(160, 236, f'weight of {names[0]}', 12)
-    axes += _words(14, 100, f'weight of {names[1]}', 12, ' transform="rotate(-90 14 100)"')
-    return _drawing(270, 244, label, cells + ticks + axes, title=False)
+    ]
+    ticks = [label(84 + 50 * i, 216, f'{w:g}', 11) for i, w in enumerate(steps)]
+    ticks += [label(52, 178 - 50 * i, f'{w:g}', 11, 'end') for i, w in enumerate(steps)]
+    axes = [label(160, 236, f'weight of {names[0]}'), label(14, 100, f'weight of {names[1]}', turned=True)]
+    return drawing(270, 244, title, *cells, *ticks, *axes)
 
 # %% ../../nbs/inside/merge_explorers.ipynb #44fa8a21
 def _on_square(p):
-    return 48 + 160 * p[0], 188 - 160 * p[1]
+    return 74 + 160 * p[0], 194 - 160 * p[1]
 
 
 def _on_triangle(p):
-    return 28 + (100 * p[0] + 200 * p[2]) / sum(p), 206 - 173 * p[0] / sum(p)
+    return 54 + (100 * p[0] + 200 * p[2]) / sum(p), 212 - 173 * p[0] / sum(p)
 
 
 def _names_on_square(tasks):
-    ticks = ''.join(_words(48 + 160 * w, 236, f'{w:g}') + _words(10, 192 - 160 * w, f'{w:g}') for w in (0, 0.5, 1))
-    axes = _words(128, 254, f'weight of {tasks[0]}')
-    return ticks + axes + _words(-12, 108, f'weight of {tasks[1]}', more=' transform="rotate(-90 -12 108)"')
+    ticks = [label(74 + 160 * w, 242, f'{w:g}', 11) for w in (0, 0.5, 1)]
+    ticks += [label(36, 198 - 160 * w, f'{w:g}', 11) for w in (0, 0.5, 1)]
+    axes = [label(154, 260, f'weight of {tasks[0]}', 11), label(14, 114, f'weight of {tasks[1]}', 11, turned=True)]
+    return ticks + axes
 
 
 def _names_on_triangle(tasks):
-    return _words(128, 8, tasks[0]) + _words(28, 236, tasks[1]) + _words(228, 236, tasks[2])
+    return [label(154, 14, tasks[0], 11), label(54, 242, tasks[1], 11), label(254, 242, tasks[2], 11)]
 
 # %% ../../nbs/inside/merge_explorers.ipynb #443d0b5c
+def _here(f, place, size):
+    "A frame around the point of the sliders."
+    x, y = place(f['at'])
+    round_ = 0 if len(f['shares']) == 1 else size / 2
+    return (
+        f'<rect x="{x - size / 2 - 1:.1f}" y="{y - size / 2 - 1:.1f}" width="{size + 2}" height="{size + 2}" '
+        f'rx="{round_}" fill="none" stroke="currentColor" stroke-width="2"/>'
+    )
+
+
 def _surface(f):
     "The mean score at every measured point, and where the sliders stand."
     two = len(f['at']) == 2
     place, names = (_on_square, _names_on_square) if two else (_on_triangle, _names_on_triangle)
     size = 60 if two and len(f['grid']) <= 9 else 38 if two else 40
-    spots = ''
+    spots = []
     for p, v in f['grid'].items():
         x, y = place(p)
-        spots += _block(x - size / 2, y - size / 2, size, size, v, ORANGE, max(0, (v - 0.4) / 0.6) * 0.9 + 0.05)
+        shade = max(0, (v - 0.4) / 0.6) * 0.9 + 0.05
+        spots.append(_valued(x - size / 2, y - size / 2, (size, size), v, ORANGE, shade))
     if two or any(f['at']):
-        x, y = place(f['at'])
-        spots += (
-            f'<rect x="{x - size / 2 - 1:.1f}" y="{y - size / 2 - 1:.1f}" width="{size + 2}" height="{size + 2}" '
-            f'rx="{0 if len(f["shares"]) == 1 else size / 2}" fill="none" stroke="currentColor" stroke-width="2"/>'
-        )
-    return Picture(
-        '<div style="font:600 14px system-ui">Mean, by weight</div><svg viewBox="-26 -6 278 266" width="278" '
-        f'role="img" aria-label="Mean share of right answers by weights, {f["method"]}">'
-        f'{spots}{names(f["tasks"])}</svg>'
-    )
+        spots.append(_here(f, place, size))
+    title = f'Mean share of right answers by weights, {f["method"]}'
+    return drawing(278, 266, title, *spots, *names(f['tasks']), titled=True)
 
 
 def draw_merge(

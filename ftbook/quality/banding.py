@@ -7,7 +7,7 @@ __all__ = []
 import numpy as np
 
 from .minhash import s_curve
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 
 # %% ../../nbs/inside/datatrove.ipynb #ba4d0003
 _grid = np.linspace(0, 1, 101)
@@ -34,8 +34,8 @@ def draw_banding(
     return plot(
         lines={'': (_grid, s_curve(_grid, bands, rows))},
         marks={'threshold': threshold},
-        y_range=(0, 1),
         x_label='Jaccard similarity',
         y_label='probability of a candidate',
         title=f'{bands * rows} hashes: {costs}',
+        frame=Frame(y_range=(0, 1)),
     )

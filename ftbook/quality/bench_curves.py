@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 
 # %% ../../nbs/inside/bench_curves.ipynb #bec0b508
 LEVELS = 'all raters', 'four raters', 'one rater', '10 % wrong', '20 % wrong', '30 % wrong', '40 % wrong'
@@ -137,8 +137,8 @@ def draw_levels(
     task, levels = found
     return plot(
         lines={level: (list(means), list(means.values())) for level, means in levels.items()},
-        log_x=True,
         x_label='rows',
         y_label='accuracy',
         title=f'{task}: rows of every quality',
+        frame=Frame(log_x=True),
     )

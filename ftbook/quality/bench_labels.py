@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..show.bar_chart import bars
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 
 # %% ../../nbs/inside/bench_labels.ipynb #be1ab008
 def mean_and_error(
@@ -191,11 +191,10 @@ def draw_depth(
     return plot(
         {'the audit': (found['x'], mean), 'at random': (ends, (found['random'],) * 2)},
         bands={'the audit': (found['x'], mean - error, mean + error)},
-        log_x=True,
-        y_range=(0, 1),
         marks={'flagged': found['flagged']},
         x_label='rows read, the surest error first, % of all',
         y_label='share that is really wrong',
+        frame=Frame(log_x=True, y_range=(0, 1)),
     )
 
 # %% ../../nbs/inside/bench_labels.ipynb #be1ab016
@@ -214,8 +213,7 @@ def draw_imbalance(
     return plot(
         {r: (RATIOS, m) for r, (m, e) in found.items()},
         bands={r: (RATIOS, m - e, m + e) for r, (m, e) in found.items()},
-        log_x=True,
-        y_range=(0, 1),
         x_label='rows of the largest class for each of the rarest',
         y_label='on held-out rows',
+        frame=Frame(log_x=True, y_range=(0, 1)),
     )

@@ -6,7 +6,7 @@ __all__ = []
 # %% ../../nbs/inside/power_law.ipynb #aba8262a
 import numpy as np
 
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 
 # %% ../../nbs/inside/power_law.ipynb #7c34f7b8
 def draw_curve(
@@ -20,8 +20,8 @@ def draw_curve(
         lines={name: (grid, c(grid)) for name, c in curves.items()},
         bands={name: (grid, *c.band(grid)) for name, c in curves.items()},
         points={name: (c.n, [s.mean() for s in c.scores]) for name, c in curves.items()},
-        log_x=True,
         x_label='examples',
         y_label='score',
         title=title,
+        frame=Frame(log_x=True),
     )

@@ -10,7 +10,7 @@ __all__ = ['save_audit']
 # %% ../../nbs/inside/audit_report.ipynb #cd21c03e
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from .curve_chart import draw_curve
 from .findings import _written
 from .personal import _keys, _many_digits
 from ..show.bar_chart import bars
-from ..show.page import escape, page, row
+from ..show.page import HtmlReport, inline, row, Section, sentence, whole_page
 from ..show.tables import table
 
 # %% ../../nbs/inside/audit_report.ipynb #eeed8971
@@ -69,44 +69,80 @@ def _figures(view):
 
 # %% ../../nbs/inside/audit_report.ipynb #0a1438af
 def _more_rows(audit):
+    "What more rows would bring, where it was measured."
     runs = audit.facts.get('learning_curve')
-    return (
-        [('What more rows would bring', draw_curve({'a linear probe on a frozen encoder': fit_curve(runs)}))]
-        if runs
-        else []
-    )
+    if not runs:
+        return {}
+    drawn = [draw_curve({'a linear probe on a frozen encoder': fit_curve(runs)})]
+    return dict(curve=Section('What more rows would bring', dict(said=[], found=[], drawn=drawn)))
 
 # %% ../../nbs/inside/audit_report.ipynb #0f62f9db
-def _overview(findings):
-    return table(
-        [
-            {
-                '': f.level,
-                'kind': f.where,
-                'rows': len(f.rows),
-                'to leave out': len(f.drop),
-                'what': f.message,
-                'what to do': f.remedy,
-            }
-            for f in findings
-        ]
-    )
+def _listed(audit):
+    "The findings, errors first."
+    rank = dict(error=0, warning=1, note=2)
+    return sorted(audit.findings, key=lambda f: rank[f.level])
+
+
+def _overview(finding):
+    "A finding in a line, as the template lists it."
+    remedy = sentence(finding.remedy) + f' Rows to leave out: {len(finding.drop):,}.' * bool(finding.drop)
+    return dict(level=finding.level, where=finding.where, message=sentence(finding.message), remedy=remedy)
 
 # %% ../../nbs/inside/audit_report.ipynb #5c3487e4
+def _summary(audit):
+    "A sentence and a list of the findings."
+    return dict(said=[sentence(audit.sentence())], found=list(map(_overview, _listed(audit))), drawn=[])
+
+
+def _kind(audit, finding, most=8):
+    "A finding with its first rows."
+    n = len(finding.rows)
+    shown = f' The first {most} of {n:,} rows:' * (n > most)
+    said = f'{sentence(finding.message)} {sentence(finding.remedy)}'.strip() + shown
+    return dict(said=[said], found=[], drawn=[_worst(audit.view, finding, most)])
+
+# %% ../../nbs/inside/audit_report.ipynb #c6ca8b85
+@dataclass(repr=False)
+class AuditReport(HtmlReport):
+    "What an audit found, for people and for programs."
+
+    audit: Audit  # What was found
+    title: str = 'The audit'  # Heading of the page
+
+    def html(self) -> str:  # It loads nothing
+        "The page."
+        sections = dict(
+            found=Section('What was found', _summary(self.audit)),
+            rows=Section('The rows', dict(said=[], found=[], drawn=[_figures(self.audit.view)])),
+        )
+        sections |= _more_rows(self.audit)
+        sections |= {
+            n: Section(f.where, _kind(self.audit, f)) for n, f in enumerate(_listed(self.audit)) if len(f.rows)
+        }
+        return whole_page('audit.html', self.title, sections)
+
+    def write(
+        self,
+        folder: Path,  # Made if needed
+    ):
+        "Write report.html, findings.json and findings.parquet."
+        write_table(folder / 'findings.parquet', _as_table(self.audit.findings))
+        write_text(folder / 'findings.json', _as_json(self.audit))
+        super().write(folder)
+
+    def __repr__(self):
+        return f'AuditReport({self.audit.sentence()})'
+
+    def _repr_html_(self):
+        return inline('audit.html', dict(found=Section('', _summary(self.audit)))).html
+
+
 def audit_report(
     audit: Audit,  # What was found
     title: str = 'The audit',  # Heading of the page
-) -> str:  # A whole HTML page that loads nothing
+) -> AuditReport:  # It shows itself, and has `html` and `save`
     "The report of an audit."
-    rank = dict(error=0, warning=1, note=2)
-    listed = sorted(audit.findings, key=lambda f: rank[f.level])
-    kinds = [
-        (f.where, [f'<p>{escape(f.message)}. {escape(f.remedy)}</p>', _worst(audit.view, f)])
-        for f in listed
-        if len(f.rows)
-    ]
-    summary = [f'<p>{escape(audit.sentence())}.</p>', *([_overview(listed)] if listed else [])]
-    return page(title, ('What was found', summary), ('The rows', _figures(audit.view)), *_more_rows(audit), *kinds)
+    return AuditReport(audit, title)
 
 # %% ../../nbs/inside/audit_report.ipynb #98934621
 def _flat(findings):
@@ -126,6 +162,26 @@ def _flat(findings):
         for i, why in zip(f.rows, [*f.evidence, *[''] * (len(f.rows) - len(f.evidence))])
     ]
 
+# %% ../../nbs/inside/audit_report.ipynb #7f70f97d
+def _as_table(findings):
+    "One line for each row of each finding."
+    import pyarrow as pa
+
+    kinds = dict.fromkeys(('level', 'where', 'row', 'evidence', 'drop', 'message', 'remedy'), pa.string())
+    kinds |= dict(row=pa.int64(), drop=pa.bool_())
+    return pa.Table.from_pylist(_flat(findings), schema=pa.schema(kinds))
+
+
+def _jsonable(value):
+    "Numbers of numpy, and what else JSON does not know."
+    return value.item() if hasattr(value, 'item') else str(value)
+
+
+def _as_json(audit):
+    "Counts, the sentence and the findings."
+    told = dict(audit.facts, sentence=audit.sentence(), findings=[asdict(f) for f in audit.findings])
+    return json.dumps(told, default=_jsonable, ensure_ascii=False)
+
 # %% ../../nbs/inside/audit_report.ipynb #4a99e8ef
 def save_audit(
     audit: Audit,  # What was found
@@ -133,18 +189,5 @@ def save_audit(
     title: str = 'The audit',  # Heading of the report
 ) -> Path:  # The folder
     "Write report.html, findings.json and findings.parquet."
-    import pyarrow as pa
-
-    out = Path(out)
-    kinds = dict.fromkeys(('level', 'where', 'row', 'evidence', 'drop', 'message', 'remedy'), pa.string())
-    kinds |= dict(row=pa.int64(), drop=pa.bool_())
-    write_table(out / 'findings.parquet', pa.Table.from_pylist(_flat(audit.findings), schema=pa.schema(kinds)))
-    told = dict(audit.facts, sentence=audit.sentence(), findings=[asdict(f) for f in audit.findings])
-    write_text(out / 'findings.json', json.dumps(told, default=_jsonable, ensure_ascii=False))
-    write_text(out / 'report.html', audit_report(audit, title))
-    return out
-
-# %% ../../nbs/inside/audit_report.ipynb #7f70f97d
-def _jsonable(value):
-    "Numbers of numpy, and what else JSON does not know."
-    return value.item() if hasattr(value, 'item') else str(value)
+    audit_report(audit, title).write(Path(out))
+    return Path(out)

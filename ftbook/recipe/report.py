@@ -7,638 +7,218 @@ Docs: https://ftbook.github.io/ftbook/inside/run_report.html.md"""
 # %% auto #0
 __all__ = ['Report']
 
-# %% ../../nbs/inside/run_report.ipynb #76bacc3b
+# %% ../../nbs/inside/run_report.ipynb #2dbfec59
 import json
-import os
-import platform
-import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
 import yaml
-from torch import nn
 
-from ..data.rows import row_parts
 from ..files import write_text
-from ..forgetting.lost import compare_losses
-from ..forgetting.moved import moved
-from ftbook.forgetting.report import (
-    battery_words,
-    compare_batteries,
-    draw_answers,
-    draw_moved,
-    forgetting_words,
-)
-from ..methods.bottleneck_method import Bottleneck
-from ..methods.summary import trainable_summary
-from ..models.device import peak_memory, probe_device
-from ..models.load import load_model
-from .checks import _answer, choose_precision, Prepared
-from .config import METHODS
-from .job import Job
-from .judge import _empty, at_once, Attempts, judge, named_first
-from ..show.bar_chart import bars
-from ..show.charts import plot
-from ..show.intervals import draw_intervals, signed
-from ..show.page import escape, page, Picture
-from ..show.tables import table
-from ..training.evaluate import Evaluation
-from ..training.watch import Run
+from ..forgetting.figures import answers_of, battery_words, draw_battery, draw_lost, forgetting_words
+from .figures import answers_shown, draw_change, draw_cost, draw_losses, loss_table
+from .judge import Attempts
+from .words import advice, bytes_text, loading_code, summary_line, summary_sentence, time_text
+from ..show.page import HtmlReport, inline, Picture, Section, whole_page
 
-# %% ../../nbs/inside/run_report.ipynb #2f2b46cc
-def _versions():
-    "What it ran with."
-    from importlib.metadata import version
-
-    return dict(
-        python=platform.python_version(),
-        **{n: version(n) for n in ('ftbook', 'torch', 'transformers', 'accelerate', 'tokenizers')},
-    )
-
-# %% ../../nbs/inside/run_report.ipynb #251bcdb7
-def _samples(p, before, after):
-    "Questions and what was answered, before and after."
-
-    def asked(row):
-        prompt = row_parts(row)[0]
-        return (
-            prompt
-            if isinstance(prompt, str)
-            else next((m['content'] for m in reversed(prompt) if m['role'] == 'user'), '')
-        )
-
-    def right(text, row):
-        return named_first(text, p.labels) == _answer(row) if p.labels else None
-
-    return [
-        dict(
-            row=row['row'],
-            question=asked(row),
-            wanted=_answer(row),
-            before=b,
-            after=a,
-            right_before=right(b, row),
-            right_after=right(a, row),
-        )
-        for row, b, a in zip(p.test_rows, before['answers'], after['answers'])
-    ]
-
-# %% ../../nbs/inside/run_report.ipynb #34c7079c
-def _kept(p, before, after, model):
-    "What the battery found beside its texts, and which weights moved."
-    # nothing is asked, or the run was begun by a version that did not ask
-    if not after['battery'] or not before.get('battery'):
-        return None
-    full = p.recipe.method.type == 'full'
-    base = (
-        dict(load_model(p.recipe.model.name, dtype=choose_precision(p.recipe)[1], device='cpu')[0].named_parameters())
-        if full
-        else None
-    )
-    found = compare_batteries(
-        before['battery'], after['battery'], p.tokenizer, moved(model, base), p.recipe.seed
-    ).facts()
-    return {k: v for k, v in found.items() if k != 'texts'}
+# %% ../../nbs/inside/run_report.ipynb #2675a0ff
+def _result(f):
+    "Large figures, a sentence, the interval, and what it cost."
+    if f['loss_after'] is None:
+        return dict(large=['trained'], said=summary_sentence(f), drawn=[], cards=_cards(f))
+    kind, write = ('accuracy', '{:.1%}'.format) if f['accuracy_after'] is not None else ('loss', '{:.3f}'.format)
+    large = [write(f[f'{kind}_{when}']) for when in ('before', 'after')]
+    return dict(large=large, said=summary_sentence(f), drawn=[draw_change(f)], cards=_cards(f))
 
 
-def collect(
-    p: Prepared,  # The rows
-    job: Job,  # The stages
-    trained: Run,  # From `finetune`
-    before: dict,  # From `measure`
-    after: dict,  # From `measure`
-    model: nn.Module,  # As trained
-    attempt=at_once,  # As for `measure`
-) -> dict:  # What report.json holds
-    "The facts of a run."
-    seed, summary, (device, dtype, precision) = p.recipe.seed, trainable_summary(model), choose_precision(p.recipe)
-
-    def texts():
-        return {
-            k: asdict(compare_losses(k, Evaluation(**before['texts'][k]), Evaluation(**m), seed))
-            for k, m in after['texts'].items()
-        }
-
-    lost = attempt('texts', texts, {})
-    unjudged = after | _empty['rows']
-    verdict = attempt('rows', lambda: judge(before, after, seed)) or judge(before, unjudged)
-    commonest = max(Counter(map(_answer, p.test_rows)).values()) / len(p.test_rows) if p.labels else None
-    facts = verdict | dict(
-        commonest=commonest,
-        tokens_per_second=trained.tokens_per_second,
-        peak_memory_bytes=max(trained.peak_memory_bytes, peak_memory(model.device)),
-        memory_plan=p.memory,
-        forgetting=lost,
-        kept=attempt('changes', lambda: _kept(p, before, after, model)),
-        seconds=sum(job.seconds.values()),
-        seconds_by_stage=job.seconds,
-        n_train=len(p.train),
-        n_left=p.n_left,
-        train_tokens=trained.tokens,
-        steps=len(trained.history),
-        stopped=trained.stopped,
-        resumed_from=trained.resumed_from,
-        trained_parameters=summary.trained,
-        total_parameters=summary.total,
-        device=device,
-        threads=torch.get_num_threads(),
-        dtype=str(dtype)[6:],
-        precision=precision,
-        device_reasons=probe_device(p.recipe.model.device).reasons,
-        findings=[asdict(f) for f in p.findings],
-        ended=time.strftime('%Y-%m-%d %H:%M:%S'),
-        history=trained.history,
-        samples=attempt('answers', lambda: _samples(p, before, after), []),
-        recipe=asdict(p.recipe),
-        seed=seed,
-        versions=_versions(),
-        missing=list(getattr(attempt, 'missing', [])),
-    )
-    return json.loads(json.dumps(facts))
-
-# %% ../../nbs/inside/run_report.ipynb #f3fd6e73
-def _lacks(facts):
-    "What a report lacks, in words."
-    return ' and '.join(m['what'] for m in facts.get('missing', []))
-
-
-def summary_line(
-    facts: dict,  # From `collect`
-) -> str:
-    "The result in a line."
-    if 'n_eval' not in facts:
-        return f"after step {facts['step']}"
-    lacks = f"; the report lacks {_lacks(facts)}" * bool(facts.get('missing'))
-    if facts['loss_after'] is None:
-        return f"trained in {facts['steps']:,} steps and saved{lacks}"
-    if facts['accuracy_after'] is None:
-        return (
-            f"loss on {facts['n_eval']} held-out rows {facts['loss_before']:.3f} before, {facts['loss_after']:.3f} "
-            f"after{lacks}"
-        )
-    low, high = facts['accuracy_change_interval']
-    return (
-        f"{facts['accuracy_before']:.1%} right before, {facts['accuracy_after']:.1%} after, on "
-        f"{facts['n_eval']} held-out rows; "
-        f"gain {100 * facts['accuracy_change']:.1f} points, 95% interval {100 * low:.1f} to {100 * high:.1f}{lacks}"
-    )
-
-# %% ../../nbs/inside/run_report.ipynb #43ec357b
-def summary_sentence(
-    facts: dict,  # From `collect`
-) -> str:
-    "The result in plain words."
-    n = facts['n_eval']
-    name = Path(facts['recipe']['model']['name']).name
-    accuracy = facts['accuracy_after'] is not None
-    if facts['loss_after'] is None:
-        return (
-            f"{name} was trained in {facts['steps']:,} steps and saved. How well it does on the {n:,} held-out "
-            "rows was not measured."
-        )
-    low, high = facts['accuracy_change_interval' if accuracy else 'loss_change_interval']
-    if not accuracy:
-        return (
-            f"On {n:,} held-out rows the loss of {name} went from {facts['loss_before']:.3f} to "
-            f"{facts['loss_after']:.3f} nats per learnt token, "
-            f"a change of {signed(facts['loss_change'])} with a 95% interval from {signed(low)} to {signed(high)}."
-        )
-    return (
-        f"{name} got {round(facts['accuracy_before'] * n):,} of {n:,} held-out rows right before the training, "
-        f"and {round(facts['accuracy_after'] * n):,} after it. "
-        f"The gain of {100 * facts['accuracy_change']:.1f} points has a 95% interval from {100 * low:.1f} to "
-        f"{100 * high:.1f}."
-    )
-
-# %% ../../nbs/inside/run_report.ipynb #f64c5ec9
-_css = """<style>
-.ft-hero{display:flex;flex-wrap:wrap;align-items:baseline;gap:.1em .4em;margin:.5em 0 .4em;
-  font-size:clamp(2.2rem,9vw,3.6rem);font-weight:700;line-height:1.1;letter-spacing:-.03em;
-  font-variant-numeric:tabular-nums}.ft-hero span{opacity:.5;font-weight:400}
-.ft-hero small{flex-basis:100%;font-size:1.05rem;font-weight:400;letter-spacing:0;line-height:1.5;margin-top:.5em}
-.ft-cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));gap:.7rem;margin:1.4em 0}
-.ft-cards div,.ft-says article{border:1px solid color-mix(in srgb,currentColor 16%,transparent);border-radius:10px;
-  padding:.65rem .9rem}
-.ft-cards b{display:block;font-size:1.3rem;line-height:1.25;letter-spacing:-.01em;font-variant-numeric:tabular-nums}
-.ft-cards span{font-size:.8rem;opacity:.75;line-height:1.3;display:block}
-.ft-says{display:grid;gap:.8rem;margin:1em 0}.ft-says p{margin:0 0 .5em}
-.ft-says section{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.5rem 1.2rem;
-  font-size:.92rem;line-height:1.45}.ft-says h4{margin:0;font-size:.8rem;font-weight:400;opacity:.75}
-.ft-says section p{margin:0;white-space:pre-wrap}.ft-says .ft-note{margin:.5em 0 0}.ft-says i{margin-left:.5em}
-.ft-says i,.ft-found i{font-style:normal;font-size:.76rem;border-radius:1em;padding:.02em .6em;white-space:nowrap;
-  border:1px solid currentColor}.ft-ok{color:#00754f;color:color-mix(in oklab,#009E73 70%,currentColor)}
-.ft-no{color:#b04800;color:color-mix(in oklab,#D55E00 75%,currentColor)}.ft-note{font-size:.88rem;opacity:.8}
-.ft-found div{display:flex;flex-wrap:wrap;gap:0 1rem;padding:.45rem 0;font-size:.92rem;line-height:1.45;
-  border-bottom:1px solid color-mix(in srgb,currentColor 12%,transparent)}.ft-found i{margin:0 .3em 0 0}
-.ft-found b{flex:0 0 12.5rem}.ft-found span{flex:1 1 18rem}summary{cursor:pointer}
-</style>"""
-
-# %% ../../nbs/inside/run_report.ipynb #6171a13a
-def _bytes(n):
-    return f'{n / 1e9:.2f} GB' if n >= 1e8 else f'{n / 1e6:.1f} MB'
-
-
-def _time(s):
-    return f'{s:.0f} s' if s < 100 else f'{int(s) // 60} min {int(s) % 60:02d} s'
-
-
-def _p(text, kind=''):
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f'<p>{escape(text)}</p>'
-
-
-def cards(
-    values: dict,  # {what it is: text}
-) -> Picture:  # They wrap on a narrow page
-    "Figures in boxes."
-    boxes = ''.join(f'<div><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in values.items())
-    return Picture(f'{_css}<div class="ft-cards">{boxes}</div>')
-
-# %% ../../nbs/inside/run_report.ipynb #1bdc0235
-def _pick(samples, n):
-    "Some that it learnt, some that it knew, and at the end some that it gets wrong."
-
-    def kind(*of):
-        return [s for s in samples if (bool(s['right_before']), bool(s['right_after'])) in of]
-
-    if all(s['right_after'] is None for s in samples):
-        return samples[:n]
-    wrong = kind((False, False), (True, False))[: max(2, n // 4)]
-    learnt = kind((False, True))
-    knew = kind((True, True))
-    few = learnt[: n // 2]
-    return few + (knew + learnt[n // 2 :])[: n - len(few) - len(wrong)] + wrong
-
-# %% ../../nbs/inside/run_report.ipynb #01d856f5
-def _said(when, text, right):
-    mark = '' if right is None else '<i class=ft-ok>right</i>' if right else '<i class=ft-no>wrong</i>'
-    return f'<div><h4>{when}</h4><p>{escape(text[:400] + "..." * (len(text) > 400)) or "(nothing)"}{mark}</p></div>'
-
-
-def draw_samples(
-    samples: Sequence[dict],  # question, wanted, before, after, right_before, right_after
-    n: int = 8,  # Show so many
-) -> Picture:  # Side by side where there is room
-    "Answers before and after, with what was wanted where it is not that."
-    shared = os.path.commonprefix([s['question'] for s in samples]) if len(samples) > 1 else ''
-    shared, items = shared[: shared.rfind('\n') + 1], ''
-    for s in _pick(samples, n):
-        wanted = '' if s['right_after'] else _p(f"Wanted: {s['wanted'][:400]}", 'ft-note')
-        items += (
-            f"<article>{_p(s['question'][len(shared) :][:600])}<section>"
-            f"{_said('Before', s['before'], s['right_before'])}{_said('After', s['after'], s['right_after'])}</section>"
-            f"{wanted}</article>"
-        )
-    top = _p(f'Every question begins: {shared.strip()}', 'ft-note') if shared.strip() else ''
-    return Picture(f'{_css}{top}<div class="ft-says">{items}</div>')
-
-# %% ../../nbs/inside/run_report.ipynb #91794ec7
-def draw_losses(
-    history: Sequence[dict],  # Of a `Run`
-) -> Picture:
-    "The loss of every step, and its running mean."
-    steps = [h['step'] for h in history]
-    losses = [h['loss'] for h in history]
-    wide = len(history) // 25
-    lines = {
-        'running mean': (steps, [float(np.mean(losses[max(0, i - wide) : i + wide + 1])) for i in range(len(losses))])
+def _cards(f):
+    "What it cost: {what it is: text}."
+    where = 'process' if f['device'] == 'cpu' else 'device'
+    share = f['trained_parameters'] / f['total_parameters']
+    return {
+        'from the rows to this report': time_text(f['seconds']),
+        'training tokens a second': f"{f['tokens_per_second']:,.0f}",
+        f'peak memory of the {where}': bytes_text(f['peak_memory_bytes']),
+        f"of {f['total_parameters']:,} parameters trained": f'{share:.1%}',
     }
-    stops = [(h['step'], h['eval_loss']) for h in history if h['eval_loss'] is not None]
-    if stops:
-        lines['kept back for early stopping'] = tuple(zip(*stops))
-    steep = min(losses) > 0 and max(losses) > 10 * min(losses)
-    return plot(
-        lines,
-        {'each step': (steps, losses)},
-        x_label='step',
-        y_label='loss, nats per learnt token' + ', logarithmic scale' * steep,
-        width=736,
-        height=280,
-        log_y=steep,
-    )
 
-# %% ../../nbs/inside/run_report.ipynb #86cc90dc
-def _battery_section(kept):
-    "The part of the report that is not about text."
-    said = '<ul>' + ''.join(f'<li>{escape(t)}</li>' for t in battery_words(kept)) + '</ul>'
-    tasks = (
-        [
-            bars(
-                {k: {'before': b / n, 'after': a / n} for k, (b, a, n) in kept['tasks'].items()},
-                x_label='share of the questions answered right',
-            )
-        ]
-        if kept['tasks']
-        else []
-    )
-    answers = [draw_answers(kept['answers'])] if kept['answers'] else []
-    return [said, *tasks, *([draw_moved(kept['moved'])] if kept['moved'] else []), *answers]
+# %% ../../nbs/inside/run_report.ipynb #3e683263
+def _lacking(f, section):
+    "A sentence for each part that a section lacks."
+    return [f"Not measured: {m['what']}. {m['why']}" for m in f.get('missing', []) if m['section'] == section]
 
 
-def _lacking(facts, section):
-    "A paragraph for each part that a section lacks."
-    return [_p(f"Not measured: {m['what']}. {m['why']}") for m in facts.get('missing', []) if m['section'] == section]
-
-
-def _forgetting_section(facts):
-    lost, kept = facts['forgetting'], facts.get('kept')
-    lacking = _lacking(facts, 'What it may have forgotten')
-    if not lost and not kept:
-        return lacking or [_p('Not measured: forgetting.measure is false.')]
-    rest = lacking + (_battery_section(kept) if kept else [])
-    if not lost:
-        return rest
-    tokens = sum(f['tokens'] for f in lost.values())
-    return [
-        _p(
-            f"The loss on {tokens:,} tokens of plain text that was not trained on, after minus before, with "
-            f"its 95% interval. To the right of zero, something was lost. {forgetting_words(lost)}"
-        ),
-        draw_intervals(
-            {k: (f['change'], f['low'], f['high']) for k, f in lost.items()}, marks={'no change': 0.0}, write=signed
-        ),
-        table(
-            list(lost.values()),
-            columns=dict(name='text', tokens='tokens', before='loss before', after='loss after'),
-            digits=4,
-        ),
-        *rest,
-    ]
-
-# %% ../../nbs/inside/run_report.ipynb #b7313ffb
-def _still_falling(losses):
-    "Is the last third clearly below the middle one? The middle of each third is taken, since single steps jitter."
-    third = len(losses) // 3
-    return third < 4 or np.median(losses[-third:]) < 0.9 * np.median(losses[-2 * third : -third])
-
-# %% ../../nbs/inside/run_report.ipynb #5eb750de
-def advice(
-    facts: dict,  # From `collect`
-) -> list[str]:  # A sentence each
-    "What to try next, from what was measured."
-    said, keys, n = [], facts['recipe'], facts['n_eval']
-    judged, low = facts['loss_after'] is not None, None
-    if judged:
-        low = (
-            facts['accuracy_change_interval'][0]
-            if facts['accuracy_after'] is not None
-            else -facts['loss_change_interval'][1]
-        )
-    if judged and low <= 0:
-        said.append(
-            f"The gain cannot be told from chance on {n} rows. Train longer, bring more rows, or judge by more "
-            "(evaluate.rows)."
-        )
-    if _still_falling([h['loss'] for h in facts['history']]):
-        said.append(
-            f"The loss was still falling when the run ended. Try train.epochs: {2 * keys['train']['epochs']:g}."
-        )
-    if facts['n_left']:
-        said.append(
-            f"{facts['n_left']:,} usable rows were not trained on. Try data.max_rows: {2 * facts['n_train']:,}."
-        )
-    lost = [f['name'] for f in facts['forgetting'].values() if f['low'] > 0.02]
-    if lost:
-        said.append(
-            f"It lost something on {' and '.join(lost)}. Try train.lr: "
-            f"{max(h['lr'] for h in facts['history']) / 3:.1g}, and compare gain and loss."
-        )
-    if (facts.get('kept') or {}).get('accuracy') and facts['kept']['accuracy'][2] < 0:
-        said.append(
-            'It gets questions wrong that it could answer before. Mix old rows into the data, or go part of '
-            'the way back: ftbook.forgetting has replay and Interpolation.'
-        )
-    if facts['accuracy_after'] is not None:
-        said.append(
-            f"With {n} rows the accuracy is known to about "
-            f"{50 * np.diff(facts['accuracy_after_interval'])[0]:.1f} points either way. To tell two good "
-            "recipes apart, raise evaluate.rows."
-        )
-    said.append(
-        f"One seed is one draw. Run it with seed: {facts['seed'] + 1} before you believe a difference of a "
-        "point or two."
-    )
-    return said
-
-# %% ../../nbs/inside/run_report.ipynb #10328b71
-def loading_code(
-    recipe: dict,  # As in report.json
-) -> str:
-    "How to load what was saved."
-    keys = recipe['model']
-    method = recipe['method']['type']
-    beside = '  # the folder beside this report'
-    if method == 'full':
-        return f"from ftbook.models.load import load_model\n\nmodel, tokenizer = load_model('model'){beside}"
-    given = [repr(keys['name'])]
-    if keys.get('quantize'):
-        given.append(repr(keys['quantize']))
-    if keys.get('dtype'):
-        given.append(f"dtype={keys['dtype']!r}")
-    home, load = ('methods.quant_files', 'load_quantized') if keys.get('quantize') else ('models.load', 'load_model')
-    peft = '' if METHODS[method][0] is Bottleneck else '; peft reads it too'
-    return (
-        f"from ftbook.{home} import {load}\nfrom ftbook.methods.files import load_adapter\n\n"
-        f"model, tokenizer = {load}({', '.join(given)})\nload_adapter(model, 'adapter'){beside}{peft}"
-    )
-
-# %% ../../nbs/inside/run_report.ipynb #1aa57eb5
-_stages = dict(
-    check='read and check',
-    load='load the model',
-    before='judge before',
-    train='train',
-    save='save',
-    after='judge after',
-)
-
-
-def _cost(f):
-    "Time and memory."
-    plan = {k: v for k, v in f['memory_plan'].items() if v}
-    rows = [
-        dict(what=k, memory=_bytes(v))
-        for k, v in (
-            plan
-            | {'planned, without activations': sum(plan.values()), 'measured peak, all in all': f['peak_memory_bytes']}
-        ).items()
-    ]
-    threads = f" with {f['threads']} thread" + 's' * (f['threads'] > 1) if f['device'] == 'cpu' else ''
-    return [
-        bars(
-            {_stages.get(k, k): round(v, 1) for k, v in f['seconds_by_stage'].items()},
-            x_label='seconds',
-            title='Where the time went',
-        ),
-        table(rows, title='Memory'),
-        _p(f"{f['device']}{threads}, weights in {f['dtype']}. " + ' '.join(f['device_reasons']), 'ft-note'),
-    ]
-
-# %% ../../nbs/inside/run_report.ipynb #ac7d160a
-def draw_findings(
-    findings: Sequence[dict],  # level, where, message and remedy of each
-) -> Picture:  # In two columns where there is room
-    "What was found, key by key."
-    if not findings:
-        return Picture(_p('Nothing was found.'))
-
-    def line(f):
-        mark = '<i class=ft-no>warning</i> ' * (f['level'] == 'warning')
-        remedy = f"; {f['remedy']}" * bool(f['remedy'])
-        return f"<div><b>{escape(f['where'])}</b><span>{mark}{escape(f['message'] + remedy)}</span></div>"
-
-    return Picture(f"{_css}<div class=ft-found>{''.join(map(line, findings))}</div>")
-
-# %% ../../nbs/inside/run_report.ipynb #64c363e1
-def _shown(f):
-    "Answers, and how they were chosen."
-    lacking = _lacking(f, 'Before and after')
-    if not f['samples']:
-        return lacking or [_p('None were asked for: evaluate.samples is 0, or the rows are plain text.')]
-    how = (
+def _how_chosen(f):
+    "How the answers were chosen, and what counts as right."
+    judged = (
         ' An answer is right here if the first label that it names is the wanted one; the accuracy above '
         'compares probabilities.'
     ) * (f['accuracy_after'] is not None)
-    return [
-        *lacking,
-        _p(
-            'Answers to held-out rows, which were drawn before the training. Shown are some that it learnt, '
-            'some that it knew, and at the end some that it gets wrong. '
-            f"An answer is cut after {f['recipe']['evaluate']['max_new_tokens']} tokens." + how,
-            'ft-note',
-        ),
-        draw_samples(f['samples']),
-    ]
+    return (
+        'Answers to held-out rows, which were drawn before the training. Shown are some that it learnt, '
+        'some that it knew, and at the end some that it gets wrong. '
+        f"An answer is cut after {f['recipe']['evaluate']['max_new_tokens']} tokens." + judged
+    )
 
-# %% ../../nbs/inside/run_report.ipynb #ecafee98
-class Report:
+
+def _answers(f):
+    "Answers before and after."
+    lacking = _lacking(f, HEADINGS['answers'])
+    if not f['samples']:
+        none = ['None were asked for: evaluate.samples is 0, or the rows are plain text.']
+        return dict(lacking=lacking or none, how='', shared='', samples=[])
+    shared, samples = answers_shown(f['samples'])
+    return dict(lacking=lacking, how=_how_chosen(f), shared=shared, samples=samples)
+
+# %% ../../nbs/inside/run_report.ipynb #d241a22c
+def _forgotten(f, more):
+    "Words and pictures about other text, and about the battery."
+    lost, kept = f['forgetting'], f.get('kept')
+    lacking = _lacking(f, HEADINGS['forgotten'])
+    if not lost and not kept and not lacking:
+        lacking = ['Not measured: forgetting.measure is false.']
+    found = dict(
+        lacking=lacking,
+        battery=battery_words(kept) if kept else [],
+        drawn=draw_battery(kept) if kept else [],
+        answers=answers_of(kept) if kept else [],
+        more=more,
+    )
+    if not lost:
+        return found | dict(said=[], texts=[])
+    tokens = sum(o['tokens'] for o in lost.values())
+    said = (
+        f"The loss on {tokens:,} tokens of plain text that was not trained on, after minus before, with "
+        f"its 95% interval. To the right of zero, something was lost. {forgetting_words(lost)}"
+    )
+    return found | dict(said=[said], texts=[draw_lost(lost), loss_table(lost)])
+
+# %% ../../nbs/inside/run_report.ipynb #3e5f9f32
+def _learnt(f, mask, more):
+    "How much, and one row of it."
+    said = f"{f['n_train']:,} rows, {f['train_tokens']:,} tokens in {f['steps']} steps."
+    if not mask:
+        return dict(said=[said, *_lacking(f, HEADINGS['learnt'])], drawn=[], more=more)
+    return dict(said=[said + ' One row as the model saw it:'], drawn=[mask], more=more)
+
+
+def _cost(f, more):
+    "Time, memory, and the device."
+    threads = f" with {f['threads']} thread" + 's' * (f['threads'] > 1) if f['device'] == 'cpu' else ''
+    device = f"{f['device']}{threads}, weights in {f['dtype']}. " + ' '.join(f['device_reasons'])
+    return dict(drawn=draw_cost(f), device=device, more=more)
+
+
+def _configuration(f):
+    "Versions, and every key."
+    return dict(
+        versions=', '.join(f'{k} {v}' for k, v in f['versions'].items()),
+        recipe=yaml.safe_dump(f['recipe'], sort_keys=False, allow_unicode=True),
+    )
+
+# %% ../../nbs/inside/run_report.ipynb #2425196d
+HEADINGS = dict(
+    result='The result',
+    answers='Before and after',
+    training='Training',
+    forgotten='What it may have forgotten',
+    learnt='What it learnt from',
+    cost='What it cost',
+    checked='What was checked',
+    next='What to try next',
+    use='Use it',
+    configuration='Configuration',
+)
+
+
+def contents(
+    facts: dict,  # From `collect`
+    mask: Picture | None,  # From `show_mask`; None: there is none
+    slots: Mapping,  # Name -> list of texts and pictures, as for `Report`
+) -> dict[str, Callable]:  # Name of a section in the template -> makes what it asks for
+    "The sections of the report of a run."
+    more = lambda name: slots.get(name, [])
+    return dict(
+        result=lambda: _result(facts),
+        answers=lambda: _answers(facts),
+        training=lambda: dict(drawn=[draw_losses(facts['history'])]),
+        forgotten=lambda: _forgotten(facts, more('forgetting')),
+        learnt=lambda: _learnt(facts, mask, more('audit')),
+        cost=lambda: _cost(facts, more('plan')),
+        checked=lambda: dict(findings=facts['findings'], more=more('preflight')),
+        next=lambda: dict(advice=advice(facts)),
+        use=lambda: dict(code=loading_code(facts['recipe'])),
+        configuration=lambda: _configuration(facts),
+    )
+
+# %% ../../nbs/inside/run_report.ipynb #e7a84723
+class Report(HtmlReport):
     "report.html and report.json of a run."
 
     def __init__(
         self,
         facts: dict,  # From `collect`
         mask: Picture | None = None,  # From `show_mask`
-        # Lists of HTML and pictures for 'audit', 'plan', 'preflight' or 'forgetting'
+        # Lists of texts and pictures for 'audit', 'plan', 'preflight' or 'forgetting'
         **slots,
     ):
         self.facts = facts
-        self.mask = mask
-        self.slots = slots
+        self.made = contents(facts, mask, slots)
+
+    def part(
+        self,
+        name: str,  # Of a section, as in `HEADINGS`
+        **changes,  # What the template is to be given instead
+    ) -> Picture:
+        "A section, as a notebook shows it."
+        return inline('run.html', {name: Section('', self.made[name]() | changes)}, missing=[])
 
     def headline(self) -> Picture:  # The result in large figures, in words, and drawn
         "Did it work, and how sure is that?"
-        f = self.facts
-        if f['loss_after'] is None:
-            return Picture(f"{_css}<div class=ft-hero>trained<small>{escape(summary_sentence(f))}</small></div>")
-        kind, write = ('accuracy', '{:.1%}'.format) if f['accuracy_after'] is not None else ('loss', '{:.3f}'.format)
-        hero = (
-            f"<div class=ft-hero>{write(f[kind + '_before'])} <span>\u2192</span> "
-            f"{write(f[kind + '_after'])}<small>{escape(summary_sentence(f))}</small></div>"
-        )
-        if kind == 'loss':
-            drawn = draw_intervals(
-                {'change of the loss': (f['loss_change'], *f['loss_change_interval'])},
-                marks={'no change': 0.0},
-                write=signed,
-            )
-        else:
-            rows = {w: (f[f'accuracy_{w}'], *f[f'accuracy_{w}_interval']) for w in ('before', 'after')}
-            drawn = draw_intervals(
-                rows,
-                x_range=(min(0.4, rows['before'][1], f['commonest']), 1),
-                marks={'always the commonest answer': f['commonest']},
-                write=write,
-            )
-        return Picture(_css + hero + drawn.html)
+        return self.part('result', cards={})
 
     def cost(self) -> Picture:  # Boxes
         "What it cost."
-        f = self.facts
-        where = 'process' if self.facts['device'] == 'cpu' else 'device'
-        share = f['trained_parameters'] / f['total_parameters']
-        return cards(
-            {
-                'from the rows to this report': _time(f['seconds']),
-                'training tokens a second': f"{f['tokens_per_second']:,.0f}",
-                f'peak memory of the {where}': _bytes(f['peak_memory_bytes']),
-                f"of {f['total_parameters']:,} parameters trained": f'{share:.1%}',
-            }
-        )
+        return self.part('result', large=[], drawn=[])
 
-    def warning(self) -> list:  # Empty where nothing is missing
+    def missing(self) -> list[dict]:  # Findings; empty where nothing is missing
         "What the report lacks, why, and how to make it again."
         remedy = '`ftbook train FOLDER --resume`, with the folder of this report, judges it again and trains nothing'
-        lacks = [
+        return [
             dict(level='warning', where=m['section'], message=f"{m['what']} is missing. {m['why']}", remedy=remedy)
             for m in self.facts.get('missing', [])
         ]
-        return [draw_findings(lacks)] if lacks else []
 
     def draw(
         self,
-        heading: str,  # Of a section
-        make,  # Draws it
-    ):  # What `make` gives; a sentence where that fails, and then it counts as missing
+        name: str,  # Of a section
+    ) -> Section:  # With a reason in `lost` where that fails, and then it counts as missing
         "Draw a section, whatever may be wrong with its numbers."
         attempt = Attempts()
-        drawn = attempt(heading, make)
-        if not attempt.missing:
-            return drawn
-        known = self.facts.setdefault('missing', [])
+        heading = HEADINGS[name]
+        drawn = attempt(heading, self.made[name])
+        known = self.facts.setdefault('missing', []) if attempt.missing else []
         known += [m for m in attempt.missing if m['part'] not in [k['part'] for k in known]]
-        return [_p(f"This section could not be drawn. {attempt.missing[0]['why']}")]
+        lost = attempt.missing[0]['why'] if attempt.missing else ''
+        return Section(heading * (name != 'result'), drawn, lost)
 
     def html(self) -> str:
         "The whole page. What cannot be drawn is added to the missing parts in `facts`."
         keys = self.facts['recipe']
-        return page(
-            f"{Path(keys['model']['name']).name}, fine-tuned on {Path(keys['data']['source']).name}", *sections(self)
-        )
+        title = f"{Path(keys['model']['name']).name}, fine-tuned on {Path(keys['data']['source']).name}"
+        sections = {name: self.draw(name) for name in HEADINGS}
+        return whole_page('run.html', title, sections, missing=self.missing())
 
-    def save(
+    def write(
         self,
         folder: Path,  # Of the run
     ):
-        "Write both files."
-        write_text(Path(folder) / 'report.html', self.html())  # first, since drawing may find something missing
-        write_text(Path(folder) / 'report.json', json.dumps(self.facts, indent=1))
+        "Write report.html and report.json."
+        super().write(folder)  # first, since drawing may find something missing
+        write_text(folder / 'report.json', json.dumps(self.facts, indent=1))
 
-# %% ../../nbs/inside/run_report.ipynb #a114a8c7
-def sections(
-    report: Report,  # Facts, pictures and slots
-) -> list[tuple]:  # (heading, content), for `page`
-    "The report, part by part."
-    f = report.facts
-    slot = lambda name: report.slots.get(name, [])
-    parts = {
-        'The result': lambda: [report.headline(), report.cost()],
-        'Before and after': lambda: _shown(f),
-        'Training': lambda: [draw_losses(f['history'])],
-        'What it may have forgotten': lambda: _forgetting_section(f) + slot('forgetting'),
-        'What it learnt from': lambda: _learnt_from(f, report.mask) + slot('audit'),
-        'What it cost': lambda: _cost(f) + slot('plan'),
-        'What was checked': lambda: [draw_findings(f['findings']), *slot('preflight')],
-        'What to try next': lambda: ['<ul>' + ''.join(f'<li>{escape(t)}</li>' for t in advice(f)) + '</ul>'],
-        'Use it': lambda: [f"<pre>{escape(loading_code(f['recipe']))}</pre>"],
-        'Configuration': lambda: _configuration(f),
-    }
-    drawn = {heading: report.draw(heading, make) for heading, make in parts.items()}
-    return [('', drawn.pop('The result') + report.warning()), *drawn.items()]
+    def __repr__(self):
+        return f'Report({summary_line(self.facts)})'
 
-
-def _learnt_from(f, mask):
-    "How much, and one row of it."
-    said = f"{f['n_train']:,} rows, {f['train_tokens']:,} tokens in {f['steps']} steps."
-    if not mask:
-        return [_p(said), *_lacking(f, 'What it learnt from')]
-    return [_p(said + ' One row as the model saw it:'), mask]
-
-
-def _configuration(f):
-    "Versions, and every key."
-    versions = ', '.join(f'{k} {v}' for k, v in f['versions'].items())
-    keys = yaml.safe_dump(f['recipe'], sort_keys=False, allow_unicode=True)
-    return [_p(versions, 'ft-note'), f'<details><summary>recipe.yaml</summary><pre>{escape(keys)}</pre></details>']
+    def _repr_html_(self):
+        return inline('run.html', dict(result=Section('', self.made['result']())), missing=self.missing()).html

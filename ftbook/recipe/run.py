@@ -19,11 +19,12 @@ from ..data.viewer import show_mask
 from ..files import write_text
 from .checks import CheckFailed, holds_run
 from .config import make_recipe, Recipe
+from .facts import collect
 from .from_rows import goes_on, is_rows_file, read_recipe, run_folder
 from .job import free_folder, Job, recipe_yaml
 from .judge import Attempts, measure_together
 from .preflight import prepare
-from .report import _lacks, collect, Report, summary_line
+from .report import Report
 from ftbook.recipe.stages import (
     apply_method,
     load_base,
@@ -34,6 +35,7 @@ from ftbook.recipe.stages import (
     train_model,
     TRAINED,
 )
+from .words import _lacks, summary_line
 
 # %% ../../nbs/24_recipe.ipynb #4c5d9610
 @dataclass

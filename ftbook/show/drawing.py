@@ -15,15 +15,17 @@ TRAINED = '#d55e00'  # The colour of what is trained
 
 
 def label(
-    x: float,  # Of the text's middle, or of its start
+    x: float,  # Of the place that `anchor` names
     y: float,  # Of the line it stands on
     text: str,  # What it says
     size: int = 12,  # In pixels
-    middle: bool = True,  # False: the text starts at x
+    anchor: str = 'middle',  # What of the text is at x: its 'start', 'middle' or 'end'
+    turned: bool = False,  # Upwards, around that place
 ) -> str:  # SVG
     "Text in the page's colour."
-    anchor = ' text-anchor="middle"' if middle else ''
-    return f'<text x="{x:g}" y="{y:g}"{anchor} font-size="{size}" fill="currentColor">{escape(text)}</text>'
+    at = '' if anchor == 'start' else f' text-anchor="{anchor}"'
+    turn = f' transform="rotate(-90 {x:g} {y:g})"' if turned else ''
+    return f'<text x="{x:g}" y="{y:g}"{at} font-size="{size}" fill="currentColor"{turn}>{escape(text)}</text>'
 
 # %% ../../nbs/inside/drawing.ipynb #96cb6e13
 def shape(
@@ -67,15 +69,35 @@ def plus(
     "The place where two wires are added."
     return f'<circle cx="{x:g}" cy="{y:g}" r="8" fill="none" stroke="currentColor"/>' + label(x, y + 4.5, '+', 13)
 
+# %% ../../nbs/inside/drawing.ipynb #0a24dbd5
+def tile(
+    x: float,  # Of the left side
+    y: float,  # Of the upper side
+    size: tuple,  # (width, height), in pixels
+    text: str = '',  # Written in the middle
+    colour: str = 'currentColor',  # Of the shade
+    opacity: float = 0.12,  # Of the shade, from 0 to 1
+    framed: bool = False,  # With a line around it?
+) -> str:  # SVG
+    "A shaded rectangle with text in it."
+    frame = ' stroke="currentColor" stroke-width="2"' * framed
+    shaded = (
+        f'<rect x="{x:.5g}" y="{y:.5g}" width="{size[0]:.4g}" height="{size[1]:.4g}" fill="{colour}" '
+        f'fill-opacity="{opacity:.2f}"{frame}/>'
+    )
+    return shaded + (label(x + size[0] / 2, y + size[1] / 2 + 4, text, 11) if text else '')
+
 # %% ../../nbs/inside/drawing.ipynb #a4be2451
 def drawing(
     width: float,  # In pixels; a narrow page shrinks it
     height: float,  # In pixels
     description: str,  # What the drawing shows, for those who cannot see it
     *shapes: str,  # SVG, later ones on top
+    titled: bool = False,  # Does the description stand above it, for all to read?
 ) -> Picture:  # It shows itself
     "A sheet with shapes on it."
+    title = f'<div style="font:600 14px system-ui">{escape(description)}</div>' * titled
     return Picture(
-        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" style="max-width:100%" role="img" '
+        f'{title}<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" style="max-width:100%" role="img" '
         f'aria-label="{escape(description)}">{"".join(shapes)}</svg>'
     )

@@ -11,10 +11,13 @@ __all__ = ['Picture', 'page']
 import html
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import _beside
+from ..files import _beside, write_text
 from ..problem import Problem
+from .templates import fill
 
 # %% ../../nbs/inside/page.ipynb #5e1ba2ef
 def escape(
@@ -22,6 +25,14 @@ def escape(
 ) -> str:  # Text that is safe inside HTML and inside a quoted attribute
     "Escape `text` for HTML."
     return html.escape(str(text))
+
+
+def sentence(
+    text: str,  # Any
+) -> str:  # It begins with a capital and ends with a full stop; '' stays ''
+    "Make a sentence of what may be one already."
+    text = text.strip()
+    return text[:1].upper() + text[1:] + '.' * (not text.endswith(('.', '!', '?')) and bool(text))
 
 
 def _save(path, text):
@@ -76,21 +87,23 @@ def row(
     cells = ''.join(f'<div style="flex:1 1 260px;min-width:0">{p._repr_html_()}</div>' for p in pictures)
     return Picture(f'<div style="display:flex;flex-wrap:wrap;gap:0 2em;align-items:flex-start">{cells}</div>')
 
-# %% ../../nbs/inside/page.ipynb #457f1a83
-_page_css = """:root{color-scheme:light dark}
-body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:46rem;font:16px/1.6 system-ui,sans-serif;
-color:#1d1f23;background:#fff;overflow-wrap:break-word}
-h1{font-size:1.9rem;line-height:1.2;margin:0 0 .4em;letter-spacing:-.015em}
-h2{font-size:1.25rem;line-height:1.3;margin:2.2em 0 .6em;padding-top:.8em;
-border-top:1px solid color-mix(in srgb,currentColor 18%,transparent)}
-h2 a{color:inherit;text-decoration:none}h2 a:hover{text-decoration:underline}a{color:#0067a3}
-nav{display:flex;flex-wrap:wrap;gap:.2em 1.2em;font-size:.9rem;margin-top:1.2em}
-pre{white-space:pre-wrap;font:13px/1.5 ui-monospace,monospace;padding:.8em 1em;border-radius:6px;
-background:color-mix(in srgb,currentColor 6%,transparent)}
-code{font:.9em ui-monospace,monospace}
-@media(prefers-color-scheme:dark){body{color:#e4e6e9;background:#16181c}a{color:#6bb6ea}}
-@media print{body{max-width:none;padding:0;font-size:11pt;color:#000;background:#fff}
-nav{display:none}h2{break-after:avoid}[role=figure],tr,pre{break-inside:avoid}}"""
+# %% ../../nbs/inside/page.ipynb #b33bc3ee
+@dataclass
+class Section:
+    "A part of a report."
+
+    heading: str  # Above it, and in the table of contents; empty: neither
+    content: object  # What the template asks for
+    lost: str = ''  # Why it could not be drawn
+    slug: str = ''  # The name of its anchor
+
+
+def _anchored(sections):
+    "Give each section that has a heading an anchor of its own."
+    seen = Counter()
+    for section in sections.values():
+        section.slug = _slug(section.heading, seen) if section.heading else ''
+    return sections
 
 
 def _slug(text, seen):
@@ -98,27 +111,63 @@ def _slug(text, seen):
     seen[base] += 1
     return base if seen[base] == 1 else f'{base}-{seen[base]}'
 
-# %% ../../nbs/inside/page.ipynb #b33bc3ee
+# %% ../../nbs/inside/page.ipynb #a9bd24b1
+def whole_page(
+    template: str,  # Such as 'run.html'
+    title: str,  # Heading of the page, and its name in the browser
+    sections: Mapping,  # Name of a section in the template -> `Section`
+    **more,  # What else the template asks for
+) -> str:  # A whole HTML document that loads nothing
+    "Fill the template of a report."
+    return fill(template, layout='base.html', title=title, sections=_anchored(sections), **more)
+
+
+def inline(
+    template: str,  # Such as 'run.html'
+    sections: Mapping,  # Name of a section in the template -> `Section`
+    **more,  # What else the template asks for
+) -> Picture:  # As a notebook shows it
+    "Fill the template of a report with some of its sections."
+    return Picture(fill(template, layout='inline.html', sections=sections, **more))
+
+# %% ../../nbs/inside/page.ipynb #cfa292b7
 def page(
     title: str,  # Heading of the page, and its name in the browser
-    # (heading, content); content is HTML, a `Picture`, or a list of these. An empty heading makes no anchor
+    # (heading, content); content is text, a `Picture`, or a list of these. An empty heading makes no anchor
     *sections: tuple,
 ) -> str:  # A whole HTML document that loads nothing
     "Make a self-contained page out of sections."
-    seen, body, links = Counter(), '', ''
-    for heading, content in sections:
-        parts = content if isinstance(content, (list, tuple)) else [content]
-        inner = '\n'.join(p if isinstance(p, str) else p._repr_html_() for p in parts)
-        slug = _slug(heading, seen) if heading else ''
-        if slug:
-            links += f'<a href="#{slug}">{escape(heading)}</a> '
-        top = f'<h2 id="{slug}"><a href="#{slug}">{escape(heading)}</a></h2>\n' if slug else ''
-        body += f'<section>\n{top}{inner}\n</section>\n'
-    nav = f'<nav aria-label="Sections">{links}</nav>' if links.count('<a') > 2 else ''
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width,initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" '
-        f'href="data:,"><style>{_page_css}</style></head>\n<body><header><h1>{escape(title)}</h1>{nav}</header>'
-        f'\n<main>\n{body}</main></body></html>\n'
+    return whole_page(
+        'page.html',
+        title,
+        {
+            n: Section(heading, content if isinstance(content, (list, tuple)) else [content])
+            for n, (heading, content) in enumerate(sections)
+        },
     )
+
+# %% ../../nbs/inside/page.ipynb #70f61156
+class HtmlReport:
+    "A report that shows itself in a notebook, and saves itself as a page or as a folder."
+
+    def html(self) -> str:  # A whole HTML document that loads nothing
+        "The page."
+        raise NotImplementedError
+
+    def write(
+        self,
+        folder: Path,  # Made if needed
+    ):
+        "Write the page, and what belongs to it, into a folder."
+        write_text(folder / 'report.html', self.html())
+
+    def save(
+        self,
+        path: str | Path,  # Ends in `.html`: the page alone; anything else is a folder
+    ) -> Path:  # Where it was written
+        "Write the page, or a folder with all that belongs to it."
+        path = Path(path)
+        if path.suffix == '.html':
+            return write_text(path, self.html())
+        self.write(path)
+        return path

@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 
 from ..data.examples import Example
-from ..show.charts import plot
+from ..show.charts import Frame, plot
 from ..show.page import Picture
 from .batches import portions, to_device
 from .checkpoints import save_run
@@ -62,7 +62,8 @@ def plot(
     lines = dict(training=(steps, [h['loss'] for h in self.history]))
     if evals:
         lines['evaluation'] = [h['step'] for h in evals], [h['eval_loss'] for h in evals]
-    return plot(lines, **(dict(x_label='step', y_label='loss, nats per target token', height=260) | kwargs))
+    usual = dict(x_label='step', y_label='loss, nats per target token', frame=Frame(height=260))
+    return plot(lines, **(usual | kwargs))
 
 # %% ../../nbs/inside/watching.ipynb #039b82e2
 def judge_evaluation(

@@ -4,7 +4,6 @@
 __all__ = ['Chat', 'chat']
 
 # %% ../../nbs/27_using.ipynb #89aea78d
-import html
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from ..methods.fold import remove_
 from ..methods.parts import parts_of
 from ..methods.protocol import method_of
 from ..problem import Problem
+from ..show.tables import table
 
 # %% ../../nbs/27_using.ipynb #91ec8a34
 @contextmanager
@@ -71,19 +71,9 @@ class Chat:
         )
 
     def _repr_html_(self):
-        rows = ''.join(
-            '<tr>'
-            + ''.join(
-                f'<td>{html.escape(turn.get(k, ""))}</td>'
-                for k in ('question', 'untuned', 'tuned')
-            )
-            + '</tr>'
-            for turn in self.turns
-        )
-        return (
-            '<table><thead><tr><th>question</th><th>before</th><th>after</th></tr></thead>'
-            f'<tbody>{rows}</tbody></table>'
-        )
+        names = dict(question='question', untuned='before', tuned='after')
+        nobody = dict.fromkeys(names, '')
+        return table([nobody | t for t in self.turns] or [nobody], columns=names).html
 
     def talk(self):
         "Read questions from the terminal until an empty one."

@@ -201,7 +201,7 @@ def embed(
         raise Problem('texts must be a list of strings, not one string', key='texts')
     for i, t in enumerate(texts):
         if not isinstance(t, str):
-            raise Problem(f'text {i} is {type(t).__name__}, not a string', row=i, key='texts')
+            raise Problem(f'the text is {type(t).__name__}, not a string', row=i)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out = torch.empty(len(texts), encoder.config.hidden_size)
     for at in range(0, len(order), batch_size):

@@ -880,8 +880,8 @@ def test_the_seed_is_that_of_the_batches(tiny):
         (dict(least=None), "least must be 1 or more, not None"),
         (dict(batch_size=1), "batch_size must be 2 or more, not 1"),
         (dict(batch_size=None), "batch_size must be 2 or more, not None"),
-        (dict(lr=0), "lr and temperature must be above 0"),
-        (dict(temperature=-1), "lr and temperature must be above 0"),
+        (dict(lr=0), "lr must be above 0, not 0"),
+        (dict(temperature=-1), "temperature must be above 0, not -1"),
         (dict(lora=LoRA(dropout=0.1)), r"lora has dropout=0\.1, but the encoder is tuned without any"),
     ],
 )
@@ -1079,7 +1079,7 @@ def test_a_report_says_what_was_warned(tiny, tmp_path):
         (
             [("text", "label"), ("a", "x"), ("", "y")],
             {},
-            r"rows\.csv, row 2, counted from 1, has the label 'y' but its text",
+            r"rows\.csv, row 1: it has the label 'y' but its text",
         ),
         ([("text", "label"), ("a", "x"), ("b", "y")], dict(shots=0), "shots must be 1 or more"),
         ([("text", "label"), ("a", "x"), ("b", "y")], {}, "no row can be held out"),
@@ -1102,16 +1102,16 @@ def test_a_row_of_a_file_keeps_its_number_whatever_is_left_out_before_it(tiny, t
 
     write([*rows, dict(text=" ", label="land")])
     with pytest.raises(
-        ValueError, match=r"rows\.jsonl, row 10, counted from 1, has the label 'land' but its text is empty"
+        ValueError, match=r"rows\.jsonl, row 9: it has the label 'land' but its text is empty"
     ):
         fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", shots=2)
     for odd in (dict(text=3.5, label="sea"), dict(text=3.5, label=None)):
         write([*rows, odd])
-        with pytest.raises(ValueError, match=r"rows\.jsonl, row 10, counted from 1: the text is 3\.5, not a string"):
+        with pytest.raises(ValueError, match=r"rows\.jsonl, row 9: the text is 3\.5, not a string"):
             fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu")
     write([dict(text="", label="sea"), *rows])
     test = write_csv(tmp_path / "test.csv", [("text", "label"), ("", "sea"), ("the oven", "kitchen")])
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1, "):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 0: "):
         fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", test=test)
     write(rows)
     judged = fewshot_report(file, out=tmp_path / "out", encoder=tiny, device="cpu", test=test)

@@ -85,6 +85,7 @@ def _settled(labels, several, same_labels):
                 "mend them, or say same_labels='merge' (one class; --merge-labels on the command line) or "
                 "same_labels='keep' (two)"
             ),
+            key='labels',
         )
     name = {v: group[0] for group in found for v in group}
     return [[name.get(v, v) for v in row] for row in labels] if several else [name.get(v, v) for v in labels]
@@ -150,7 +151,7 @@ def _check_classes(shots, left_out):
             if shots.texts
             else 'no row is left'
         )
-        raise Problem(said + left_out)
+        raise Problem(said + left_out, key='labels')
     alone = [c for c, n in counts.items() if n == 1]
     unseen = [c for c, n in counts.items() if n == 0]
     if alone:

@@ -176,7 +176,7 @@ def _checked(s):
                 key=name,
             )
     if s.device not in ('cpu', 'cuda'):
-        raise Problem(f"a plan is made for 'cpu' or 'cuda', not {s.device!r}")
+        raise Problem(f"a plan is made for 'cpu' or 'cuda', not {s.device!r}", key='device')
     if s.precision not in (None, 'bf16', 'fp16'):
         raise Problem(f"precision must be None, 'bf16' or 'fp16', not {s.precision!r}")
     if s.precision == 'fp16' and s.device == 'cpu':
@@ -201,7 +201,9 @@ def _made(config_or_model, dtype, method, quantize, attention):
         model = method.apply(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise Problem(
-            'nothing of the model would be trained', 'give a `method`, or let its parameters require a gradient'
+            'nothing of the model would be trained',
+            'give a `method`, or let its parameters require a gradient',
+            key='method',
         )
     return model
 

@@ -14,7 +14,7 @@ from ..problem import Problem
 # %% ../../nbs/inside/links.ipynb #c8ccf34d
 def _check_texts(texts, what='text'):
     if isinstance(texts, str):
-        raise Problem(f'the {what}s are one string: {texts[:40]!r}', 'give a list of strings')
+        raise Problem(f'{what}s must be a list of strings, not one string: {texts[:40]!r}')
     if set(map(type, texts)) <= {str}:
         return
     wrong = next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)

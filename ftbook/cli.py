@@ -292,8 +292,14 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(help='Folder for the report. Without it, ftbook-audits/NAME for NAME.csv.')
     ] = None,
-    text_column: Annotated[str, typer.Option(help='Field with the text.')] = 'text',  # Field with the text
-    label_column: Annotated[str, typer.Option(help='Field with the label.')] = 'label',  # Field with the label
+    # Field with the text
+    text_column: Annotated[
+        str | None, typer.Option(help='Field with the text. Without it, the one that looks like text.')
+    ] = None,
+    # Field with the label
+    label_column: Annotated[
+        str | None, typer.Option(help='Field with the label. Without it, the one that looks like a label.')
+    ] = None,
     test: Annotated[str | None, typer.Option(help='Held-out rows, to look for in FILE.')] = None,  # Held-out rows
     # Texts to look for
     benchmarks: Annotated[
@@ -327,20 +333,17 @@ def audit(
 ):
     "Look for what is wrong with rows: duplicates, labels, balance, leaks, form."
     with _guarded(as_json, debug):
-        from ftbook.quality.audit import SAFE, audit
+        from ftbook.quality.audit import SAFE, audit, AuditOptions
 
         if (clean or drop) and not Path(file).is_file():
             raise Problem(f'{file} is no file here: --clean writes beside a file', file=file)
         found = audit(
             _source(file),
+            test and _source(test),
             text_column=text_column,
             label_column=label_column,
             encoder=None if encoder == 'none' else encoder,
-            tokenizer=_tokenizer(model),
-            max_length=max_length,
-            test=test and _source(test),
-            benchmarks=_texts(benchmarks) if benchmarks else (),
-            region=region,
+            options=AuditOptions(_tokenizer(model), max_length, _texts(benchmarks) if benchmarks else (), region),
         )
         written = _written(
             found, file, out or Path('ftbook-audits') / Path(file).stem, (drop or SAFE) if clean or drop else ()
@@ -464,7 +467,7 @@ def recommend(
         str, typer.Option(help='A shipped name, a hub id, a folder, or a shape such as LLaMA-7B.')
     ] = 'smollm2-135m',
     # GiB
-    memory: Annotated[float | None, typer.Option(help='GiB that there are. Without it, what is free.')] = None,
+    memory_gib: Annotated[float | None, typer.Option(help='GiB that there are. Without it, what is free.')] = None,
     # Kind of device
     device: Annotated[str | None, typer.Option(help='cpu, cuda and others. Without it, the fastest.')] = None,
     # Does it know the task?
@@ -479,8 +482,14 @@ def recommend(
     price: Annotated[
         float, typer.Option(help='Accuracy, relative to the best, that a nat not forgotten is worth.', min=0)
     ] = 0.02,
-    text_column: Annotated[str, typer.Option(help='Field with the text.')] = 'text',  # Field with the text
-    label_column: Annotated[str, typer.Option(help='Field with the label.')] = 'label',  # Field with the label
+    # Field with the text
+    text_column: Annotated[
+        str | None, typer.Option(help='Field with the text. Without it, the one that looks like text.')
+    ] = None,
+    # Field with the label
+    label_column: Annotated[
+        str | None, typer.Option(help='Field with the label. Without it, the one that looks like a label.')
+    ] = None,
     # Or none
     encoder: Annotated[str, typer.Option(help='Of the audit; none leaves meaning and labels out.')] = 'minilm-l6',
     # YAML
@@ -492,17 +501,14 @@ def recommend(
 ):
     "Say which method and which settings, and why; write the configuration."
     with _guarded(as_json, debug, 'Nothing was written; the same command begins again'):
-        from ftbook.choose.recommend import recommend
+        from ftbook.choose.recommend import Circumstances, recommend
 
         found = recommend(
             _source(file),
             model,
-            memory=memory,
+            memory_gib=memory_gib,
             device=device,
-            known=known,
-            keep=keep,
-            finetunes=finetunes,
-            price=price,
+            circumstances=Circumstances(known, keep, finetunes, price),
             text_column=text_column,
             label_column=label_column,
             encoder=None if encoder == 'none' else encoder,

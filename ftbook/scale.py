@@ -144,9 +144,7 @@ def split_mlp(
 ) -> Tensor:  # (..., d), after the all-reduce
     "An MLP whose hidden units are divided among devices."
     if len(up) % n:
-        raise Problem(
-            f'{len(up)} hidden units cannot be divided evenly among {n} devices', key='n'
-        )
+        raise Problem(f'{len(up)} hidden units do not divide evenly by {n} devices', key='n')
     # the sum is the all-reduce
     return sum(act(x @ u.t()) @ d.t() for u, d in zip(up.chunk(n), down.chunk(n, 1)))
 
@@ -157,10 +155,7 @@ def bubble(
 ) -> float:  # Share of the time
     "How much of the time a device of a pipeline is idle."
     if p < 1 or m < 1:
-        raise Problem(
-            f'a pipeline has 1 or more devices and micro-batches, not {p} and {m}',
-            key='p' if p < 1 else 'm',
-        )
+        raise Problem(f'a pipeline has 1 or more devices and micro-batches, not {p} and {m}')
     return (p - 1) / (m + p - 1)
 
 # %% ../nbs/18_scale.ipynb #4b5d4fe41

@@ -160,7 +160,8 @@ def _hub(name, split):
 
 # %% ../../nbs/inside/readers.ipynb #69e782a3
 def read_rows(
-    source,  # A file (.jsonl, .json, .csv, .tsv, .parquet), a `datasets.Dataset`, a list of dicts, or a hub id
+    # A file (.jsonl, .json, .csv, .tsv, .parquet), a `datasets.Dataset`, a DataFrame, a list of dicts, or a hub id
+    source,
     *,
     split: str = 'train',  # Which part, where the source has several
     need: Sequence[str] = (),  # Fields that the rows must have
@@ -176,6 +177,8 @@ def read_rows(
         if split not in source:
             raise Problem(f"no split {split!r}; there are {', '.join(map(repr, source))}", key='split')
         rows = source[split]
+    elif hasattr(source, 'to_dict') and hasattr(source, 'columns'):
+        rows = source.to_dict('records')
     file = source if isinstance(source, (str, Path)) else None
     if len(rows) == 0:
         raise Problem(f"{file or 'the source'} has no rows", file=file)
@@ -198,8 +201,9 @@ def _with_fields(rows, need):
 
 # %% ../../nbs/inside/readers.ipynb #24c6fc0e
 def read_source(
-    source: str,  # A shipped corpus, a file or a hub dataset
+    source,  # A shipped corpus, or what `read_rows` takes
     split: str = 'train',  # Of a hub dataset
 ) -> list[dict]:
     "Rows, wherever they are."
-    return load_corpus(source) if source in (*SURVEYS, *DICTIONARIES) else read_rows(source, split=split)
+    shipped = isinstance(source, str) and source in (*SURVEYS, *DICTIONARIES)
+    return load_corpus(source) if shipped else read_rows(source, split=split)

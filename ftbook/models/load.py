@@ -82,9 +82,11 @@ def _load_error(name, source, e):
         )
     offline = os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON')
     return Problem(
-        f"cannot load {name!r}{', and HF_HUB_OFFLINE allows only what is in the hub cache' * offline} ({said})",
+        f'cannot load {str(name)!r} ({said})',
         f"Shipped with ftbook: {', '.join(SHIPPED)}. Anything else is a folder that exists here, or a hub id such as "
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct"
+        + '. HF_HUB_OFFLINE is set, so only models already in the hub cache load'
+        * offline,
         **place,
     )
 

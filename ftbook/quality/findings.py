@@ -12,7 +12,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..data.read import read_rows
+from ..data.columns import find_label_column, find_text_column
+from ..data.read import read_source
 from ..data.rows import row_parts
 from ..problem import Problem
 
@@ -72,6 +73,8 @@ class View:
     answers: list[str]  # What is answered; empty without one
     labels: list  # As they were read; empty unless this is a classification
     unusable: dict  # row number -> why
+    text_column: str | None = None  # Where the text is; None for conversations and terms
+    label_column: str | None = None  # Where the label is; None where there is none
 
     def __len__(self):
         return len(self.rows)
@@ -115,17 +118,17 @@ def _one_text(value, column):
     return value
 
 # %% ../../nbs/inside/findings.ipynb #3997cd82
-def _kind_of(fields, text_column, label_column):
+def _kind_of(rows, text_column, label_column):
+    "(what the rows are, the column of the text, that of the label)."
+    fields = set().union(*rows)
     if 'messages' in fields or {'prompt', 'completion'} <= fields:
-        return 'instruction'
+        return 'instruction', None, None
     if {'term', 'definition'} <= fields:
-        return 'term'
-    if text_column not in fields:
-        raise Problem(
-            f"no column {text_column!r}; there are {', '.join(map(repr, sorted(fields))) or 'none'}",
-            'say which one holds the text (text_column, --text-column)',
-        )
-    return 'classification' if label_column in fields else 'text'
+        return 'term', None, None
+    named = text_column is not None or 'text' in fields
+    text = find_text_column(rows, text_column, label_column, check=not named)
+    label = find_label_column(rows, text, label_column)
+    return 'classification' if label else 'text', text, label
 
 # %% ../../nbs/inside/findings.ipynb #30c91403
 def _pieces(r, kind, text_column, label_column):
@@ -142,14 +145,14 @@ def _pieces(r, kind, text_column, label_column):
 
 # %% ../../nbs/inside/findings.ipynb #b3ae9f62
 def view_rows(
-    data,  # Anything `read_rows` reads
-    text_column: str = 'text',  # Field with the text of a classification, or of bare text
-    label_column: str = 'label',  # Field with the label
+    source,  # A file, a dataset, a DataFrame, rows, a hub id, or a shipped corpus
+    text_column: str | None = None,  # Where the text of a classification is, or bare text; None finds it
+    label_column: str | None = None,  # Where the label is; None finds it, if there is one
     split: str = 'train',  # Which part, where the source has several
 ) -> View:  # ValueError lists the columns where none holds the text
     "Look at rows in one way, whatever shape they have."
-    rows = list(read_rows(data, split=split))
-    kind = _kind_of(set().union(*rows), text_column, label_column)
+    rows = list(read_source(source, split))
+    kind, text_column, label_column = _kind_of(rows, text_column, label_column)
     pieces, unusable = [], {}
     for i, r in enumerate(rows):
         try:
@@ -167,6 +170,8 @@ def view_rows(
         answers,
         labels,
         unusable,
+        text_column,
+        label_column,
     )
 
 # %% ../../nbs/inside/findings.ipynb #1b6e4be1

@@ -37,7 +37,7 @@ from ..problem import Problem
 from ..quality.audit import audit
 from ..quality.findings import Findings, view_rows
 from .config import given_keys, load_recipe, METHODS, Recipe
-from .rows import find_labels, shape_rows
+from .rows import find_labels, guess_shape, shape_rows
 
 # %% ../../nbs/inside/preflight_checks.ipynb #8dbbf997
 class CheckFailed(ValueError):
@@ -196,12 +196,20 @@ _looked_for = (
 )
 
 
+def _viewed(rows, d):
+    "Rows as the audit sees them; plain text has no label."
+    shape = guess_shape(rows[0], d) if d.shape == 'auto' else d.shape
+    if shape == 'text':
+        rows = [{d.text_column: row.get(d.text_column)} for row in rows]
+    return view_rows(rows, d.text_column, d.label_column if shape == 'classification' else None)
+
+
 def _check_quality(p, rows, test):
     "What the audit says of the rows to train on."
     d = p.recipe.data
     try:
         train, held = (
-            view_rows(r, d.text_column, d.label_column).only([row['row'] for row in chosen])
+            _viewed(r, d).only([row['row'] for row in chosen])
             for r, chosen in ((rows, p.train_rows), (test, p.test_rows))
         )
     except ValueError:

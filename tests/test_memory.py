@@ -13,6 +13,7 @@ from ftbook.memory import account as memory_account
 from ftbook.memory import advice as memory_advice
 from ftbook.memory import failures as memory_failures
 from ftbook.memory import measure as memory_measure
+from ftbook.memory import configs as memory_configs
 from ftbook.memory import plan as memory_plan
 from ftbook.memory import step as memory_step
 from ftbook.memory import trace as memory_trace
@@ -215,8 +216,8 @@ def test_layers_with_and_without_experts_are_not_drawn_as_a_line():
         (qwen_experts(9, mlp_only_layers=[6]), 0),
         (qwen_experts(9, decoder_sparse_step=2), 0),
     ):
-        n = sum(p.numel() for p in memory_plan.build_ghost(config).parameters())
-        assert memory_plan._depth(config) == line and plan(config, seq_len=16).items["weights, float32"] == 4 * n
+        n = sum(p.numel() for p in memory_configs.build_ghost(config).parameters())
+        assert memory_configs._depth(config) == line and plan(config, seq_len=16).items["weights, float32"] == 4 * n
 
 
 def test_a_plan_by_a_line_warns_in_the_numbers_of_the_whole_model():

@@ -19,16 +19,16 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .checks import check_fit, check_number, refuse_fields
+from .checks import check_fit, check_number
 from .coverage import coverage, OUTSIDE
 from .lora import LoRALinear
 from .lora_embedding import LoRAEmbedding
+from .lora_files import _INITS, LoRAFiles
 from .lora_variants import begin_
 from .parts import parts_of, replace_
 from .protocol import Method, register
 from .siblings import share_siblings_
 from ftbook.methods.targets import (
-    exact_targets,
     find_modules,
     find_whole,
     is_linear,
@@ -51,9 +51,6 @@ def _check_alpha(name, value):
         'a finite number above 0; with 0 the adapter would never do anything',
     )
 
-# %% ../../nbs/inside/lora_method.ipynb #0f93526b
-_INITS = re.compile(r'kaiming|gaussian|olora|pissa(_niter_[1-9]\d*)?')
-
 # %% ../../nbs/inside/lora_method.ipynb #dd18356a
 def _by_pattern(pattern, name, default):
     "The value of the first key that matches the end of `name`."
@@ -62,7 +59,7 @@ def _by_pattern(pattern, name, default):
 # %% ../../nbs/inside/lora_method.ipynb #c66b4644
 @register
 @dataclass
-class LoRA(Method):
+class LoRA(LoRAFiles):
     "Low-rank adaptation of linear layers and embeddings."
 
     rank: int = 16  # r; at least 1, at most the smaller side of the smallest layer
@@ -259,130 +256,6 @@ def inject_(
             p.lr_scale = 1.0 if n.endswith('A') else self.lr_ratio
         replace_(model, name, part)
     share_siblings_(model)
-
-# %% ../../nbs/inside/lora_method.ipynb #bcf932e1
-_fields = dict(
-    r='rank',
-    lora_alpha='alpha',
-    lora_dropout='dropout',
-    **{
-        k: k
-        for k in (
-            'target_modules',
-            'use_rslora',
-            'use_dora',
-            'lora_bias',
-            # PEFT's name -> ours
-            'rank_pattern',
-            'alpha_pattern',
-            'modules_to_save',
-            'exclude_modules',
-            'layers_to_transform',
-            'layers_pattern',
-        )
-    },
-)
-# how A and B began does not matter once they are read
-_harmless = {'bias': ['none'], 'init_lora_weights': [True, False, 'gaussian', 'orthogonal', 'eva']}
-_FILE = dict(lora_A='lora_A.weight', lora_B='lora_B.weight', lora_bias='lora_B.bias')
-
-# %% ../../nbs/inside/lora_method.ipynb #65beea3c
-@patch
-def key(
-    self: LoRA,
-    name: str,  # A parameter's name in the model
-) -> str:  # Its name in the file
-    "What PEFT calls a parameter."
-    head, _, last = Method.key(self, name).rpartition('.')
-    return f'{head}.{_FILE.get(last, last)}'
-
-# %% ../../nbs/inside/lora_method.ipynb #8ec0f97d
-def as_plain(
-    method: LoRA,  # With an init that changed the frozen weights, or without
-) -> LoRA:  # Twice the rank and the same scaling, if it was one
-    "The method as it is written: a change of the original weights."
-    if method.init in ('kaiming', 'gaussian'):
-        return method
-    grown = 2**0.5 if method.use_rslora else 2
-    return replace(
-        method,
-        rank=2 * method.rank,
-        alpha=grown * method.alpha,
-        init='kaiming',
-        rank_pattern={k: 2 * v for k, v in method.rank_pattern.items()},
-        alpha_pattern={k: grown * v for k, v in method.alpha_pattern.items()},
-    )
-
-# %% ../../nbs/inside/lora_method.ipynb #8ec0f97d1
-@patch
-def tensors(
-    self: LoRA,
-    model: nn.Module,  # With this method on it
-) -> dict[str, Tensor]:  # Name in the file -> what is written
-    "What the file holds."
-    found = Method.tensors(self, model)
-    for n, part in parts_of(model).items():
-        if not getattr(part, 'begun', None):
-            continue
-        (a, b), names = part.begun, [self.key(f'{n}.lora_{k}') for k in 'AB']
-        found |= dict(
-            zip(
-                names,
-                (
-                    torch.cat([found[names[0]], a.to(found[names[0]].device)]),
-                    torch.cat([found[names[1]], -b.to(found[names[1]].device)], 1),
-                ),
-            )
-        )
-    return found
-
-# %% ../../nbs/inside/lora_method.ipynb #9475033a
-@patch
-def to_peft(
-    self: LoRA,
-    model: nn.Module,  # With LoRA on it
-) -> dict:  # Content of adapter_config.json
-    "The configuration in PEFT's words."
-    layers = {n: o for n, o in parts_of(model).items() if isinstance(o, (LoRALinear, LoRAEmbedding))}
-    method = as_plain(self)
-    return dict(
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=self.dropout,
-        use_rslora=self.use_rslora,
-        use_dora=self.use_dora,
-        lora_bias=self.lora_bias,
-        bias='none',
-        target_modules=exact_targets(model, list(layers)),
-        rank_pattern=method.rank_pattern,
-        alpha_pattern=method.alpha_pattern,
-        modules_to_save=list(self.modules_to_save or ()) or None,
-        init_lora_weights=True,
-        fan_in_fan_out=any(type(o.base).__name__ == 'Conv1D' for o in layers.values()),
-    )
-
-# %% ../../nbs/inside/lora_method.ipynb #c6e17926
-@patch(cls_method=True)
-def from_peft(
-    cls: LoRA,
-    config: dict,  # Content of adapter_config.json
-) -> 'LoRA':  # ValueError names the fields that it cannot honour
-    "The method that a PEFT configuration describes."
-    init = config.get('init_lora_weights', True)
-    begins = init if isinstance(init, str) and _INITS.fullmatch(init) and init != 'gaussian' else 'kaiming'
-    refuse_fields(
-        config,
-        [
-            *_fields,
-            'fan_in_fan_out',
-            'megatron_core',
-            'qalora_group_size',
-            *['init_lora_weights'] * (begins != 'kaiming'),
-        ],
-        _harmless,
-    )
-    given = {ours: config[theirs] for theirs, ours in _fields.items() if config.get(theirs) is not None}
-    return cls(**{'rank': 8, 'alpha': 8, **given, 'init': begins})
 
 # %% ../../nbs/inside/lora_method.ipynb #d4d54299
 @patch

@@ -4,7 +4,7 @@ import pytest
 
 from ftbook.memory.advice import advise, longest_sequence
 from ftbook.memory.plan import _named_methods, as_method, as_quantizer, plan
-from ftbook.memory.step import small_config
+from ftbook.memory.step import small_config, small_model
 from ftbook.methods.lora_method import LoRA
 from ftbook.methods.quant import quantize_
 
@@ -52,3 +52,21 @@ def test_advice_takes_names_too():
     how = dict(gpu=gpu, seq_len=64, offered=dict(method="lora", quantize="nf4"))
     named, unnamed = (advise(small_config(2), method, **how) for method in ("full", None))
     assert named == unnamed and named[-1]["fits"] and named[-1]["change"] == "train an adapter"
+
+
+def test_a_plan_lays_rows_out_as_training_does(monkeypatch):
+    from ftbook.data.layouts import Layout
+    from ftbook.memory import account, plan as module
+
+    seen = []
+    full_batch = account.full_batch
+
+    def note(model, packs, *size):
+        seen.append(packs)
+        return full_batch(model, packs, *size)
+
+    monkeypatch.setattr(account, "full_batch", note)
+    plan(small_model(2), seq_len=24, batch_size=4)
+    monkeypatch.setattr(module, "layout_of", lambda model: Layout("right", "its rows do not keep apart"))
+    plan(small_model(2), seq_len=24, batch_size=4)
+    assert seen[0] is True and seen[-1] is False

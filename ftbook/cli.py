@@ -378,7 +378,7 @@ def plan(
     model: Annotated[
         str, typer.Argument(help='A shipped name, a hub id, a folder, or a shape such as LLaMA-7B.', show_default=False)
     ],
-    gpu: Annotated[float, typer.Option(help='GiB that there are.')] = 24,  # GiB
+    memory_gib: Annotated[float, typer.Option(help='GiB that there are.')] = 24,  # GiB
     # As in a configuration
     method: Annotated[str, typer.Option(help='lora, full, houlsby, prompt and others.')] = 'lora',
     rank: Annotated[int | None, typer.Option(help='Of lora.', min=1)] = None,  # Of lora
@@ -407,7 +407,7 @@ def plan(
     with _guarded(as_json, debug):
         text, figure, told = _plan(
             model,
-            gpu,
+            memory_gib,
             _planned(method, rank),
             quantize,
             dict(
@@ -426,7 +426,7 @@ def plan(
     print(json.dumps(told | dict(figure=str(file))) if as_json else f'{text}\n\n{file}')
 
 # %% ../nbs/inside/commands.ipynb #0e453cd2
-def _plan(model, gpu, method, quantize, settings):
+def _plan(model, memory_gib, method, quantize, settings):
     "(text, figure, numbers) of a plan."
     from functools import partial
     from ftbook.methods.lora_method import LoRA
@@ -440,9 +440,15 @@ def _plan(model, gpu, method, quantize, settings):
     if quantize and method is None:
         raise Problem('--quantize freezes the weights and --method full trains them', 'take an adapter such as lora')
     given = settings | dict(quantize=partial(quantize_, kind=quantize) if quantize else None)
-    text, figure = plan_report(model, method, gpu=gpu, offered=dict(method=LoRA(), quantize=quantize_), **given)
+    text, figure = plan_report(
+        model, method, memory_gib=memory_gib, offered=dict(method=LoRA(), quantize=quantize_), **given
+    )
     p = plan(model, method, **given)
-    return text, figure, dict(model=p.model, peak=p.peak, evaluation=p.evaluation, items=p.items, fits=p.fits(gpu))
+    return (
+        text,
+        figure,
+        dict(model=p.model, peak=p.peak, evaluation=p.evaluation, items=p.items, fits=p.fits(memory_gib)),
+    )
 
 
 def _write_figure(file, svg):

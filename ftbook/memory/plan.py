@@ -300,10 +300,10 @@ def table(self: Plan) -> Picture:  # Item, GiB and share
 @patch
 def figure(
     self: Plan,
-    gpu: float | None = None,  # GiB to stand beside
+    memory_gib: float | None = None,  # GiB to stand beside
 ) -> Picture:  # Bars
     "The plan as a picture."
-    marks = {f'{gpu:g} GiB': gpu} if gpu else {}
+    marks = {f'{memory_gib:g} GiB': memory_gib} if memory_gib else {}
     return bars(
         {k: v / GIB for k, v in _sorted(self.groups()) + [('peak', self.peak)]},
         x_label='GiB',

@@ -10,9 +10,9 @@ from ftbook.methods.quant import quantize_
 
 
 def test_nothing_fits_in_nothing():
-    assert longest_sequence(small_config(), gpu=0.001) == 0
+    assert longest_sequence(small_config(), memory_gib=0.001) == 0
     with pytest.raises(ValueError, match="given in GiB"):
-        longest_sequence(small_config(), gpu=-4)
+        longest_sequence(small_config(), memory_gib=-4)
 
 
 def test_methods_have_the_names_of_a_recipe():
@@ -49,7 +49,7 @@ def test_names_that_are_not_known():
 
 def test_advice_takes_names_too():
     gpu = 0.99 * plan(small_config(2), seq_len=64).peak / 2**30
-    how = dict(gpu=gpu, seq_len=64, offered=dict(method="lora", quantize="nf4"))
+    how = dict(memory_gib=gpu, seq_len=64, offered=dict(method="lora", quantize="nf4"))
     named, unnamed = (advise(small_config(2), method, **how) for method in ("full", None))
     assert named == unnamed and named[-1]["fits"] and named[-1]["change"] == "train an adapter"
 

@@ -978,7 +978,7 @@ def test_a_folder_of_another_version(fitted, tmp_path):
     (folder / "fewshot.json").write_text(json.dumps(facts | dict(classes=["a", "b"])))
     with pytest.raises(ValueError, match="3 classes, fewshot.json 2"):
         load_classifier(folder)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no folder"):
         load_classifier(tmp_path / "nowhere")
 
 
@@ -1073,7 +1073,7 @@ def test_a_report_says_what_was_warned(tiny, tmp_path):
         ([("text", "label"), ("1.5", "a"), ("2", "b")], {}, "no text but numbers"),
         ([("text", "label"), ("a", "x"), ("b", "y")], dict(text_column="body"), "there are 'text', 'label'"),
         ([("text",), ("a",), ("b",)], {}, "a label is needed"),
-        ([("text", "label"), ("a", ""), ("b", "")], {}, "no row of"),
+        ([("text", "label"), ("a", ""), ("b", "")], {}, r"rows.csv: no row has a label in the column 'label'"),
         ([("text", "label"), ("a", "x"), ("b", "x")], {}, "needs two or more"),
         ([("text", "label"), ("a", "x"), ("b", "X")], {}, "differ by case"),
         (

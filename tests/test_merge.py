@@ -1108,7 +1108,7 @@ def test_unknown_keys(source):
         (dict(models=[dict(model="a", weigth=1)]), "'weigth' is not supported"),
         (dict(chat_template="chatml"), "chat_template 'chatml' is not supported"),
         (dict(slices=[]), "either models or slices"),
-        (dict(models=[]), "lists no model"),
+        (dict(models=[]), "no model is listed"),
         (dict(models=3), "models must be a list, not 3"),
         (dict(models=["red"]), "a model must be a mapping"),
         (dict(models=[dict(parameters={})]), "names no model"),

@@ -694,13 +694,13 @@ REFUSED = {  # published too, and not supported: what is named
         "slices:\n  - sources:\n      - model: a\n        layer_range: [0, 40]\n      - model: b\n        "
         "layer_range: [0, 40]\nmerge_method: slerp\nbase_model: a\nparameters:\n  t:\n    - pattern: self_attn\n   "
         "   value: [0, 1]\n    - value: 0.5\n"
-    ): "parameter t: 'pattern' is not supported",
+    ): "parameters.t.pattern: 'pattern' is not supported",
     "models:\n  - model: a\n    lora: b\n    parameters:\n      weight: 0.6\nmerge_method: linear\n": "'lora' is not supported",
     "models:\n  - model: a\n    parameters:\n      encoder_weight: 0.8\nmerge_method: linear\n": "'encoder_weight' is not supported",
     "models:\n  - model: a\nmerge_method: linear\nout_path: x\n": "'out_path' is not supported",
     "models:\n  - model: a\nmerge_method: linear\n---\nmodels:\n  - model: b\nmerge_method: linear\n": "mergekit-mega",
     "modules:\n  text: {models: [{model: a}]}\n  vision: {models: [{model: a}]}\nmerge_method: linear\n": "text, vision are several",
-    "models:\n  - model: a\nmerge_method: linear\ntokenizer:\n  source: union\n  tokens: {x: {source: a}}\n": "tokenizer: 'tokens' is not supported",
+    "models:\n  - model: a\nmerge_method: linear\ntokenizer:\n  source: union\n  tokens: {x: {source: a}}\n": "tokenizer.tokens: 'tokens' is not supported",
 }
 
 

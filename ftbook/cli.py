@@ -292,8 +292,14 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(help='Folder for the report. Without it, ftbook-audits/NAME for NAME.csv.')
     ] = None,
-    text_column: Annotated[str, typer.Option(help='Field with the text.')] = 'text',  # Field with the text
-    label_column: Annotated[str, typer.Option(help='Field with the label.')] = 'label',  # Field with the label
+    # Field with the text
+    text_column: Annotated[
+        str | None, typer.Option(help='Field with the text. Without it, the one that looks like text.')
+    ] = None,
+    # Field with the label
+    label_column: Annotated[
+        str | None, typer.Option(help='Field with the label. Without it, the one that looks like a label.')
+    ] = None,
     test: Annotated[str | None, typer.Option(help='Held-out rows, to look for in FILE.')] = None,  # Held-out rows
     # Texts to look for
     benchmarks: Annotated[
@@ -327,20 +333,17 @@ def audit(
 ):
     "Look for what is wrong with rows: duplicates, labels, balance, leaks, form."
     with _guarded(as_json, debug):
-        from ftbook.quality.audit import SAFE, audit
+        from ftbook.quality.audit import SAFE, audit, AuditOptions
 
         if (clean or drop) and not Path(file).is_file():
             raise Problem(f'{file} is no file here: --clean writes beside a file', file=file)
         found = audit(
             _source(file),
+            test and _source(test),
             text_column=text_column,
             label_column=label_column,
             encoder=None if encoder == 'none' else encoder,
-            tokenizer=_tokenizer(model),
-            max_length=max_length,
-            test=test and _source(test),
-            benchmarks=_texts(benchmarks) if benchmarks else (),
-            region=region,
+            options=AuditOptions(_tokenizer(model), max_length, _texts(benchmarks) if benchmarks else (), region),
         )
         written = _written(
             found, file, out or Path('ftbook-audits') / Path(file).stem, (drop or SAFE) if clean or drop else ()
@@ -375,7 +378,7 @@ def plan(
     model: Annotated[
         str, typer.Argument(help='A shipped name, a hub id, a folder, or a shape such as LLaMA-7B.', show_default=False)
     ],
-    gpu: Annotated[float, typer.Option(help='GiB that there are.')] = 24,  # GiB
+    memory_gib: Annotated[float, typer.Option(help='GiB that there are.')] = 24,  # GiB
     # As in a configuration
     method: Annotated[str, typer.Option(help='lora, full, houlsby, prompt and others.')] = 'lora',
     rank: Annotated[int | None, typer.Option(help='Of lora.', min=1)] = None,  # Of lora
@@ -404,7 +407,7 @@ def plan(
     with _guarded(as_json, debug):
         text, figure, told = _plan(
             model,
-            gpu,
+            memory_gib,
             _planned(method, rank),
             quantize,
             dict(
@@ -423,7 +426,7 @@ def plan(
     print(json.dumps(told | dict(figure=str(file))) if as_json else f'{text}\n\n{file}')
 
 # %% ../nbs/inside/commands.ipynb #0e453cd2
-def _plan(model, gpu, method, quantize, settings):
+def _plan(model, memory_gib, method, quantize, settings):
     "(text, figure, numbers) of a plan."
     from functools import partial
     from ftbook.methods.lora_method import LoRA
@@ -437,9 +440,15 @@ def _plan(model, gpu, method, quantize, settings):
     if quantize and method is None:
         raise Problem('--quantize freezes the weights and --method full trains them', 'take an adapter such as lora')
     given = settings | dict(quantize=partial(quantize_, kind=quantize) if quantize else None)
-    text, figure = plan_report(model, method, gpu=gpu, offered=dict(method=LoRA(), quantize=quantize_), **given)
+    text, figure = plan_report(
+        model, method, memory_gib=memory_gib, offered=dict(method=LoRA(), quantize=quantize_), **given
+    )
     p = plan(model, method, **given)
-    return text, figure, dict(model=p.model, peak=p.peak, evaluation=p.evaluation, items=p.items, fits=p.fits(gpu))
+    return (
+        text,
+        figure,
+        dict(model=p.model, peak=p.peak, evaluation=p.evaluation, items=p.items, fits=p.fits(memory_gib)),
+    )
 
 
 def _write_figure(file, svg):
@@ -464,7 +473,7 @@ def recommend(
         str, typer.Option(help='A shipped name, a hub id, a folder, or a shape such as LLaMA-7B.')
     ] = 'smollm2-135m',
     # GiB
-    memory: Annotated[float | None, typer.Option(help='GiB that there are. Without it, what is free.')] = None,
+    memory_gib: Annotated[float | None, typer.Option(help='GiB that there are. Without it, what is free.')] = None,
     # Kind of device
     device: Annotated[str | None, typer.Option(help='cpu, cuda and others. Without it, the fastest.')] = None,
     # Does it know the task?
@@ -479,8 +488,14 @@ def recommend(
     price: Annotated[
         float, typer.Option(help='Accuracy, relative to the best, that a nat not forgotten is worth.', min=0)
     ] = 0.02,
-    text_column: Annotated[str, typer.Option(help='Field with the text.')] = 'text',  # Field with the text
-    label_column: Annotated[str, typer.Option(help='Field with the label.')] = 'label',  # Field with the label
+    # Field with the text
+    text_column: Annotated[
+        str | None, typer.Option(help='Field with the text. Without it, the one that looks like text.')
+    ] = None,
+    # Field with the label
+    label_column: Annotated[
+        str | None, typer.Option(help='Field with the label. Without it, the one that looks like a label.')
+    ] = None,
     # Or none
     encoder: Annotated[str, typer.Option(help='Of the audit; none leaves meaning and labels out.')] = 'minilm-l6',
     # YAML
@@ -492,17 +507,14 @@ def recommend(
 ):
     "Say which method and which settings, and why; write the configuration."
     with _guarded(as_json, debug, 'Nothing was written; the same command begins again'):
-        from ftbook.choose.recommend import recommend
+        from ftbook.choose.recommend import Circumstances, recommend
 
         found = recommend(
             _source(file),
             model,
-            memory=memory,
+            memory_gib=memory_gib,
             device=device,
-            known=known,
-            keep=keep,
-            finetunes=finetunes,
-            price=price,
+            circumstances=Circumstances(known, keep, finetunes, price),
             text_column=text_column,
             label_column=label_column,
             encoder=None if encoder == 'none' else encoder,

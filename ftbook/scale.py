@@ -144,7 +144,7 @@ def split_mlp(
 ) -> Tensor:  # (..., d), after the all-reduce
     "An MLP whose hidden units are divided among devices."
     if len(up) % n:
-        raise Problem(f'{len(up)} hidden units cannot be divided evenly among {n} devices')
+        raise Problem(f'{len(up)} hidden units do not divide evenly by {n} devices', key='n')
     # the sum is the all-reduce
     return sum(act(x @ u.t()) @ d.t() for u, d in zip(up.chunk(n), down.chunk(n, 1)))
 

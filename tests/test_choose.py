@@ -1,7 +1,7 @@
 "Choosing: what a sweep says, what it does not say, and what becomes of bad input. No model is trained here."
 
 import json, math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np, pytest
@@ -106,7 +106,12 @@ def rows():
 
 
 def advised(rows, runs, **given):
-    return choose_recommend.recommend(rows, **(dict(memory=8, device="cpu", encoder=None, sweep=runs) | given))
+    "A recommendation; keywords are of `recommend` or of `Circumstances`."
+    names = {f.name for f in fields(choose_recommend.Circumstances)}
+    known = choose_recommend.Circumstances(sweep=runs, **{k: v for k, v in given.items() if k in names})
+    rest = {k: v for k, v in given.items() if k not in names}
+    settings = dict(memory_gib=8, device="cpu", encoder=None, circumstances=known)
+    return choose_recommend.recommend(rows, **(settings | rest))
 
 
 # The file
@@ -357,7 +362,7 @@ def test_broken_rows_are_told_first(rows, known):
         (6, dict(known=False), "ftbook fewshot"),
         (6, dict(finetunes=2), "ftbook merge"),
         (6, {}, "no training"),
-        (120, dict(memory=0.01), "smaller model"),
+        (120, dict(memory_gib=0.01), "smaller model"),
         (120, {}, "ftbook train it.yaml"),
     ],
 )
@@ -369,11 +374,11 @@ def test_what_to_do_next(rows, known, n, given, says):
 
 
 @pytest.mark.parametrize(
-    "given, said", [(dict(memory=-1), "GiB"), (dict(memory=0), "GiB"), (dict(text_column="nothing"), "nothing")]
+    "given, said", [(dict(memory_gib=-1), "GiB"), (dict(memory_gib=0), "GiB"), (dict(text_column="nothing"), "nothing")]
 )
 def test_bad_input(rows, known, given, said):
     with pytest.raises(ValueError, match=said):
-        choose_recommend.recommend(rows, **(dict(memory=8, device="cpu", encoder=None, sweep=known) | given))
+        advised(rows, known, **given)
 
 
 def test_rows_that_cannot_be_used(known):
@@ -445,16 +450,16 @@ def desk(rows, known, tmp_path, monkeypatch):
 
 
 def test_the_command_writes_a_recipe(desk):
-    done = ftbook("recommend", "rows.jsonl", "--memory", 8, "--device", "cpu", "--encoder", "none")
+    done = ftbook("recommend", "rows.jsonl", "--memory-gib", 8, "--device", "cpu", "--encoder", "none")
     assert done.exit_code == 0 and "# LoRA" in done.stdout and "ftbook train rows.yaml" in done.stdout, done.output
     assert load_recipe("rows.yaml").method.type == "lora"
-    again = ftbook("recommend", "rows.jsonl", "--memory", 8, "--device", "cpu", "--encoder", "none", "--json")
+    again = ftbook("recommend", "rows.jsonl", "--memory-gib", 8, "--device", "cpu", "--encoder", "none", "--json")
     assert again.exit_code == 1 and "is there already" in json.loads(again.stdout)["error"]
     told = json.loads(
         ftbook(
             "recommend",
             "rows.jsonl",
-            "--memory",
+            "--memory-gib",
             8,
             "--device",
             "cpu",
@@ -472,7 +477,7 @@ def test_the_command_writes_a_recipe(desk):
     "args, code, said",
     [
         (["gone.jsonl"], 1, "gone.jsonl"),
-        (["rows.jsonl", "--memory", "-2"], 1, "GiB"),
+        (["rows.jsonl", "--memory-gib", "-2"], 1, "GiB"),
         (["rows.jsonl", "--finetunes", "-2"], 2, "finetunes"),
     ],
 )

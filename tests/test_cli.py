@@ -617,7 +617,7 @@ def test_a_plan_says_what_fits_and_draws_it(desk, tiny):
 @pytest.mark.parametrize(
     "args, says",
     [
-        (("--gpu", "0"), "24"),
+        (("--memory-gib", "0"), "24"),
         (("--method", "magic"), "--method must be one of lora, houlsby"),
         (("--quantize", "nf3"), "--quantize must be one of nf4"),
         (("--method", "full", "--quantize", "nf4"), "take an adapter"),

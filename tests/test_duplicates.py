@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from ftbook.data.split import normalise
 from ftbook.quality.matches import Matches, group_rows
-from ftbook.quality.datatrove import choose_bands, write_datatrove
+from ftbook.quality.datatrove import choose_bands, Executor, write_datatrove
 from ftbook.quality.groups import choose_keeper
 from ftbook.quality.leaks import contained, leakage
 from ftbook.quality.duplicates import exact_duplicates, find_duplicates
@@ -190,17 +190,17 @@ def test_megabyte_rows_and_odd_ones():
     'call, message',
     [
         (lambda: near_duplicates('text'), 'not one string'),
-        (lambda: near_duplicates(['a', 3]), 'text 1 is int'),
-        (lambda: near_duplicates(['a'], other=[None]), 'other text 0 is NoneType'),
+        (lambda: near_duplicates(['a', 3]), 'row 1: the text is int'),
+        (lambda: near_duplicates(['a'], other=[None]), 'row 0: the other text is NoneType'),
         (lambda: near_duplicates(['a'], 1.5), 'threshold must lie'),
         (lambda: near_duplicates(['a'], n_words=0), 'n_words and crowd'),
-        (lambda: exact_duplicates([None]), 'text 0 is NoneType'),
+        (lambda: exact_duplicates([None]), 'row 0: the text is NoneType'),
         (lambda: find_duplicates(['a'], []), '0 labels for 1 texts'),
-        (lambda: contained(['a'], [1]), 'row 0 is int'),
+        (lambda: contained(['a'], [1]), 'row 0: the long text is int'),
         (lambda: contained(['a'], ['a'], shortest=0), 'shortest must lie'),
-        (lambda: leakage(['a'], [b'a']), 'test text 0 is bytes'),
+        (lambda: leakage(['a'], [b'a']), 'row 0: the test text is bytes'),
         (lambda: semantic_duplicates(np.ones(3)), 'must be'),
-        (lambda: minhash([{1}, set()]), 'set 1 is empty'),
+        (lambda: minhash([{1}, set()]), 'row 1: the set is empty'),
         (lambda: lsh_pairs(np.zeros((2, 10)), 3), 'do not make 3 equal bands'),
     ],
 )
@@ -381,7 +381,7 @@ def datatrove_run(tmp_path_factory):
     for k in range(4):
         lines = [json.dumps(dict(text=t, row=i)) for i, t in enumerate(texts) if i % 4 == k]
         (folder / 'rows' / f'{k}.jsonl').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    script = write_datatrove(folder / 'dedup.py', folder / 'rows', folder / 'out', threshold=0.8, tasks=4, workers=1)
+    script = write_datatrove(folder / 'dedup.py', folder / 'rows', folder / 'out', executor=Executor(tasks=4, workers=1))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return texts, *(read_all(folder / 'out' / name) for name in ('kept', 'removed'))
@@ -450,10 +450,8 @@ def test_every_executor_gets_a_script_that_compiles(tmp_path, executor):
         tmp_path / 'dedup.py',
         's3://bucket/rows',
         "a folder's name",
-        text='body',
-        tasks=1000,
-        workers=50,
-        executor=executor,
+        text_column='body',
+        executor=Executor(executor, 1000, 50),
     )
     names = {}
     exec(

@@ -5,7 +5,8 @@ import copy, gc, json, math, warnings, weakref
 import pytest, torch
 from torch import nn
 
-from ftbook.methods.lora_method import LoRA, as_plain
+from ftbook.methods.lora_files import as_plain
+from ftbook.methods.lora_method import LoRA
 from ftbook.methods.lora_embedding import LoRAEmbedding
 from ftbook.methods.lora import LoRALinear
 from ftbook.methods.siblings import Siblings, share_siblings_

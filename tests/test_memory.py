@@ -13,6 +13,7 @@ from ftbook.memory import account as memory_account
 from ftbook.memory import advice as memory_advice
 from ftbook.memory import failures as memory_failures
 from ftbook.memory import measure as memory_measure
+from ftbook.memory import configs as memory_configs
 from ftbook.memory import plan as memory_plan
 from ftbook.memory import step as memory_step
 from ftbook.memory import trace as memory_trace
@@ -215,8 +216,8 @@ def test_layers_with_and_without_experts_are_not_drawn_as_a_line():
         (qwen_experts(9, mlp_only_layers=[6]), 0),
         (qwen_experts(9, decoder_sparse_step=2), 0),
     ):
-        n = sum(p.numel() for p in memory_plan.build_ghost(config).parameters())
-        assert memory_plan._depth(config) == line and plan(config, seq_len=16).items["weights, float32"] == 4 * n
+        n = sum(p.numel() for p in memory_configs.build_ghost(config).parameters())
+        assert memory_configs._depth(config) == line and plan(config, seq_len=16).items["weights, float32"] == 4 * n
 
 
 def test_a_plan_by_a_line_warns_in_the_numbers_of_the_whole_model():
@@ -442,13 +443,13 @@ def test_seventy_billion_in_four_bits_quickly():
 
 
 def test_what_fits_by_search_is_what_the_plan_says():
-    rows = memory_advice.largest_batch(llama(), LoRA(), gpu=0.02, seq_len=64)
+    rows = memory_advice.largest_batch(llama(), LoRA(), memory_gib=0.02, seq_len=64)
     assert (
         rows > 0
         and plan(llama(), LoRA(), batch_size=rows, seq_len=64).fits(0.02)
         and not plan(llama(), LoRA(), batch_size=rows + 1, seq_len=64).fits(0.02)
     )
-    tokens = memory_advice.longest_sequence(llama(), LoRA(), gpu=0.02, step=32)
+    tokens = memory_advice.longest_sequence(llama(), LoRA(), memory_gib=0.02, step=32)
     assert (
         tokens > 0
         and plan(llama(), LoRA(), seq_len=tokens).fits(0.02)
@@ -461,7 +462,7 @@ def test_the_first_way_that_fits_is_chosen():
     held = {way: plan(llama(), seq_len=64, **how).peak / GIB for way, how in ways.items()}
 
     def chosen(gpu):
-        return [r["way"] for r in memory_advice.which_method(llama(), ways, gpu=gpu, seq_len=64) if r["chosen"]]
+        return [r["way"] for r in memory_advice.which_method(llama(), ways, memory_gib=gpu, seq_len=64) if r["chosen"]]
 
     assert (
         chosen(1.01 * held["full"]) == ["full"]
@@ -477,7 +478,7 @@ def test_largest():
 
 
 def test_advice_ends_with_what_fits():
-    found = advise("Llama-3.2-1B", gpu=8, seq_len=256, device="cuda", offered=dict(method=LoRA()))
+    found = advise("Llama-3.2-1B", memory_gib=8, seq_len=256, device="cuda", offered=dict(method=LoRA()))
     assert (
         not found[0]["fits"]
         and found[-1]["fits"]
@@ -485,7 +486,7 @@ def test_advice_ends_with_what_fits():
         and found[-1]["change"] == "train an adapter"
     )
     assert all(b["GiB"] < a["GiB"] for a, b in zip(found, found[1:]))
-    text, svg = plan_report("Llama-3.2-1B", gpu=16, seq_len=256, device="cuda", offered=dict(method=LoRA()))
+    text, svg = plan_report("Llama-3.2-1B", memory_gib=16, seq_len=256, device="cuda", offered=dict(method=LoRA()))
     assert "does not fit in 16 GiB" in text and svg.lstrip().startswith("<")
 
 

@@ -559,7 +559,7 @@ def test_a_disk_that_is_too_small(source, tmp_path, monkeypatch):
 
 def test_overwriting(source, tmp_path):
     merge(recipe_for(source), tmp_path / "out")
-    with pytest.raises(ValueError, match="exists: choose another"):
+    with pytest.raises(FileExistsError, match="exists: choose another"):
         merge(recipe_for(source), tmp_path / "out")
     (tmp_path / "out" / "stale.txt").write_text("x")
     merge(recipe_for(source), tmp_path / "out", overwrite=True)
@@ -694,13 +694,13 @@ REFUSED = {  # published too, and not supported: what is named
         "slices:\n  - sources:\n      - model: a\n        layer_range: [0, 40]\n      - model: b\n        "
         "layer_range: [0, 40]\nmerge_method: slerp\nbase_model: a\nparameters:\n  t:\n    - pattern: self_attn\n   "
         "   value: [0, 1]\n    - value: 0.5\n"
-    ): "parameter t: 'pattern' is not supported",
+    ): "parameters.t.pattern: 'pattern' is not supported",
     "models:\n  - model: a\n    lora: b\n    parameters:\n      weight: 0.6\nmerge_method: linear\n": "'lora' is not supported",
     "models:\n  - model: a\n    parameters:\n      encoder_weight: 0.8\nmerge_method: linear\n": "'encoder_weight' is not supported",
     "models:\n  - model: a\nmerge_method: linear\nout_path: x\n": "'out_path' is not supported",
     "models:\n  - model: a\nmerge_method: linear\n---\nmodels:\n  - model: b\nmerge_method: linear\n": "mergekit-mega",
     "modules:\n  text: {models: [{model: a}]}\n  vision: {models: [{model: a}]}\nmerge_method: linear\n": "text, vision are several",
-    "models:\n  - model: a\nmerge_method: linear\ntokenizer:\n  source: union\n  tokens: {x: {source: a}}\n": "tokenizer: 'tokens' is not supported",
+    "models:\n  - model: a\nmerge_method: linear\ntokenizer:\n  source: union\n  tokens: {x: {source: a}}\n": "tokenizer.tokens: 'tokens' is not supported",
 }
 
 
@@ -1108,7 +1108,7 @@ def test_unknown_keys(source):
         (dict(models=[dict(model="a", weigth=1)]), "'weigth' is not supported"),
         (dict(chat_template="chatml"), "chat_template 'chatml' is not supported"),
         (dict(slices=[]), "either models or slices"),
-        (dict(models=[]), "lists no model"),
+        (dict(models=[]), "no model is listed"),
         (dict(models=3), "models must be a list, not 3"),
         (dict(models=["red"]), "a model must be a mapping"),
         (dict(models=[dict(parameters={})]), "names no model"),

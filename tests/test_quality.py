@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from ftbook.data.read import read_rows
-from ftbook.quality.audit import SAFE, audit
+from ftbook.quality.audit import SAFE, audit, AuditOptions
 from ftbook.quality.report import audit_report, save_audit
 from ftbook.quality.form import check_form
 from ftbook.quality.cleaning import clean, write_clean
@@ -26,7 +26,8 @@ def labelled(texts, labels=None):
 
 
 def quick(data, **more):
-    return audit(data, encoder=None, progress=False, **more)
+    options = AuditOptions(benchmarks=more.pop('benchmarks', ()))
+    return audit(data, encoder=None, progress=False, options=options, **more)
 
 
 def where(found):
@@ -89,7 +90,7 @@ def test_any_instructions_add_up(rows):
 
 def test_a_missing_column_lists_those_there_are():
     with pytest.raises(ValueError, match="no column 'text'; there are 'score', 'sentence'"):
-        quick([dict(sentence=t, score=1) for t in good])
+        quick([dict(score=1, sentence=t) for t in good], text_column='text')
 
 
 def test_labels_of_two_types_are_a_finding():

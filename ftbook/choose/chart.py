@@ -30,13 +30,14 @@ def planned_needs(
 
 def holding(
     needs: dict,  # Way -> (bytes, bytes with checkpointing)
-    memory: float,  # GiB
+    memory_gib: float,  # What a device has
 ) -> Callable:  # Way -> (does it fit, does it need checkpointing, GiB), for `decide`
     "Look up whether a way to train fits."
 
     def look(way):
         plain, less = (b / GIB for b in needs[way])
-        return min(plain, less) <= memory, plain > memory and less < plain, plain if plain <= memory else less
+        needs_less = plain > memory_gib and less < plain
+        return min(plain, less) <= memory_gib, needs_less, plain if plain <= memory_gib else less
 
     return look
 
@@ -46,11 +47,11 @@ COUNTS = 0, 16, 64, 256, 1000, 10_000, 100_000  # Examples
 
 def choose_over(
     needs: dict,  # From `planned_needs`
-    memory: float = 24,  # GiB
+    memory_gib: float = 24,  # What a device has
     **given,  # Arguments of `decide`
-) -> tuple:  # (memory, {(model, examples): Decision})
+) -> tuple:  # (memory_gib, {(model, examples): Decision})
     "Decide for every model and every number of examples."
-    return memory, {(m, n): decide(n, holding(needs[m], memory), **given) for m in needs for n in COUNTS}
+    return memory_gib, {(m, n): decide(n, holding(needs[m], memory_gib), **given) for m in needs for n in COUNTS}
 
 # %% ../../nbs/inside/choice_charts.ipynb #fa94cd77
 COLOURS = {
@@ -73,7 +74,7 @@ def _choice(i, j, choice):
 
 
 def draw_map(
-    memory: float,  # GiB
+    memory_gib: float,  # What a device has
     cells: dict,  # {(model, examples): Decision}, the smallest model first
 ) -> Picture:  # Examples to the right, model size upwards
     "Draw which method is chosen where."
@@ -82,9 +83,9 @@ def draw_map(
     tiles = [_choice(i, j, cells[m, n].choice) for j, m in enumerate(sizes) for i, n in enumerate(counts)]
     names = [label(92, 28 + 34 * j, m.replace('Llama-', ''), 11, 'end') for j, m in enumerate(sizes)]
     names += [label(137 + 76 * i, 24 + 34 * len(sizes), f'{n:,}', 11) for i, n in enumerate(counts)]
-    title = f'Method by examples and model, {memory} GiB'
+    title = f'Method by examples and model, {memory_gib} GiB'
     sheet = drawing(640, 36 + 34 * len(sizes), title, *tiles, *names)
     top = next((m for m in sizes if cells[m, 1000].choice != 'a smaller model'), sizes[-1])
-    said = f'{escape(top)}, 1,000 rows, {memory} GiB: <b>{cells[top, 1000].choice}</b>'
+    said = f'{escape(top)}, 1,000 rows, {memory_gib} GiB: <b>{cells[top, 1000].choice}</b>'
     why = ''.join(f'<li>{escape(str(b))}</li>' for b in cells[top, 1000].borders)
     return Picture(f'{sheet.html}<div style="font:13px/1.5 system-ui">{said}<ul>{why}</ul></div>')

@@ -187,7 +187,7 @@ def decide(
 ) -> Decision:
     "Which method."
     if n < 0:
-        raise Problem(f'there cannot be {n} rows')
+        raise Problem(f'there cannot be {n} rows', key='n')
     choice, border = _before_training(n, known, classify, finetunes)
     if choice:
         return Decision(choice, (border,))

@@ -57,7 +57,7 @@ class Surface:
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
         if len(runs) < 8:
-            raise Problem(f'a surface needs 8 runs or more, and there are {len(runs)}')
+            raise Problem(f'a surface needs 8 runs or more, and there are {len(runs)}', key='runs')
         self.runs = runs
         self.measure = measure
         self.shift = SHIFTS.get(measure)

@@ -117,6 +117,7 @@ def load_sweep(
             f"{path} lacks the column{'s' * (len(lacking) > 1)} {', '.join(lacking)}",
             'write it again with `python sweep_worker.py parquet`',
             file=path,
+            key=lacking[0],
         )
     about = json.loads((found.schema.metadata or {}).get(b'ftbook', b'{}'))
     return Sweep([_completed(r, about.get('rows', {})) for r in found.to_pylist()], about)

@@ -56,13 +56,13 @@ def plan_way(
 def fits(
     way: str,  # A key of `WAYS`
     model: str,  # As for `plan`
-    memory: float,  # GiB
+    memory_gib: float,  # What the device has
     seq_len: int = 512,  # Tokens of the longest row
     device: str = 'cuda',  # 'cuda' or 'cpu'
 ) -> tuple[bool, bool, float]:  # (does it fit, does it need checkpointing, GiB)
     "Would a way to train fit, if need be with checkpointing?"
     first = plan_way(way, model, seq_len, device)
-    if first.fits(memory):
-        return first.fits(memory), False, first.peak / GIB
+    if first.fits(memory_gib):
+        return True, False, first.peak / GIB
     second = plan_way(way, model, seq_len, device, True)
-    return second.fits(memory), True, second.peak / GIB
+    return second.fits(memory_gib), True, second.peak / GIB

@@ -30,7 +30,7 @@ def column_names(
     names = list(dict.fromkeys(k for r in rows for k in r))
     for name in given:
         if name is not None and name not in names:
-            raise Problem(f"there is no column {name!r}; there are {', '.join(map(repr, names))}")
+            raise Problem(f"there is no column {name!r}; there are {', '.join(map(repr, names))}", key=name)
     return names
 
 
@@ -38,6 +38,7 @@ def find_text_column(
     rows: Sequence[dict],  # From a file
     given: str | None = None,  # Its name, where that is known
     label_column: str | None = None,  # Cannot be it
+    check: bool = True,  # Must it hold text? One that is named may be left to whoever reads its rows
 ) -> str:  # ValueError where it holds no text
     "Find the column with the text: 'text', or the one with the longest values."
     names = column_names(rows, given, label_column)
@@ -48,10 +49,11 @@ def find_text_column(
     longest = max((n for n in names if n != label_column), key=total_length, default=label_column)
     text = given or ('text' if 'text' in names else longest)
     values = [r.get(text) for r in rows if r.get(text) not in (None, '')]
-    if not values or all(map(_number_like, values)):
+    if check and (not values or all(map(_number_like, values))):
         raise Problem(
             f"the column {text!r} holds no text but numbers or nothing; there are {', '.join(map(repr, names))}",
             'name another with text_column',
+            key=text,
         )
     return text
 
@@ -64,6 +66,29 @@ def different_values(
     return len({str(r.get(name)) for r in rows})
 
 
+def _like_a_label(rows, name):
+    "Does a column hold few values that repeat?"
+    return name == 'label' or 2 <= different_values(rows, name) <= min(50, len(rows) // 2)
+
+
+def find_label_column(
+    rows: Sequence[dict],  # From a file
+    text: str,  # The column with the text, which cannot be it
+    given: str | None = None,  # Its name, where that is known
+) -> str | None:  # None where no column looks like a label. ValueError where a given one is missing
+    "Find the column with the label: 'label', or the one with few values that repeat."
+    names = column_names(rows, given)
+    if given is not None:
+        return given
+    likely = [n for n in names if n != text and _like_a_label(rows, n)]
+    return _fewest_values(rows, likely) if likely else None
+
+
+def _fewest_values(rows, names):
+    "The most likely label among some columns."
+    return 'label' if 'label' in names else min(names, key=lambda n: different_values(rows, n))
+
+# %% ../../nbs/inside/columns.ipynb #cd3b2129
 def pick_columns(
     rows: Sequence[dict],  # From a file
     text_column: str | None = None,  # None: 'text', or the column with the longest texts
@@ -74,7 +99,5 @@ def pick_columns(
     text = find_text_column(rows, text_column, label_column)
     others = [n for n in names if n != text]
     if not others:
-        raise Problem(f'the file has the column {text!r} alone: a label is needed too')
-    if label_column is None:
-        label_column = 'label' if 'label' in names else min(others, key=lambda n: different_values(rows, n))
-    return text, label_column
+        raise Problem(f'the file has the column {text!r} alone: a label is needed too', key='label_column')
+    return text, label_column or _fewest_values(rows, others)

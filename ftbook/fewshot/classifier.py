@@ -73,7 +73,9 @@ def _with_descriptions(shots, descriptions):
     more = [(t, c) for c, said in (descriptions or {}).items() for t in ([said] if isinstance(said, str) else said)]
     if lost := [c for _, c in more if c not in shots.classes]:
         raise Problem(
-            f'there is a description of {lost[0]!r}, which is none of the classes', 'name it in `classes` too'
+            f'there is a description of {lost[0]!r}, which is none of the classes',
+            'name it in `classes` too',
+            key='descriptions',
         )
     if not more:
         return shots
@@ -236,7 +238,7 @@ def evaluate(
     texts = check_texts(texts, empty=True)
     labels = list(labels)
     if len(texts) != len(labels) or not texts:
-        raise Problem(f'{len(texts)} texts and {len(labels)} labels')
+        raise Problem(f'{len(texts)} texts and {len(labels)} labels', key='labels')
     if not self.exclusive:
         labels = [[v] if isinstance(v, (str, int)) else list(v) for v in labels]
     return Evaluation(

@@ -41,7 +41,7 @@ def similarity_loss(
 ) -> Tensor:  # A number; ValueError where there is no pair
     "`pair_loss` of all pairs of a batch; like and unlike pairs weigh the same."
     if len(vectors) < 2:
-        raise Problem('a batch of one sentence has no pair')
+        raise Problem('a batch of one sentence has no pair', key='same')
     above = torch.ones_like(same).triu_(1)
     errors = (vectors @ vectors.t() - same.to(vectors.dtype)).square()  # (n, n)
     kinds = [errors[kind & above] for kind in (same, ~same)]
@@ -59,7 +59,7 @@ def contrastive_loss(
     mates = same & ~itself
     rows = mates.any(1)
     if not rows.any():
-        raise Problem('no two sentences of the batch share a class')
+        raise Problem('no two sentences of the batch share a class', key='same')
     logs = (vectors @ vectors.t() / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
     return -(logs.masked_fill(~mates, 0).sum(1)[rows] / mates.sum(1)[rows]).mean()
 

@@ -26,13 +26,12 @@ def _read_facts(folder):
     "What fewshot.json says. ValueError where there is none, or one of another format."
     file = folder / 'fewshot.json'
     if not file.exists():
-        pickle = (
-            ' Its head is a pickle, which can run code when it is opened. '
-            'If you trust whoever made it, `load_setfit(folder, trust_pickle=True)` reads it.'
-        )
+        pickled = (folder / 'model_head.pkl').exists()
+        why = f'{folder} holds no few-shot classifier: it has no fewshot.json'
         raise Problem(
-            f'{folder} holds no few-shot classifier: it has no fewshot.json.'
-            + (pickle if (folder / 'model_head.pkl').exists() else '')
+            why + '. Its head is a pickle, which can run code when it is opened' * pickled,
+            'If you trust whoever made it, `load_setfit(folder, trust_pickle=True)` reads it' * pickled,
+            file=folder,
         )
     facts = json.loads(file.read_text(encoding='utf-8'))
     if facts.get('format') != FORMAT:
@@ -40,6 +39,7 @@ def _read_facts(folder):
             f"{folder} was written in format {facts.get('format')!r}, this version reads {FORMAT}",
             'load it with the version that wrote it and save it again, or train again',
             file=folder,
+            key='format',
         )
     return facts
 
@@ -78,10 +78,10 @@ def load_classifier(
     folder: str | Path,  # That `save` wrote
     device: str | None = None,  # None: the fastest
     dtype: torch.dtype = None,  # Of the products; None asks `probe_device`
-) -> FewShotClassifier:  # ValueError says what is wrong with the folder
+) -> FewShotClassifier:  # FileNotFoundError or ValueError says what is wrong with the folder
     "Read a saved classifier. Nothing is unpickled."
     if not Path(folder).is_dir():
-        raise Problem(f'there is no folder {folder}')
+        raise FileNotFoundError(f'there is no folder {folder}')
     facts = _read_facts(Path(folder))
     head = _read_head(Path(folder), facts)
     return _assembled(folder, head, facts, device, dtype)
@@ -173,17 +173,18 @@ def load_setfit(
         raise Problem(f'{folder} has no model_head.pkl: SetFit did not write it', file=folder)
     if not trust_pickle:
         raise Problem(
-            (
-                f'{folder}/model_head.pkl is a pickle, which can run code when it is opened. If you trust whoever '
-                'made it, say trust_pickle=True'
-            ),
+            (f'{folder}/model_head.pkl is a pickle, which can run code when it is opened'),
+            'If you trust whoever made it, say trust_pickle=True',
             file=folder,
         )
     from sklearn.utils.parallel import joblib
 
     file = folder / 'config_setfit.json'
     config = json.loads(file.read_text()) if file.exists() else {}
-    head, classes = _from_sklearn(joblib.load(folder / 'model_head.pkl'), config.get('labels'))
+    try:
+        head, classes = _from_sklearn(joblib.load(folder / 'model_head.pkl'), config.get('labels'))
+    except Problem as e:
+        raise e.at(file=folder)
     facts = dict(head='logistic', classes=classes, exclusive=head.exclusive)
     facts |= dict(tuned=True, calibrated=False, source=folder.name)
     model = _assembled(folder, head, facts, device, dtype)

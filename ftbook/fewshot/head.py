@@ -114,11 +114,13 @@ def fit_head(
 ) -> Head:  # ValueError for another kind; a class that no row has is never predicted
     "Fit a linear classifier."
     if kind not in HEADS:
-        raise Problem(f"head must be one of {', '.join(HEADS)}, not {kind!r}")
+        raise Problem(f"head must be one of {', '.join(HEADS)}, not {kind!r}", key='head')
     targets = targets.float()
     if exclusive:
         return _fit_exclusive(vectors, targets, kind, C, balanced)
     if kind == 'mean':
-        raise Problem('the class mean has no threshold for rows of several classes', 'take the head logistic or ridge')
+        raise Problem(
+            'the class mean has no threshold for rows of several classes', 'take the head logistic or ridge', key='head'
+        )
     fitted = _one_by_one(vectors, targets, 10 * C) if kind == 'logistic' else _ridge(vectors, targets, 1 / C)
     return Head(*fitted, exclusive=False)

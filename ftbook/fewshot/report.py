@@ -135,11 +135,11 @@ def _labelled(file, rows, text, label):
     """(rows with a label, texts without one) of a file; a labelled row is (its number, text, label as a string).
     ValueError names the row whose text is no string."""
     labelled, unlabelled = [], []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows):
         said = '' if row.get(text) is None else row[text]
         name = '' if row.get(label) is None else str(row[label])
         if not isinstance(said, str):
-            raise Problem(f'{file}, row {number}, counted from 1: the {text} is {said!r}, not a string', file=file)
+            raise Problem(f'the {text} is {said!r}, not a string', file=file, row=number, key=text)
         if name.strip():
             labelled.append((number, said, name))
         elif said.strip():
@@ -152,9 +152,10 @@ def _columns(file, labelled, empty=True):
     for number, said, name in labelled:
         if not (empty or said.strip()):
             raise Problem(
-                f'{file}, row {number}, counted from 1, has the label {name!r} but its text is empty',
+                f'it has the label {name!r} but its text is empty',
                 'write one, or leave the row out',
                 file=file,
+                row=number,
             )
     return [said for _, said, _ in labelled], [name for *_, name in labelled]
 
@@ -209,7 +210,7 @@ def fewshot_report(
     text, label = pick_columns(rows, text_column, label_column)
     labelled, unlabelled = _labelled(file, rows, text, label)
     if not labelled:
-        raise Problem(f'no row of {file} has a label in the column {label!r}')
+        raise Problem(f'no row has a label in the column {label!r}', file=file, key=label)
     taken, rest = choose_shots([name for *_, name in labelled], shots, settings.seed)
     tested = _labelled(test, read_rows(test, need=(text, label)), text, label)[0] if test else []
     found = _Rows(

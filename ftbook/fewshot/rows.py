@@ -28,13 +28,13 @@ def check_texts(
 ) -> list[str]:  # The same. ValueError names the first that cannot be used
     "Refuse what is not text."
     if isinstance(texts, (str, bytes)):
-        raise Problem(f'{what}s should be a list of strings, not one string')
+        raise Problem(f'{what}s should be a list of strings, not one string', key=f'{what}s')
     texts = list(texts)
     for i, t in enumerate(texts):
         if not isinstance(t, str):
-            raise Problem(f'{what} {i} is {type(t).__name__} ({t!r}), not a string')
+            raise Problem(f'the {what} is {type(t).__name__} ({t!r}), not a string', row=i)
         if not empty and not t.strip():
-            raise Problem(f'{what} {i} is empty', 'leave the row out')
+            raise Problem(f'the {what} is empty', 'leave the row out', row=i)
     return texts
 
 # %% ../../nbs/inside/fewshot_rows.ipynb #34de18fb
@@ -85,6 +85,7 @@ def _settled(labels, several, same_labels):
                 "mend them, or say same_labels='merge' (one class; --merge-labels on the command line) or "
                 "same_labels='keep' (two)"
             ),
+            key='labels',
         )
     name = {v: group[0] for group in found for v in group}
     return [[name.get(v, v) for v in row] for row in labels] if several else [name.get(v, v) for v in labels]
@@ -102,7 +103,7 @@ def make_shots(
         raise Problem(f"same_labels must be 'refuse', 'merge' or 'keep', not {same_labels!r}", key='same_labels')
     texts, labels = check_texts(texts), list(labels)
     if len(texts) != len(labels):
-        raise Problem(f'{len(texts)} texts but {len(labels)} labels')
+        raise Problem(f'{len(texts)} texts but {len(labels)} labels', key='labels')
     if not texts:
         raise Problem('there are no rows')
     several = _several(labels)
@@ -150,7 +151,7 @@ def _check_classes(shots, left_out):
             if shots.texts
             else 'no row is left'
         )
-        raise Problem(said + left_out)
+        raise Problem(said + left_out, key='labels')
     alone = [c for c, n in counts.items() if n == 1]
     unseen = [c for c, n in counts.items() if n == 0]
     if alone:

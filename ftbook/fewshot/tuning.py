@@ -42,11 +42,14 @@ class Tuning:
                 continue
             if value is None or value < bound:
                 raise Problem(f'{name} must be {bound} or more, not {value}', key=name)
-        if not (self.lr > 0 and self.temperature > 0):
-            raise Problem('lr and temperature must be above 0')
+        for name in ('lr', 'temperature'):
+            if not getattr(self, name) > 0:
+                raise Problem(f'{name} must be above 0, not {getattr(self, name)}', key=name)
         if dropout := getattr(self.lora, 'dropout', 0):
             raise Problem(
-                f'lora has dropout={dropout}, but the encoder is tuned without any', 'leave dropout out of the LoRA'
+                f'lora has dropout={dropout}, but the encoder is tuned without any',
+                'leave dropout out of the LoRA',
+                key='lora',
             )
 
 # %% ../../nbs/inside/tuning.ipynb #940137f1
@@ -101,7 +104,9 @@ def suited_tuning(
     """What did best on other rows: the upper half for a few rows a class; all of the encoder for more, and the longer
     the more they are, up to 40 steps."""
     if rows < 1 or n_classes < 1:
-        raise Problem(f'rows and n_classes must be 1 or more, not {rows} and {n_classes}')
+        raise Problem(
+            f'rows and n_classes must be 1 or more, not {rows} and {n_classes}', key='rows' if rows < 1 else 'n_classes'
+        )
     shots = rows / n_classes
     if shots < MANY_SHOTS:
         return Tuning(seed=seed)

@@ -86,7 +86,7 @@ def make_battery(
     asked = [t for s in sources if not s.startswith(HARNESS) for t in _tasks(s, tokenizer)]
     requests = shipped_battery()['prompts'][:n_prompts]
     if not (found or asked or harness or requests):
-        raise Problem('the battery is empty', 'give it texts, tasks or prompts')
+        raise Problem('the battery is empty', 'give it texts, tasks or prompts', key='texts')
     prompts = [_prompt(r, tokenizer) for r in requests]
     return Battery(found, asked, requests, prompts, tokenizer, harness=harness, rows=rows)
 
@@ -110,6 +110,7 @@ def measure_battery(
         raise Problem(
             f"the model has {n:,} tokens and the battery's tokenizer {size:,}",
             "make the battery with the model's own tokenizer",
+            key='battery',
         )
     texts = {k: evaluate(model, examples, progress=progress) for k, examples in battery.texts.items()}
     found = dict(texts={k: dict(nats=e.nats, targets=e.targets) for k, e in texts.items()})

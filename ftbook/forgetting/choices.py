@@ -153,6 +153,7 @@ def make_task(
         raise Problem(
             f'task {name!r} has {len(answers)} different answers in {len(rows)} rows: a choice takes 2 to 50',
             'Give rows of a classification, or measure the text by its loss (`texts`)',
+            key='rows',
         )
     return Task(
         name,

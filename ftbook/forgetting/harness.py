@@ -28,11 +28,11 @@ def harness_tasks(
     manager, found = manager or TaskManager(), []
     for name in names:
         if name not in manager.all_tasks:
-            raise Problem(f'the evaluation harness has no task {name!r}', '`lm_eval ls tasks` shows all')
+            raise Problem(f'the evaluation harness has no task {name!r}', '`lm_eval ls tasks` shows all', key='names')
         try:
             found += manager.load([name])['tasks'].values()
         except Exception as e:
-            raise Problem(f"the rows of the harness's task {name} cannot be had: {e}") from e
+            raise Problem(f"the rows of the harness's task {name} cannot be had: {e}", key='names') from e
     for t in found:
         if not _metric(t):
             raise Problem(
@@ -41,6 +41,7 @@ def harness_tasks(
                     f"{', '.join(t.aggregation())}"
                 ),
                 'take one with acc or exact_match',
+                key='names',
             )
     return found
 

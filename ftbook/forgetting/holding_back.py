@@ -26,7 +26,8 @@ def freeze_layers_(
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1), None)
     if layers is None or not 0 <= n < len(layers):
         raise Problem(
-            f'cannot freeze {n} layers of {(0 if layers is None else len(layers))}: one at least must be left to train'
+            f'cannot freeze {n} layers of {(0 if layers is None else len(layers))}: one at least must be left to train',
+            key='n',
         )
     for part in (model.get_input_embeddings(), *layers[:n]):
         part.requires_grad_(False)

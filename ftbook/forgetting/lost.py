@@ -42,7 +42,8 @@ def forgetting_texts(
     if len(texts) < 2:
         raise Problem(
             f"{name} has {len(texts)} texts of four words or more in a field 'text' "
-            "that were not trained on; it takes two"
+            "that were not trained on; it takes two",
+            key='name',
         )
     random.Random(seed).shuffle(texts)
     return texts[:n]

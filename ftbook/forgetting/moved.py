@@ -55,8 +55,9 @@ def moved(
     "Which matrices moved, how far, and in how many directions."
     if before is None and getattr(model, 'ftbook_method', None) is None:
         raise Problem(
-            'there is no method on the model, so `before` is needed: the tensors of the base, as from '
-            '`dict(base.named_parameters())`'
+            'there is no method on the model, so `before` is needed',
+            'give the tensors of the base, as from `dict(base.named_parameters())`',
+            key='before',
         )
     found = []
     for name, old, new in _changes(model, before):

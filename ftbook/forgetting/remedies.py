@@ -73,7 +73,7 @@ def fisher(
 ) -> dict[str, Tensor]:  # Name -> float32, per target token
     "The diagonal of the Fisher information, a row at a time."
     if not examples:
-        raise Problem('there is no row to take the Fisher information over')
+        raise Problem('there is no row to take the Fisher information over', key='examples')
     if answers not in ('model', 'data'):
         raise Problem(f"answers must be 'model' or 'data', not {answers!r}", key='answers')
     rng = torch.Generator().manual_seed(seed)
@@ -118,7 +118,7 @@ class Distill:
         seed: int = 0,  # Of the order
     ):
         if not examples:
-            raise Problem('there is no text to distil on')
+            raise Problem('there is no text to distil on', key='examples')
         self.examples = list(examples)
         self.known = remember(model, examples, top)
         self.strength = strength
@@ -157,7 +157,7 @@ def replay(
     n = round(share / (1 - share) * len(new))
     rng = random.Random(seed)
     if n and not old:
-        raise Problem('there is no old row to replay')
+        raise Problem('there is no old row to replay', key='old')
     return (
         list(new)
         + [e for _ in range(n // max(len(old), 1)) for e in old]
@@ -191,6 +191,7 @@ class Interpolation:
             raise Problem(
                 "the base's weights are needed",
                 '`before=trained_weights(model)`, taken before the training',
+                key='before',
             )
         self.model = model
         self.before = before if before is not None else factors
@@ -198,7 +199,7 @@ class Interpolation:
             n: p.detach().clone() for n, p in model.named_parameters() if n in self.before
         }
         if missing := self.before.keys() - self.after.keys():
-            raise Problem(f'{min(missing)} is in `before` and not in the model')
+            raise Problem(f'{min(missing)} is in `before` and not in the model', key='before')
 
     @torch.no_grad()
     def put_(
@@ -221,9 +222,9 @@ def pick_interpolation(
     "The best measured place between the base and the tuned model."
     start = next((p for p in curve if p['x'] == 0), None)
     if start is None:
-        raise Problem('the curve has no point at x = 0, the base')
+        raise Problem('the curve has no point at x = 0, the base', key='curve')
     if not all(math.isfinite(p[k]) for p in curve for k in ('task', 'other')):
-        raise Problem('the curve has losses that are not finite')
+        raise Problem('the curve has losses that are not finite', key='curve')
     if limit is None:
         return min(curve, key=lambda p: p['task'] + p['other'])['x']
     return min(

@@ -78,7 +78,7 @@ def compare_batteries(
     if before['texts'].keys() != after['texts'].keys() or {k: len(v) for k, v in before['tasks'].items()} != {
         k: len(v) for k, v in after['tasks'].items()
     }:
-        raise Problem('before and after were asked different things: measure both with one battery')
+        raise Problem('before and after were asked different things', 'measure both with one battery')
     texts = {
         k: compare_losses(k, Evaluation(**before['texts'][k]), Evaluation(**v), seed) for k, v in after['texts'].items()
     }
@@ -119,7 +119,9 @@ def forgetting_report(
     "What a fine-tune lost."
     if getattr(before, 'ftbook_method', None) is not None:
         raise Problem(
-            f'`before` has a method on it, {before.ftbook_method}', 'take it off with `remove_`, or give the base'
+            f'`before` has a method on it, {before.ftbook_method}',
+            'take it off with `remove_`, or give the base',
+            key='before',
         )
     then = measure_battery(before, battery, progress=progress)
     if isinstance(after, nn.Module):
@@ -158,7 +160,8 @@ def _reported(before, after, then, battery, seed, progress):
     if sizes[0] != sizes[1]:
         raise Problem(
             f'before has {sizes[0]:,} tokens and after {sizes[1]:,}: losses per token can only be compared '
-            'between models with one tokenizer'
+            'between models with one tokenizer',
+            key='after',
         )
     now = measure_battery(after, battery, then, progress)
     return compare_batteries(then, now, battery.tokenizer, moved(after, dict(before.named_parameters())), seed)

@@ -22,9 +22,9 @@ def transfer(
     R = np.asarray(scores, float)
     T = R.shape[-1] if R.ndim == 2 else 0
     if T < 2 or R.shape != (T + 1, T):
-        raise Problem(f'the scores must be (T + 1, T) with T of 2 or more, not {R.shape}')
+        raise Problem(f'the scores must be (T + 1, T) with T of 2 or more, not {R.shape}', key='scores')
     for after, task in np.argwhere(~np.isfinite(R)):
-        raise Problem(f'the score of task {task + 1} after task {after} is missing')
+        raise Problem(f'the score of task {task + 1} after task {after} is missing', row=int(after), key='scores')
     own, end = R[1:].diagonal(), R[-1]
     return dict(
         average=float(end.mean()),

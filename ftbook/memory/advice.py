@@ -42,23 +42,25 @@ def longest_sequence(
     model,  # As for `plan`
     method=None,  # As for `plan`
     *,
-    gpu: float = 24,  # GiB
+    memory_gib: float = 24,  # What the device has
     step: int = 256,  # Answer in multiples of it
     **settings,  # More for `plan`
 ) -> int:  # Tokens of a row; 0 if nothing fits
     "The longest row that can be trained on."
-    return largest(lambda n: _most(plan(model, method, seq_len=n, **settings)), _check_gib(gpu) * GIB, step)
+    return largest(lambda n: _most(plan(model, method, seq_len=n, **settings)), _check_gib(memory_gib) * GIB, step)
 
 # %% ../../nbs/inside/advice.ipynb #116b2ae0
 def largest_batch(
     model,  # As for `plan`
     method=None,  # As for `plan`
     *,
-    gpu: float = 24,  # GiB
+    memory_gib: float = 24,  # What the device has
     **settings,  # More for `plan`
 ) -> int:  # Rows; 0 if nothing fits
     "The most rows that can run together."
-    return largest(lambda n: _most(plan(model, method, batch_size=n, **settings)), _check_gib(gpu) * GIB, most=2**14)
+    return largest(
+        lambda n: _most(plan(model, method, batch_size=n, **settings)), _check_gib(memory_gib) * GIB, most=2**14
+    )
 
 # %% ../../nbs/inside/advice.ipynb #aae32fca
 def _most(p):
@@ -95,13 +97,13 @@ def advise(
     model,  # As for `plan`
     method=None,  # As for `plan`
     *,
-    gpu: float = 24,  # GiB
+    memory_gib: float = 24,  # What the device has
     quantize: str | Callable | None = None,  # As for `plan`
     offered: dict | None = None,  # What may be used if nothing else helps: dict(method='lora', quantize='nf4')
     **settings,  # More for `plan`
 ) -> list[dict]:  # change, peak in GiB, which of `SIZES` hold it, cost; the last one fits, if any does
     "What would make it fit, the cheapest in quality first."
-    _check_gib(gpu)
+    _check_gib(memory_gib)
     method = as_method(method)
     now = dict(settings, method=method, quantize=quantize)
 
@@ -110,7 +112,7 @@ def advise(
         return dict(
             change=change,
             GiB=p.peak / GIB,
-            fits=p.fits(gpu),
+            fits=p.fits(memory_gib),
             smallest=next((f'{g} GiB' for g in SIZES if p.fits(g)), 'none of these'),
             cost=cost,
         )
@@ -133,18 +135,18 @@ def which_method(
     model,  # As for `plan`
     ways: dict[str, dict],  # Name -> what `plan` is told, the best first: dict(full={}, LoRA=dict(method='lora'))
     *,
-    gpu: float = 24,  # GiB
+    memory_gib: float = 24,  # What the device has
     **settings,  # More for `plan`, of all of them
 ) -> list[dict]:  # way, GiB, fits, the smallest of `SIZES` that holds it, chosen
     "What each way to train would hold, and the first that fits."
-    _check_gib(gpu)
+    _check_gib(memory_gib)
     plans = {way: plan(model, **(settings | how)) for way, how in ways.items()}
-    first = next((way for way, p in plans.items() if p.fits(gpu)), None)
+    first = next((way for way, p in plans.items() if p.fits(memory_gib)), None)
     return [
         dict(
             way=way,
             GiB=p.peak / GIB,
-            fits=p.fits(gpu),
+            fits=p.fits(memory_gib),
             smallest=next((f'{g} GiB' for g in SIZES if p.fits(g)), 'none of these'),
             chosen=way == first,
         )
@@ -156,7 +158,7 @@ def plan_report(
     model,  # As for `plan`
     method=None,  # As for `plan`
     *,
-    gpu: float = 24,  # GiB
+    memory_gib: float = 24,  # What the device has
     offered: dict | None = None,  # As for `advise`
     **settings,  # More for `plan`
 ) -> tuple[str, str]:  # A text table; an SVG document
@@ -170,14 +172,14 @@ def plan_report(
         '',
         'fits in: ' + (', '.join(f'{g} GiB' for g in SIZES if p.fits(g)) or f'none of {SIZES} GiB'),
     ]
-    if p.fits(gpu):
-        lines.append(f'fits in {gpu:g} GiB')
+    if p.fits(memory_gib):
+        lines.append(f'fits in {memory_gib:g} GiB')
     else:
-        lines.append(f'does not fit in {gpu:g} GiB. What to change, the cheapest in quality first:')
+        lines.append(f'does not fit in {memory_gib:g} GiB. What to change, the cheapest in quality first:')
         lines += [
             f"  + {a['change']:<32}{a['GiB']:>9.2f} GiB  {'fits' if a['fits'] else ''}  ({a['cost']})"
-            for a in advise(model, method, gpu=gpu, offered=offered, **quick)[1:]
+            for a in advise(model, method, memory_gib=memory_gib, offered=offered, **quick)[1:]
         ]
     return '\n'.join(
         [f'{p.model}, {p.setting.batch_size} x {p.setting.seq_len} tokens, {p.setting.device} {p.note}', *lines]
-    ), p.figure(gpu).svg
+    ), p.figure(memory_gib).svg

@@ -63,17 +63,17 @@ def _above(p, found):
 # %% ../../nbs/inside/out_of_memory.ipynb #cca7db28
 def explain_out_of_memory(
     p: Plan,  # Of the run
-    limit: float,  # GiB that the device has
+    memory_gib: float,  # GiB that the device has
     measured: int | None = None,  # Bytes held when it failed, where that is known; or `Measured.peak`
     found: dict | None = None,  # From `held_items`
 ) -> str:  # Sentences
     "Which item is too large, and by how much."
     over, (largest_item, n) = (
-        (measured or p.peak) - _check_gib(limit) * GIB,
+        (measured or p.peak) - _check_gib(memory_gib) * GIB,
         max(p.groups().items(), key=lambda o: o[1]),
     )
     said = (
-        f'{limit:g} GiB are there; the plan wants {p.peak / GIB:.2f} GiB in {p.when}, most of it for '
+        f'{memory_gib:g} GiB are there; the plan wants {p.peak / GIB:.2f} GiB in {p.when}, most of it for '
         f'{largest_item} ({n / GIB:.2f} GiB).'
     )
     if above := _above(p, found or {}):
@@ -127,7 +127,7 @@ def _memory_of(device):
 def explaining_out_of_memory(
     model: nn.Module,  # In training
     p,  # A `Plan`, or a function without arguments that makes one
-    limit: float | None = None,  # GiB that the device has; None asks it
+    memory_gib: float | None = None,  # GiB that the device has; None asks it
 ):
     "While this is open, an error for want of memory says which item of the plan was exceeded, and by how much."
     try:
@@ -140,5 +140,5 @@ def explaining_out_of_memory(
             planned = p() if callable(p) else p
         except Exception:
             raise e from None  # a plan that cannot be made must not hide the error
-        said = explain_out_of_memory(planned, limit or there, held + _asked(str(e)), held_items(model))
+        said = explain_out_of_memory(planned, memory_gib or there, held + _asked(str(e)), held_items(model))
         raise type(e)(f'{said}\n{e}') from e

@@ -27,14 +27,14 @@ def stacked(
 def fit_picture(
     name: str,  # Of the model
     items: dict,  # Bytes by item
-    gpu: float,  # GiB of the card
+    memory_gib: float,  # GiB of the card
 ) -> Picture:  # The title says whether it fits
     "Does a plan fit?"
     found = {k: v / GIB for k, v in items.items()}
-    left = gpu - sum(found.values())
-    fits = f'fits in {gpu} GiB, {left:.1f} to spare'
-    too_much = f'does not fit in {gpu} GiB: {-left:.1f} too much'
-    return stacked({name: found}, marks=(gpu,), title=fits if left >= 0 else too_much)
+    left = memory_gib - sum(found.values())
+    fits = f'fits in {memory_gib} GiB, {left:.1f} to spare'
+    too_much = f'does not fit in {memory_gib} GiB: {-left:.1f} too much'
+    return stacked({name: found}, marks=(memory_gib,), title=fits if left >= 0 else too_much)
 
 # %% ../../nbs/inside/plan_pictures.ipynb #bc01fb0f
 def chosen(

@@ -8,7 +8,6 @@ Docs: https://ftbook.github.io/ftbook/inside/plan.html.md"""
 __all__ = ['Plan', 'plan']
 
 # %% ../../nbs/inside/plan.ipynb #78f458a7
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -20,112 +19,18 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..data.examples import Example
+from ..data.layouts import layout_of
 from .account import account, trace
-from .step import _blocks_of, Setting
+from .configs import _at_depth, _depth, build_ghost, DEPTHS, draw_line, read_config
+from .step import is_causal, Setting
 from .trace import ghost
 from ..models.load import as_dtype
-from ..models.scale import SHAPES
-from ..models.shipped import model_folder
 from ..problem import Problem
 from ..show.bar_chart import bars
 from ..show.page import Picture
 from ..show.tables import table
 from ..training.optimizer_names import as_optimizer
 from ..training.processes import as_sharding, DIVIDED
-
-# %% ../../nbs/inside/plan.ipynb #b5f8171b
-def read_config(
-    source,  # A key of `SHAPES`, a shipped name, a folder, a hub id, or a configuration of transformers
-):  # A configuration of its own. ValueError with the remedy if there is none
-    "A model's configuration."
-    from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
-    from ftbook.models.load import _load_error
-
-    if isinstance(source, PreTrainedConfig):
-        return copy.deepcopy(source)
-    if source in SHAPES:
-        return LlamaConfig(**SHAPES[source])
-    folder = model_folder(source)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
-        said = _load_error(source, folder, e)
-        raise type(said)(f'{said} Known without any file: {", ".join(SHAPES)}.') from e
-
-# %% ../../nbs/inside/plan.ipynb #60f57d45
-def _auto_class(config):
-    "The transformers class that trains a model of this configuration."
-    import transformers
-
-    named = (getattr(config, 'architectures', None) or [''])[0]
-    if named.endswith(('ForCausalLM', 'LMHeadModel')):
-        return transformers.AutoModelForCausalLM
-    if getattr(config, 'is_encoder_decoder', False):
-        return transformers.AutoModelForSeq2SeqLM
-    if named.endswith('MaskedLM'):
-        return transformers.AutoModelForMaskedLM
-    if named:
-        return transformers.AutoModelForSequenceClassification
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type != 'bert'
-    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
-
-# %% ../../nbs/inside/plan.ipynb #7c1b67a2
-def build_ghost(
-    config,  # From `read_config`
-    dtype: torch.dtype = torch.float32,  # Of the weights
-    attention: str | None = None,  # As transformers calls it
-) -> nn.Module:  # On the meta device
-    "The model of a configuration, without its weights."
-    attention = 'sdpa' if str(attention).startswith('flash') else attention  # the same tensors are kept
-    with torch.device('meta'):
-        return _auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention)
-
-# %% ../../nbs/inside/plan.ipynb #80e550c2
-DEPTHS = 4, 5  # Layers of the two that are simulated
-
-
-def _goes_on(config):
-    "Do all layers from the first that the line adds have the same tensors?"
-    model = build_ghost(config)
-    layers = list(model.get_submodule(_blocks_of(model)[0]).children())[DEPTHS[0] :]
-    shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in layers]
-    return all(s == shapes[0] for s in shapes)
-
-
-def _depth(config):
-    "How many layers there are to draw a line through; 0 where the model has to be run whole."
-    n = getattr(config, 'num_hidden_layers', 0)
-    kinds = set(getattr(config, 'layer_types', None) or ())
-    if n <= max(DEPTHS) + 2 or len(kinds) > 1 or getattr(config, 'is_encoder_decoder', False):
-        return 0
-    return n if _goes_on(config) else 0
-
-# %% ../../nbs/inside/plan.ipynb #58bb71e2
-def _at_depth(config, n):
-    "The same configuration with `n` layers."
-    config = copy.deepcopy(config)
-    if getattr(config, 'layer_types', None):
-        config.layer_types = config.layer_types[:n]
-    config.num_hidden_layers = n
-    return config
-
-# %% ../../nbs/inside/plan.ipynb #a1a1d1c1
-def draw_line(
-    few: dict,  # Accounts at the first of `DEPTHS`
-    more: dict,  # At the second
-    n: int,  # Layers
-) -> dict[str, Counter]:  # Accounts at `n` layers
-    "Accounts of a deep model from those of two shallow ones."
-    a, b = DEPTHS
-
-    def at(x, y):
-        return x + (y - x) * (n - a) // (b - a)
-
-    return {
-        part: Counter({k: at(few[part][k], more[part][k]) for k in few[part] | more[part]})
-        for part in few
-        if 'middle' not in part
-    }
 
 # %% ../../nbs/inside/plan.ipynb #ff541f8d
 GIB = 2**30
@@ -152,10 +57,10 @@ class Plan:
 
     def fits(
         self,
-        gib: float,  # Memory of the device
+        memory_gib: float,  # What the device has
     ) -> bool:  # In training and in evaluation
         "Would it fit?"
-        return max(self.peak, self.evaluation) <= _check_gib(gib) * GIB
+        return max(self.peak, self.evaluation) <= _check_gib(memory_gib) * GIB
 
     def __repr__(self):
         return f'Plan({self.model}: {self.peak / GIB:.2f} GiB, fullest in {self.when!r})'
@@ -163,7 +68,7 @@ class Plan:
 # %% ../../nbs/inside/plan.ipynb #29da48ad
 def _check_gib(gib):
     if not isinstance(gib, (int, float)) or not 0 < gib < 1e5:
-        raise Problem(f'the memory of a device is given in GiB, such as 24, and not as {gib!r}')
+        raise Problem(f'the memory of a device is given in GiB, such as 24, and not as {gib!r}', key='memory_gib')
     return gib
 
 # %% ../../nbs/inside/plan.ipynb #8579731f
@@ -176,7 +81,7 @@ def _checked(s):
                 key=name,
             )
     if s.device not in ('cpu', 'cuda'):
-        raise Problem(f"a plan is made for 'cpu' or 'cuda', not {s.device!r}")
+        raise Problem(f"a plan is made for 'cpu' or 'cuda', not {s.device!r}", key='device')
     if s.precision not in (None, 'bf16', 'fp16'):
         raise Problem(f"precision must be None, 'bf16' or 'fp16', not {s.precision!r}")
     if s.precision == 'fp16' and s.device == 'cpu':
@@ -201,7 +106,9 @@ def _made(config_or_model, dtype, method, quantize, attention):
         model = method.apply(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise Problem(
-            'nothing of the model would be trained', 'give a `method`, or let its parameters require a gradient'
+            'nothing of the model would be trained',
+            'give a `method`, or let its parameters require a gradient',
+            key='method',
         )
     return model
 
@@ -236,6 +143,8 @@ def _account_of(source, s, dtype, method, quantize):
         name = type(source).__name__
         n = 0
         ghosts = [_made(source, *how)]
+        if s.attention is None and is_causal(source) and not layout_of(source).packs:
+            ghosts[0].ftbook_packs = False  # its rows are padded, as they will be in training
     else:
         config = read_config(source)
         name = source if isinstance(source, str) else config.model_type
@@ -391,10 +300,10 @@ def table(self: Plan) -> Picture:  # Item, GiB and share
 @patch
 def figure(
     self: Plan,
-    gpu: float | None = None,  # GiB to stand beside
+    memory_gib: float | None = None,  # GiB to stand beside
 ) -> Picture:  # Bars
     "The plan as a picture."
-    marks = {f'{gpu:g} GiB': gpu} if gpu else {}
+    marks = {f'{memory_gib:g} GiB': memory_gib} if memory_gib else {}
     return bars(
         {k: v / GIB for k, v in _sorted(self.groups()) + [('peak', self.peak)]},
         x_label='GiB',

@@ -35,7 +35,7 @@ def checkpoint_(
                 "every must be 1 or more and only None, 'attention' or 'mlp', not "
                 f"{every!r} and {only!r}"
             ),
-            key='every',
+            key='every' if only in (None, 'attention', 'mlp') else 'only',
         )
     path, n = _blocks_of(model)
     layers = list(model.get_submodule(path))[::every] if n else []
@@ -47,7 +47,9 @@ def checkpoint_(
     ]
     if not chosen:
         raise Problem(
-            f'{type(model).__name__} has no layers with a part for {only!r}', 'leave `only` out'
+            f'{type(model).__name__} has no layers with a part for {only!r}',
+            'leave `only` out',
+            key='only',
         )
     for m in chosen:
         m.forward = partial(checkpoint, m.forward, use_reentrant=False)

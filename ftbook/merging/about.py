@@ -47,7 +47,9 @@ def _template(plan):
         return Counter([t for m in plan.models if isinstance(t := read(m), str)]).most_common(1)[0][0]
     if '{' not in asked:
         raise Problem(
-            f'chat_template {asked!r} is not supported', "write the template itself, or 'auto' for the most common one"
+            f'chat_template {asked!r} is not supported',
+            "write the template itself, or 'auto' for the most common one",
+            key='chat_template',
         )
     return asked
 
@@ -89,7 +91,10 @@ def _write_about(plan, folder, shards):
 def _layer_settings(config, n):
     "A configuration's settings for n layers. ValueError where a list says something about each layer."
     if lists := [k for k, v in config.items() if isinstance(v, list) and k == 'layer_types' and len(set(v)) > 1]:
-        raise Problem(f'{lists[0]} says something about every layer, and slices would mix it up: this is not supported')
+        raise Problem(
+            f'{lists[0]} says something about every layer, and slices would mix it up: this is not supported',
+            key=lists[0],
+        )
     key = next((k for k in ('num_hidden_layers', 'n_layer', 'num_layers') if k in config), 'num_hidden_layers')
     return {key: n} | ({'layer_types': config['layer_types'][:1] * n} if config.get('layer_types') else {})
 

@@ -17,7 +17,7 @@ def _weigh(measured, corners):
     "The value that corners with shares add up to, and the shares that count."
     shares = {p: s for p, s in corners if s > 1e-9}
     if gone := [p for p in shares if p not in measured]:
-        raise Problem(f'{gone[0]} was not measured')
+        raise Problem(f'{gone[0]} was not measured', key='at')
     return sum(s * measured[p] for p, s in shares.items()), shares
 
 # %% ../../nbs/inside/merge_between.ipynb #9aa711a4
@@ -32,7 +32,7 @@ def between(
         low = max((p[i] for p in measured if p[i] <= x), default=None)
         high = min((p[i] for p in measured if p[i] >= x), default=None)
         if low is None or high is None:
-            raise Problem(f'{tuple(at)} lies outside of what was measured')
+            raise Problem(f'{tuple(at)} lies outside of what was measured', key='at')
         sides.append((low, high, (x - low) / ((high - low) or 1)))
     (a, c, f), (b, d, g) = sides
     return _weigh(
@@ -50,7 +50,7 @@ def between_shares(
 ) -> tuple[float, dict[tuple, float]]:
     "A value between measured neighbours, where three weights are shares of a whole."
     if min(at) < 0 or not sum(at):
-        raise Problem(f'{tuple(at)} has no shares: weights must be at least 0, and one must be above')
+        raise Problem(f'{tuple(at)} has no shares: weights must be at least 0, and one must be above', key='at')
     places = [sum(next(iter(measured))) * x / sum(at) for x in at]
     low = [math.floor(x + 1e-9) for x in places]
     rest = [max(0.0, x - l) for x, l in zip(places, low)]

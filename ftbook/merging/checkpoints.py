@@ -96,17 +96,16 @@ def read_header(
     header.pop('__metadata__', None)
     if strange := [k for k, v in header.items() if v['dtype'] not in {**KINDS, **OTHER}]:
         raise Problem(
-            (
-                f"{strange[0]} is of type {header[strange[0]]['dtype']}, which cannot be merged: dequantise the "
-                "model first"
-            ),
+            (f"{strange[0]} is of type {header[strange[0]]['dtype']}, which cannot be merged"),
+            'dequantise the model first',
             file=file,
+            key=strange[0],
         )
     found = {k: Stored(v['dtype'], tuple(v['shape']), file, 8 + n + v['data_offsets'][0]) for k, v in header.items()}
     for k, t in found.items():
         if t.n * t.size != np.diff(header[k]['data_offsets'])[0] or not 8 + n <= t.offset <= total - t.n * t.size:
             raise Problem(
-                f'{file} is truncated or damaged, {k} does not lie in it', 'copy or download it again', file=file
+                f'{file} is truncated or damaged, {k} does not lie in it', 'copy or download it again', file=file, key=k
             )
     return found
 
@@ -122,14 +121,17 @@ def weight_files(
     pickled = sorted(f.name for p in ('*.bin', '*.pt', '*.pth') for f in folder.glob(p))
     if pickled and not any(folder.glob('*.safetensors')):
         raise Problem(
-            f'''{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened. To convert it: python -c "from transformers import AutoModel as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"''',
+            f'{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened',
+            'To convert it: python -c "from transformers import AutoModel as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
             file=folder,
         )
     if (folder / INDEX).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding='utf-8'))['weight_map'].values()))
         if out := [n for n in names if Path(n).name != n or n in ('', '.', '..') or '\\' in n]:
             raise Problem(
-                f'{folder / INDEX} names {out[0]!r}, which leads out of its folder: such a file is not opened'
+                f'{folder / INDEX} names {out[0]!r}, which leads out of its folder: such a file is not opened',
+                file=folder / INDEX,
             )
     else:
         names = [MODEL] if (folder / MODEL).is_file() else sorted(f.name for f in folder.glob('*.safetensors'))
@@ -159,7 +161,7 @@ def _read_at(file, view, offset):
             file.seek(offset)
             got = file.readinto(view)
     if got != len(view):
-        raise Problem(f'{file.name} ended early: it is truncated, or it changed while it was read')
+        raise Problem(f'{file.name} ended early: it is truncated, or it changed while it was read', file=file.name)
 
 # %% ../../nbs/inside/merge_checkpoints.ipynb #7579f5f5
 _seeking = threading.Lock()
@@ -185,6 +187,7 @@ class Checkpoint:
                     f'{min(twice)} is in two files, and nothing says which one counts',
                     f'remove one, or add {INDEX}',
                     file=folder,
+                    key=min(twice),
                 )
             self.tensors |= found
         self.open = {f: open(f, 'rb', buffering=0) for f in self.files}
@@ -258,6 +261,7 @@ class Adapted(Checkpoint):
                     "was made for another base"
                 ),
                 file=folder,
+                key=module,
             )
         scaling, a, b, turned = self.products[module]
         shape = (a.shape[1], len(b)) if turned else (len(b), a.shape[1])
@@ -268,6 +272,7 @@ class Adapted(Checkpoint):
                     'made for another base'
                 ),
                 file=folder,
+                key=module,
             )
         return hits[0]
 
@@ -303,13 +308,19 @@ def adapter_products(
     config = read_adapter_config(folder)
     tensors = read_adapter_tensors(folder)
     if config['peft_type'] != 'LORA':
-        raise Problem(f"{folder} is of type {config['peft_type']}: only LoRA adapters can be merged", file=folder)
-    method = LoRA.from_peft(config)
+        raise Problem(
+            f"{folder} is of type {config['peft_type']}: only LoRA adapters can be merged", file=folder, key='peft_type'
+        )
+    try:
+        method = LoRA.from_peft(config)
+    except Problem as e:
+        raise e.at(file=folder)
     if method.use_dora or (more := [k for k in tensors if not re.search(r'\.lora_[AB]\.weight$', k)]):
         raise Problem(
             f"{folder} has {('DoRA' if method.use_dora else more[0])}, which is more than a product of two matrices",
             'merge it into its base first, with `merge_`',
             file=folder,
+            key='use_dora' if method.use_dora else more[0],
         )
     names = {k.removeprefix('base_model.model.').rpartition('.lora_')[0] for k in tensors}
     pair = lambda n: (tensors[f'base_model.model.{n}.lora_{o}.weight'].float() for o in 'AB')
@@ -336,7 +347,7 @@ def find_folder(
             )
         )
     except (OSError, ValueError) as e:
-        raise Problem(f'{name} is neither a folder here nor a model that can be downloaded: {e}') from e
+        raise Problem(f'{name} is neither a folder here nor a model that can be downloaded: {e}', file=name) from e
 
 # %% ../../nbs/inside/merge_checkpoints.ipynb #2b489383
 def open_model(
@@ -351,10 +362,12 @@ def open_model(
 
         path, adapter = base or read_adapter_config(folder).get('base_model_name_or_path'), path
         if not path:
-            raise Problem(f'{name} is an adapter and does not say of which model', f'write base+{name}')
+            raise Problem(f'{name} is an adapter and does not say of which model', f'write base+{name}', file=folder)
     found = Checkpoint(path if adapter else name, find_folder(path))
     if found.config.get('quantization_config'):
         raise Problem(
-            f"{name} is quantised ({found.config['quantization_config'].get('quant_method')}): dequantise it first"
+            f"{name} is quantised ({found.config['quantization_config'].get('quant_method')})",
+            'dequantise it first',
+            file=found.folder,
         )
     return Adapted(name, found, find_folder(adapter)) if adapter else found

@@ -34,11 +34,12 @@ _TOP = {
 }
 
 
-def _check_keys(given, known, where):
-    if not isinstance(given, dict):
-        raise Problem(f'{where} must be a mapping, not {given!r}', key=where)
+def _check_keys(given, known, key=None):
+    "ValueError where what stands under `key` is no mapping, or has a key that is not known."
+    _mapping(given, key)
     if extra := [k for k in given if k not in known]:
-        raise Problem(f"{where}: {extra[0]!r} is not supported: there are {', '.join(sorted(known))}")
+        full = str(extra[0]) if key is None else f'{key}.{extra[0]}'
+        raise Problem(f"{extra[0]!r} is not supported: there are {', '.join(sorted(known))}", key=full)
 
 # %% ../../nbs/inside/merge_config.ipynb #5fec7eb1
 _KIND_OF = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}
@@ -52,33 +53,38 @@ def read_config(
     config: dict | str | Path,  # A mapping, the path of a YAML file, or YAML
 ) -> dict:  # Checked, as `slices` only. ValueError names what is not supported
     "A merge configuration, in mergekit's words."
-    text = (
-        config
-        if isinstance(config, (dict, str)) and not (isinstance(config, str) and '\n' not in config)
-        else Path(config).read_text(encoding='utf-8')
-    )
+    if isinstance(config, dict) or isinstance(config, str) and '\n' in config:
+        return _checked(config)
+    try:
+        return _checked(Path(config).read_text(encoding='utf-8'))
+    except Problem as e:
+        raise e.at(file=config)
+
+
+def _checked(text):
+    "The configuration in a mapping or in YAML, checked."
     try:
         c = dict(text) if isinstance(text, dict) else yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise Problem(
-            f'the configuration is not one YAML document: {e}. Several in one file are a plan for mergekit-mega',
+            f'it is not one YAML document: {e}. Several in one file are a plan for mergekit-mega',
             'merge them one after the other',
         ) from e
-    _check_keys(c, _TOP, 'the configuration')
+    _check_keys(c, _TOP)
     c.update(_module(c.pop('modules', None)))
     found = find_recipe(c.get('merge_method'))
     if ('models' in c) and ('slices' in c) or not ({'models', 'slices'} & c.keys()):
-        raise Problem('the configuration needs either models or slices')
-    if not _listed(c, 'slices' if 'slices' in c else 'models', 'the configuration'):
-        raise Problem('the configuration lists no model')
+        raise Problem('there must be either models or slices', key='models')
+    if not _listed(c, 'slices' if 'slices' in c else 'models'):
+        raise Problem('no model is listed', key='models')
     slices = (
         c.pop('slices')
         if 'slices' in c
-        else [{'sources': [{**_mapping(m, 'a model'), 'layer_range': None} for m in c.pop('models')]}]
+        else [{'sources': [{**_mapping(m, 'models', 'a model'), 'layer_range': None} for m in c.pop('models')]}]
     )
     c['slices'] = [_slice(s, c.get('base_model'), len(slices) == 1, found) for s in slices]
     for s in [c, *c['slices'], *(o for s in c['slices'] for o in s['sources'])]:
-        _check_settings(s.get('parameters') or {}, c['merge_method'])
+        _check_settings(s.get('parameters') or {})
     c['tokenizer'] = _tokenizer(c.pop('tokenizer_source', None), c.get('tokenizer'))
     for k in ('dtype', 'out_dtype'):
         if c.get(k) and _plain(c[k]) not in _KIND_OF:
@@ -86,15 +92,15 @@ def read_config(
     return c
 
 # %% ../../nbs/inside/merge_config.ipynb #9cc28987
-def _mapping(given, where):
+def _mapping(given, key=None, what=None):
     if not isinstance(given, dict):
-        raise Problem(f'{where} must be a mapping, not {given!r}', key=where)
+        raise Problem(f"{what or key or 'the configuration'} must be a mapping, not {given!r}", key=key)
     return given
 
 
-def _listed(given, key, where):
+def _listed(given, key):
     if not isinstance(found := given.get(key), list):
-        raise Problem(f'{where}: {key} must be a list, not {found!r}')
+        raise Problem(f'{key} must be a list, not {found!r}', key=key)
     return found
 
 # %% ../../nbs/inside/merge_config.ipynb #7ae9db9b
@@ -104,7 +110,7 @@ def _module(modules):
         return {}
     if len(_mapping(modules, 'modules')) > 1:
         raise Problem(
-            f"modules: {', '.join(modules)} are several, and only models of one module are supported", key='modules'
+            f"the modules {', '.join(modules)} are several, and only models of one module are supported", key='modules'
         )
     _check_keys(one := next(iter(modules.values())), {'models', 'slices'}, 'modules')
     return one
@@ -112,24 +118,21 @@ def _module(modules):
 # %% ../../nbs/inside/merge_config.ipynb #83106f2e
 def _slice(given, base, alone, found):
     "A slice with its base among its sources, checked."
-    _check_keys(given, {'sources', 'base_model', 'parameters'}, 'a slice')
-    for s in _listed(given, 'sources', 'a slice'):
-        _check_keys(
-            s,
-            {'model', 'layer_range', 'parameters'},
-            'a source of a slice' if not isinstance(s, dict) else f"model {s.get('model')!r}",
-        )
+    _check_keys(given, {'sources', 'base_model', 'parameters'}, 'slices')
+    for s in _listed(given, 'sources'):
+        name = _mapping(s, 'sources', 'a source of a slice').get('model')
+        _check_keys(s, {'model', 'layer_range', 'parameters'}, f'models[{name}]')
         if not s.get('model'):
-            raise Problem(f'{s!r} names no model')
+            raise Problem(f'{s!r} names no model', key='model')
     base = given.get('base_model', base)
     names = [str(s['model']) for s in given['sources']]
     if twice := [n for n, k in Counter(names).items() if k > 1]:
-        raise Problem(f'{twice[0]} is listed twice', 'give it the sum of the weights instead')
+        raise Problem(f'{twice[0]} is listed twice', 'give it the sum of the weights instead', key='model')
     sources = [dict(s, model=str(s['model'])) for s in given['sources']]
     if base and base not in names and alone and sources[0]['layer_range'] is None:
         sources.append(dict(model=base, layer_range=None, parameters=None))
     if base and base not in [s['model'] for s in sources] and found.base:
-        raise Problem(f'the slice has no source {base}, which is its base_model')
+        raise Problem(f'the slice has no source {base}, which is its base_model', key='base_model')
     check_models(found, len([s for s in sources if not (found.base and s['model'] == base)]), base is not None)
     return dict(sources=sources, base_model=base if found.base else None, parameters=given.get('parameters'))
 
@@ -137,7 +140,7 @@ def _slice(given, base, alone, found):
 def _tokenizer(source, given):
     "Where the tokenizer comes from: None, 'base', 'union' or a model, and to which multiple the vocabulary is padded."
     if source and given:
-        raise Problem('tokenizer_source and tokenizer say the same thing', 'give one of them')
+        raise Problem('tokenizer_source and tokenizer say the same thing', 'give one of them', key='tokenizer')
     _check_keys(given or {}, {'source', 'pad_to_multiple_of'}, 'tokenizer')
     return dict(
         source=source or (given and given.get('source', 'union')) or None,
@@ -145,13 +148,13 @@ def _tokenizer(source, given):
     )
 
 # %% ../../nbs/inside/merge_config.ipynb #c17de203
-def _check_settings(settings, method):
+def _check_settings(settings):
     every = {k for r in RECIPES.values() for k in (*r.shared, *r.each)}
-    _check_keys(settings, every, f'parameters of {method}')
+    _check_keys(settings, every, 'parameters')
     for name, setting in settings.items():
         for o in setting if isinstance(setting, list) else [setting]:
             if isinstance(o, dict):
-                _check_keys(o, {'value', 'filter'}, f'parameter {name}')
+                _check_keys(o, {'value', 'filter'}, f'parameters.{name}')
 
 # %% ../../nbs/inside/merge_config.ipynb #2f1e2bb8
 def value_at(

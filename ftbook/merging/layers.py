@@ -44,7 +44,7 @@ def output_tensors(
             yield n, slices[0], [n] * len(slices[0]['sources']), _depth(n, stacks)
         return
     if len(stacks) != 1:
-        raise Problem(f"slices need one stack of layers, and the model has {', '.join(stacks) or 'none'}")
+        raise Problem(f"slices need one stack of layers, and the model has {', '.join(stacks) or 'none'}", key='slices')
     (stem, total), at = next(iter(stacks.items())), 0
     for n in names:
         if not _LAYER.match(n):
@@ -69,10 +69,13 @@ def _length(s, models, stem):
         a, b = o['layer_range']
         total = layers_of(models[o['model']].tensors)[stem]
         if not 0 <= a < b <= total:
-            raise Problem(f"layer_range {o['layer_range']} of {o['model']}: it has layers 0 to {total}")
+            raise Problem(
+                f"layer_range {o['layer_range']} of {o['model']}: it has layers 0 to {total}", key='layer_range'
+            )
     sizes = {o['layer_range'][1] - o['layer_range'][0] for o in s['sources']}
     if len(sizes) > 1:
         raise Problem(
-            f"the sources of a slice have {', '.join(map(str, sorted(sizes)))} layers: they must have the same number"
+            f"the sources of a slice have {', '.join(map(str, sorted(sizes)))} layers: they must have the same number",
+            key='layer_range',
         )
     return sizes.pop()

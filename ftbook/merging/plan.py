@@ -70,23 +70,23 @@ def check_fit_together(
         for key in ('model_type', 'architectures'):
             a, b = first.config.get(key), s.config.get(key)
             if a and b and a != b:
-                raise Problem(f'{s.name} is of another architecture than {first.name}: {key} is {b} and {a}')
+                raise Problem(f'{s.name} is of another architecture than {first.name}: {key} is {b} and {a}', key=key)
         if missing := held(first).keys() - held(s).keys():
-            raise Problem(f'{s.name} lacks {few(missing)}, which {first.name} has')
+            raise Problem(f'{s.name} lacks {few(missing)}, which {first.name} has', key=min(missing))
         if extra := held(s).keys() - held(first).keys():
-            raise Problem(f'{s.name} has {few(extra)}, which {first.name} lacks')
+            raise Problem(f'{s.name} has {few(extra)}, which {first.name} lacks', key=min(extra))
         wrong = [k for k, t in held(s).items() if t.shape != first.tensors[k].shape]
         if wrong:
             raise Problem(
                 (
                     f'{wrong[0]} is {s.tensors[wrong[0]].shape} in {s.name} and {first.tensors[wrong[0]].shape} in '
-                    f'{first.name}.'
-                )
-                + (
-                    ' The vocabularies differ: `tokenizer_source: union` merges them by token, `tokenizer_source: '
+                    f'{first.name}'
+                ),
+                (
+                    'The vocabularies differ: `tokenizer_source: union` merges them by token, `tokenizer_source: '
                     'base` keeps the base\'s'
                 )
-                * _has_rows(wrong[0])
+                * _has_rows(wrong[0]),
             )
 
 # %% ../../nbs/inside/merge_plan.ipynb #a57dada8
@@ -154,16 +154,19 @@ def make_job(
     lead = base or rest[0][1:]
     t = lead[0].tensors[lead[1]]
     if wrong := [m.name for _, m, k in rest if k not in m.tensors or m.tensors[k].shape != t.shape]:
-        raise Problem(f'{name}: {wrong[0]} lacks it, or has it in another shape than {lead[0].name}')
+        raise Problem(f'{name}: {wrong[0]} lacks it, or has it in another shape than {lead[0].name}', key=name)
     if any(k not in KINDS for k in [t.kind, *(m.tensors[k].kind for _, m, k in rest)]):
         if any(m.raw(k) != lead[0].raw(lead[1]) for _, m, k in rest):
-            raise Problem(f'{name} is stored in integers, differs between the models, and cannot be merged')
+            raise Problem(f'{name} is stored in integers, differs between the models, and cannot be merged', key=name)
         return Job(name, t.shape, t.kind, lead, [], None)
     shared = _settle(found.shared, [s['parameters'], c.get('parameters')], name, depth)
     each = [
         _settle(found.each, [o.get('parameters'), s['parameters'], c.get('parameters')], k, depth) for o, _, k in rest
     ]
-    p = _parameters(found, shared, {k: [e[k] for e in each] for k in found.each}, name, seed)
+    try:
+        p = _parameters(found, shared, {k: [e[k] for e in each] for k in found.each}, seed)
+    except Problem as e:
+        raise Problem(f'{name}: {e.why}', e.remedy, key=e.where.key) from e
     kind = _KIND_OF.get(_plain(c.get('out_dtype') or c.get('dtype')), t.kind)
     return Job(name, t.shape, kind, base, [(m, k) for _, m, k in rest], p)
 
@@ -298,9 +301,13 @@ def plan_merge(
     )
     jobs = [make_job(found, c, models, o, seed) for o in output_tensors(c['slices'], models)]
     if found.name.startswith('della') and (deep := [j.name for j in jobs if len(j.shape) > 2]):
-        raise Problem(f'{deep[0]} has more than two dimensions, and {found.name} works on rows of matrices')
+        raise Problem(
+            f'{deep[0]} has more than two dimensions, and {found.name} works on rows of matrices', key=deep[0]
+        )
     if found.name == 'ties_paper' and len({tuple(j.p.density) for j in jobs if j.p}) > 1:
-        raise Problem('ties_paper has one threshold for a whole model: its density cannot differ between tensors')
+        raise Problem(
+            'ties_paper has one threshold for a whole model: its density cannot differ between tensors', key='density'
+        )
     return Plan(
         c,
         found,

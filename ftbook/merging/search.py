@@ -46,7 +46,7 @@ def search(
     from scipy.optimize import minimize
 
     if not low < high or not all(low <= w <= high for w in start):
-        raise Problem(f'the start {list(start)} must lie between {low} and {high}')
+        raise Problem(f'the start {list(start)} must lie between {low} and {high}', key='start')
     tried = []
 
     def cost(w):

@@ -23,13 +23,12 @@ from ..problem import Problem
 def check_parameters(
     name: str,  # Of a recipe
     p: SimpleNamespace,  # One value, or one for each model, under each name
-    where: str,  # Said in the error
 ):
     "Raise ValueError for values that make no sense, and say what would."
 
     def need(ok, what, value, must):
         if not ok:
-            raise Problem(f'{where}: {what}={value!r}: {must}')
+            raise Problem(f'{what}={value!r} of {name}: {must}', key=what)
 
     for k, v in vars(p).items():
         for o in v if isinstance(v, list) else [v]:
@@ -68,13 +67,14 @@ def check_models(
 ):
     "Raise ValueError unless the recipe can use so many models."
     if recipe.base and not has_base:
-        raise Problem(f'{recipe.name} works on task vectors and needs a base_model')
+        raise Problem(f'{recipe.name} works on task vectors and needs a base_model', key='base_model')
     if not recipe.least <= k <= recipe.most:
         beside = ' beside the base' * recipe.base
         much = f'exactly {recipe.least}' if recipe.least == recipe.most else f'at least {recipe.least}'
         raise Problem(
             f"{recipe.name} takes {much} model{'s' * (recipe.least > 1)}{beside}, and {k} "
-            f"{('is' if k == 1 else 'are')} given"
+            f"{('is' if k == 1 else 'are')} given",
+            key='models',
         )
 
 # %% ../../nbs/inside/merge_states.ipynb #812b3330
@@ -83,7 +83,7 @@ def find_recipe(
 ) -> Recipe:  # ValueError if there is none
     "A recipe by name."
     if name not in RECIPES:
-        raise Problem(f"merge_method {name!r} is not supported: there are {', '.join(RECIPES)}")
+        raise Problem(f"merge_method {name!r} is not supported: there are {', '.join(RECIPES)}", key='merge_method')
     return RECIPES[name]
 
 # %% ../../nbs/inside/merge_states.ipynb #bda6aa1d
@@ -101,10 +101,13 @@ def merge_states(
     check_models(found, len(models), base is not None)
     given = {'lambda' if k == 'scale' and 'lambda' in found.shared else k: v for k, v in parameters.items()}
     if extra := set(given) - {*found.shared, *found.each}:
-        raise Problem(f"{method} takes no {sorted(extra)[0]}: it takes {', '.join([*found.shared, *found.each])}")
+        raise Problem(
+            f"{method} takes no {sorted(extra)[0]}: it takes {', '.join([*found.shared, *found.each])}",
+            key=sorted(extra)[0],
+        )
     shared = {k: given.get(k, v) for k, v in found.shared.items()}
     each = {k: v if isinstance(v := given.get(k, d), list) else [v] * len(models) for k, d in found.each.items()}
-    p = _parameters(found, shared, each, method, seed)
+    p = _parameters(found, shared, each, seed)
     if method == 'ties_paper':
         p.thresholds = whole_thresholds([_held(k, base, models) for k in models[0]], p.density)
     return {
@@ -113,12 +116,12 @@ def merge_states(
     }
 
 # %% ../../nbs/inside/merge_states.ipynb #2c63c625
-def _parameters(found, shared, each, where, seed):
+def _parameters(found, shared, each, seed):
     "Values as recipes read them, checked."
     if missing := [k for k, v in {**shared, **each}.items() if v is REQUIRED or isinstance(v, list) and REQUIRED in v]:
-        raise Problem(f'{where}: {found.name} needs a {missing[0]}')
+        raise Problem(f'{found.name} needs a {missing[0]}', key=missing[0])
     p = SimpleNamespace(seed=seed, **{'scale' if k == 'lambda' else k: v for k, v in {**shared, **each}.items()})
-    check_parameters(found.name, p, where)
+    check_parameters(found.name, p)
     return p
 
 # %% ../../nbs/inside/merge_states.ipynb #1dcf6577

@@ -188,10 +188,8 @@ def _vocabularies(config, models, lead):
     else:
         tokens = dict(read_vocabulary(find_folder(source)) or {})
     if not tokens:
-        raise Problem(
-            f"{(source if source not in ('union', 'base') else lead.name)} has no tokenizer.json, and without "
-            "it tokens cannot be told apart"
-        )
+        giver = lead.name if source in ('union', 'base') else source
+        raise Problem(f'{giver} has no tokenizer.json, and without it tokens cannot be told apart', file=giver)
     added = union_tokens([vocabularies[n] for n in order], order)
     if source == 'union':
         tokens |= {t: max(tokens.values()) + 1 + i for i, t in enumerate(added)}

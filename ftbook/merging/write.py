@@ -89,11 +89,15 @@ def _blame(job, parts, start, stop):
     for (model, name), r in rows:
         if bad := int(np.count_nonzero(~np.isfinite(r))):
             return Problem(
-                f'{model.name}: {name} has {bad} values among entries {start} to {stop} that are NaN or infinite',
+                f'{name} has {bad} values among entries {start} to {stop} that are NaN or infinite',
                 'use another checkpoint of it',
+                file=model.name,
+                key=name,
             )
     return Problem(
-        f'{job.name} comes out larger than {job.kind} can say: weights or scale are too large, or take another dtype'
+        f'{job.name} comes out larger than {job.kind} can say: weights or scale are too large',
+        'lower them, or take another dtype',
+        key=job.name,
     )
 
 # %% ../../nbs/inside/merge_engine.ipynb #3025f0a6

@@ -19,16 +19,16 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .checks import check_fit, check_number, refuse_fields
+from .checks import check_fit, check_number
 from .coverage import coverage, OUTSIDE
 from .lora import LoRALinear
 from .lora_embedding import LoRAEmbedding
+from .lora_files import _INITS, LoRAFiles
 from .lora_variants import begin_
 from .parts import parts_of, replace_
 from .protocol import Method, register
 from .siblings import share_siblings_
 from ftbook.methods.targets import (
-    exact_targets,
     find_modules,
     find_whole,
     is_linear,
@@ -51,9 +51,6 @@ def _check_alpha(name, value):
         'a finite number above 0; with 0 the adapter would never do anything',
     )
 
-# %% ../../nbs/inside/lora_method.ipynb #0f93526b
-_INITS = re.compile(r'kaiming|gaussian|olora|pissa(_niter_[1-9]\d*)?')
-
 # %% ../../nbs/inside/lora_method.ipynb #dd18356a
 def _by_pattern(pattern, name, default):
     "The value of the first key that matches the end of `name`."
@@ -62,7 +59,7 @@ def _by_pattern(pattern, name, default):
 # %% ../../nbs/inside/lora_method.ipynb #c66b4644
 @register
 @dataclass
-class LoRA(Method):
+class LoRA(LoRAFiles):
     "Low-rank adaptation of linear layers and embeddings."
 
     rank: int = 16  # r; at least 1, at most the smaller side of the smallest layer
@@ -102,7 +99,7 @@ class LoRA(Method):
                 key='init',
             )
         if self.use_dora and self.lora_bias:
-            raise Problem('use_dora and lora_bias do not go together', 'leave one out')
+            raise Problem('use_dora and lora_bias do not go together', 'leave one out', key='lora_bias')
 
     @staticmethod
     def accept(layer):
@@ -149,11 +146,15 @@ def targets(
     if not names:
         raise Problem(
             f'no layer is left of target_modules={self.target_modules!r} by '
-            f'exclude_modules={self.exclude_modules!r} and layers_to_transform={self.layers_to_transform!r}'
+            f'exclude_modules={self.exclude_modules!r} and layers_to_transform={self.layers_to_transform!r}',
+            key='target_modules',
         )
     for k in {**self.rank_pattern, **self.alpha_pattern}:
         if not any(_by_pattern({k: True}, n, False) for n in names):
-            raise Problem(f'the pattern {k!r} matches none of the {len(names)} targets, such as {names[0]}')
+            raise Problem(
+                f'the pattern {k!r} matches none of the {len(names)} targets, such as {names[0]}',
+                key='rank_pattern' if k in self.rank_pattern else 'alpha_pattern',
+            )
     return names
 
 # %% ../../nbs/inside/lora_method.ipynb #5639d5b6
@@ -161,11 +162,14 @@ def _check_quantized(method, name, layer):
     if not is_quantized(layer):
         return
     if method.init not in ('kaiming', 'gaussian'):
-        raise Problem(f'init={method.init!r} changes the frozen weight, and {name} is quantised', "use 'kaiming'")
+        raise Problem(
+            f'init={method.init!r} changes the frozen weight, and {name} is quantised', "use 'kaiming'", key='init'
+        )
     if method.use_dora and 'weight' in layer._parameters:
         raise Problem(
             f'DoRA needs the norms of the weights, and {type(layer).__name__} hides them',
             'quantise with `quantize_` of ftbook, or leave use_dora out',
+            key='use_dora',
         )
 
 # %% ../../nbs/inside/lora_method.ipynb #2f1643ab
@@ -187,11 +191,13 @@ def shapes(
             raise Problem(
                 f'rank={rank} is larger than {name}, which maps {n_in} numbers to {n_out}',
                 f'choose a rank up to {min(n_in, n_out)} or leave it out of target_modules',
+                key='rank',
             )
         if embeds and (self.use_dora or self.lora_bias):
             raise Problem(
                 f'{name} is an embedding, and use_dora and lora_bias are for linear layers',
                 'leave it out of target_modules',
+                key='target_modules',
             )
         kind = 'embedding_' if embeds else ''
         shapes |= {f'{name}.lora_{kind}A': (rank, n_in), f'{name}.lora_{kind}B': (n_out, rank)}
@@ -251,130 +257,6 @@ def inject_(
         replace_(model, name, part)
     share_siblings_(model)
 
-# %% ../../nbs/inside/lora_method.ipynb #bcf932e1
-_fields = dict(
-    r='rank',
-    lora_alpha='alpha',
-    lora_dropout='dropout',
-    **{
-        k: k
-        for k in (
-            'target_modules',
-            'use_rslora',
-            'use_dora',
-            'lora_bias',
-            # PEFT's name -> ours
-            'rank_pattern',
-            'alpha_pattern',
-            'modules_to_save',
-            'exclude_modules',
-            'layers_to_transform',
-            'layers_pattern',
-        )
-    },
-)
-# how A and B began does not matter once they are read
-_harmless = {'bias': ['none'], 'init_lora_weights': [True, False, 'gaussian', 'orthogonal', 'eva']}
-_FILE = dict(lora_A='lora_A.weight', lora_B='lora_B.weight', lora_bias='lora_B.bias')
-
-# %% ../../nbs/inside/lora_method.ipynb #65beea3c
-@patch
-def key(
-    self: LoRA,
-    name: str,  # A parameter's name in the model
-) -> str:  # Its name in the file
-    "What PEFT calls a parameter."
-    head, _, last = Method.key(self, name).rpartition('.')
-    return f'{head}.{_FILE.get(last, last)}'
-
-# %% ../../nbs/inside/lora_method.ipynb #8ec0f97d
-def as_plain(
-    method: LoRA,  # With an init that changed the frozen weights, or without
-) -> LoRA:  # Twice the rank and the same scaling, if it was one
-    "The method as it is written: a change of the original weights."
-    if method.init in ('kaiming', 'gaussian'):
-        return method
-    grown = 2**0.5 if method.use_rslora else 2
-    return replace(
-        method,
-        rank=2 * method.rank,
-        alpha=grown * method.alpha,
-        init='kaiming',
-        rank_pattern={k: 2 * v for k, v in method.rank_pattern.items()},
-        alpha_pattern={k: grown * v for k, v in method.alpha_pattern.items()},
-    )
-
-# %% ../../nbs/inside/lora_method.ipynb #8ec0f97d1
-@patch
-def tensors(
-    self: LoRA,
-    model: nn.Module,  # With this method on it
-) -> dict[str, Tensor]:  # Name in the file -> what is written
-    "What the file holds."
-    found = Method.tensors(self, model)
-    for n, part in parts_of(model).items():
-        if not getattr(part, 'begun', None):
-            continue
-        (a, b), names = part.begun, [self.key(f'{n}.lora_{k}') for k in 'AB']
-        found |= dict(
-            zip(
-                names,
-                (
-                    torch.cat([found[names[0]], a.to(found[names[0]].device)]),
-                    torch.cat([found[names[1]], -b.to(found[names[1]].device)], 1),
-                ),
-            )
-        )
-    return found
-
-# %% ../../nbs/inside/lora_method.ipynb #9475033a
-@patch
-def to_peft(
-    self: LoRA,
-    model: nn.Module,  # With LoRA on it
-) -> dict:  # Content of adapter_config.json
-    "The configuration in PEFT's words."
-    layers = {n: o for n, o in parts_of(model).items() if isinstance(o, (LoRALinear, LoRAEmbedding))}
-    method = as_plain(self)
-    return dict(
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=self.dropout,
-        use_rslora=self.use_rslora,
-        use_dora=self.use_dora,
-        lora_bias=self.lora_bias,
-        bias='none',
-        target_modules=exact_targets(model, list(layers)),
-        rank_pattern=method.rank_pattern,
-        alpha_pattern=method.alpha_pattern,
-        modules_to_save=list(self.modules_to_save or ()) or None,
-        init_lora_weights=True,
-        fan_in_fan_out=any(type(o.base).__name__ == 'Conv1D' for o in layers.values()),
-    )
-
-# %% ../../nbs/inside/lora_method.ipynb #c6e17926
-@patch(cls_method=True)
-def from_peft(
-    cls: LoRA,
-    config: dict,  # Content of adapter_config.json
-) -> 'LoRA':  # ValueError names the fields that it cannot honour
-    "The method that a PEFT configuration describes."
-    init = config.get('init_lora_weights', True)
-    begins = init if isinstance(init, str) and _INITS.fullmatch(init) and init != 'gaussian' else 'kaiming'
-    refuse_fields(
-        config,
-        [
-            *_fields,
-            'fan_in_fan_out',
-            'megatron_core',
-            'qalora_group_size',
-            *['init_lora_weights'] * (begins != 'kaiming'),
-        ],
-        _harmless,
-    )
-    given = {ours: config[theirs] for theirs, ours in _fields.items() if config.get(theirs) is not None}
-    return cls(**{'rank': 8, 'alpha': 8, **given, 'init': begins})
-
 # %% ../../nbs/inside/lora_method.ipynb #d4d54299
 @patch
 def present(
@@ -403,14 +285,12 @@ def check_tensors(
     self: LoRA,
     model: nn.Module,  # Without a method
     tensors: dict[str, Tensor],  # Content of a file
-    where: str,  # Said in the error
 ):
     "Raise ValueError if the file does not fit, before anything is touched."
     bases = _bases(self, model, tensors)
-    check_fit(
-        {k: tuple(model.get_submodule(n).weight.shape) for k, n in bases.items()}, {k: tensors[k] for k in bases}, where
-    )
-    Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in bases}, where)
+    wanted = {k: tuple(model.get_submodule(n).weight.shape) for k, n in bases.items()}
+    check_fit(wanted, {k: tensors[k] for k in bases})
+    Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in bases})
 
 # %% ../../nbs/inside/lora_method.ipynb #17903219
 @patch

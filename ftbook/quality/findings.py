@@ -12,7 +12,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..data.read import read_rows
+from ..data.columns import find_label_column, find_text_column
+from ..data.read import read_source
 from ..data.rows import row_parts
 from ..problem import Problem
 
@@ -72,6 +73,8 @@ class View:
     answers: list[str]  # What is answered; empty without one
     labels: list  # As they were read; empty unless this is a classification
     unusable: dict  # row number -> why
+    text_column: str | None = None  # Where the text is; None for conversations and terms
+    label_column: str | None = None  # Where the label is; None where there is none
 
     def __len__(self):
         return len(self.rows)
@@ -107,23 +110,25 @@ def _said(messages):
 # %% ../../nbs/inside/findings.ipynb #25e1cbd6
 def _one_text(value, column):
     if not isinstance(value, str):
-        raise Problem(f"{column!r} is {('empty' if value is None else 'a ' + type(value).__name__)}, not text")
+        raise Problem(
+            f"{column!r} is {('empty' if value is None else 'a ' + type(value).__name__)}, not text", key=column
+        )
     if not value.strip():
-        raise Problem(f'{column!r} is empty')
+        raise Problem(f'{column!r} is empty', key=column)
     return value
 
 # %% ../../nbs/inside/findings.ipynb #3997cd82
-def _kind_of(fields, text_column, label_column):
+def _kind_of(rows, text_column, label_column):
+    "(what the rows are, the column of the text, that of the label)."
+    fields = set().union(*rows)
     if 'messages' in fields or {'prompt', 'completion'} <= fields:
-        return 'instruction'
+        return 'instruction', None, None
     if {'term', 'definition'} <= fields:
-        return 'term'
-    if text_column not in fields:
-        raise Problem(
-            f"no column {text_column!r}; there are {', '.join(map(repr, sorted(fields))) or 'none'}",
-            'say which one holds the text (text_column, --text-column)',
-        )
-    return 'classification' if label_column in fields else 'text'
+        return 'term', None, None
+    named = text_column is not None or 'text' in fields
+    text = find_text_column(rows, text_column, label_column, check=not named)
+    label = find_label_column(rows, text, label_column)
+    return 'classification' if label else 'text', text, label
 
 # %% ../../nbs/inside/findings.ipynb #30c91403
 def _pieces(r, kind, text_column, label_column):
@@ -135,26 +140,26 @@ def _pieces(r, kind, text_column, label_column):
     text = _one_text(r.get(text_column), text_column)
     label = r.get(label_column)
     if kind == 'classification' and (label is None or not str(label).strip()):
-        raise Problem(f'{label_column!r} is empty')
+        raise Problem(f'{label_column!r} is empty', key=label_column)
     return ('', text) if kind == 'text' else (text, '')
 
 # %% ../../nbs/inside/findings.ipynb #b3ae9f62
 def view_rows(
-    data,  # Anything `read_rows` reads
-    text_column: str = 'text',  # Field with the text of a classification, or of bare text
-    label_column: str = 'label',  # Field with the label
+    source,  # A file, a dataset, a DataFrame, rows, a hub id, or a shipped corpus
+    text_column: str | None = None,  # Where the text of a classification is, or bare text; None finds it
+    label_column: str | None = None,  # Where the label is; None finds it, if there is one
     split: str = 'train',  # Which part, where the source has several
 ) -> View:  # ValueError lists the columns where none holds the text
     "Look at rows in one way, whatever shape they have."
-    rows = list(read_rows(data, split=split))
-    kind = _kind_of(set().union(*rows), text_column, label_column)
+    rows = list(read_source(source, split))
+    kind, text_column, label_column = _kind_of(rows, text_column, label_column)
     pieces, unusable = [], {}
     for i, r in enumerate(rows):
         try:
             pieces.append(_pieces(r, kind, text_column, label_column))
-        except ValueError as e:
+        except Problem as e:
             pieces.append(('', ''))
-            unusable[i] = str(e).removeprefix('the row: ').removeprefix('the row ')
+            unusable[i] = str(e)
     questions, answers = map(list, zip(*pieces))
     labels = [r.get(label_column) for r in rows] if kind == 'classification' else []
     return View(
@@ -165,6 +170,8 @@ def view_rows(
         answers,
         labels,
         unusable,
+        text_column,
+        label_column,
     )
 
 # %% ../../nbs/inside/findings.ipynb #1b6e4be1

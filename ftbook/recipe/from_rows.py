@@ -8,25 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..data.columns import column_names, different_values, find_text_column, pick_columns
+from ..data.columns import column_names, find_label_column, find_text_column
 from ..data.read import read_rows, READERS
 from ..problem import Problem
 from .config import DataKeys, from_folder, load_recipe, make_recipe, Recipe
 from .rows import find_labels, shape_by_fields
-
-# %% ../../nbs/inside/recipe_rows.ipynb #dd719ad1
-def _like_a_label(rows, name):
-    "Does a column hold few values that repeat?"
-    return name == 'label' or 2 <= different_values(rows, name) <= min(50, len(rows) // 2)
-
-
-def _label_column(rows, text, given):
-    "The name of the column with the label; None where no column looks like one."
-    if given is not None:
-        return pick_columns(rows, text, given)[1]
-    likely = [n for n in column_names(rows) if n != text and _like_a_label(rows, n)]
-    kept = [{n: r.get(n) for n in (text, *likely)} for r in rows]
-    return pick_columns(kept, text)[1] if likely else None
 
 # %% ../../nbs/inside/recipe_rows.ipynb #bead820c
 def find_data_keys(
@@ -41,7 +27,7 @@ def find_data_keys(
     if shape == 'auto' and (named := shape_by_fields(names)):
         return {} if named == 'term' else {'shape': named}
     text = find_text_column(rows, given.get('text_column'), given.get('label_column'))
-    label = None if shape == 'text' else _label_column(rows, text, given.get('label_column'))
+    label = None if shape == 'text' else find_label_column(rows, text, given.get('label_column'))
     if label is None and shape != 'text' and text != 'text' and len(names) > 1:
         raise Problem(
             f"no column looks like a label; there are {', '.join(map(repr, names))}",
@@ -69,8 +55,8 @@ def recipe_from_file(
     rows = read_rows(path)
     try:
         data = find_data_keys(rows, data) | data
-    except ValueError as e:
-        raise Problem(f'{e}', file=path) from e
+    except Problem as e:
+        raise e.at(file=path)
     return from_folder(make_recipe(changes | {'data': data | {'source': str(path)}}), Path.cwd())
 
 # %% ../../nbs/inside/recipe_rows.ipynb #675ddbed

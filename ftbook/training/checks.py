@@ -32,6 +32,7 @@ def check_trainable(
         raise Problem(
             f'{low} is to be trained but is kept in {str(named[low].dtype)[6:]}, which rounds small updates away',
             "load the model in float32 and give `precision='bf16'`",
+            key='dtype',
         )
     if precision == 'fp16' and device == 'cpu':
         raise Problem("fp16 needs a GPU; on a CPU use precision='bf16' or None")

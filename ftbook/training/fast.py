@@ -11,7 +11,9 @@ __all__ = []
 import copy
 import math
 import sys
+from collections import defaultdict
 from types import MethodType
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -109,6 +111,9 @@ def _rotaries(model):
     return [f for f in files if hasattr(f, 'apply_rotary_pos_emb')]
 
 
+_rotated = defaultdict(WeakSet)  # file -> the models that `fast_` has changed and that rotate with it
+
+
 def _swap_rotary(file):
     "Swap one file's rotation, if ours gives the same numbers."
     original = file.apply_rotary_pos_emb
@@ -175,6 +180,7 @@ def fast_(
         _swap(module)
     for file in _rotaries(model):
         _swap_rotary(file)
+        _rotated[file].add(model)
     if getattr(model.config, '_attn_implementation', None) == 'ftbook_isolated':
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -192,7 +198,9 @@ def slow_(
         if getattr(module.__dict__.get('forward'), '__func__', None) in (_norm_forward, _gated_forward):
             del module.forward
     for file in _rotaries(model):
-        file.apply_rotary_pos_emb = getattr(file.apply_rotary_pos_emb, 'original', file.apply_rotary_pos_emb)
+        _rotated[file].discard(model)
+        if not _rotated[file]:  # no other model of this family is fast
+            file.apply_rotary_pos_emb = getattr(file.apply_rotary_pos_emb, 'original', file.apply_rotary_pos_emb)
     if getattr(model.config, '_attn_implementation', None) == 'ftbook_own':
         model.set_attn_implementation('ftbook_isolated')
     return model

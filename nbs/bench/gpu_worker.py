@@ -67,7 +67,7 @@ def random_model(shape, dtype, seed=0):
     "A model of a public shape, weights at random."
     import torch
     from transformers import AutoModelForCausalLM
-    from ftbook.memory.plan import read_config
+    from ftbook.memory.configs import read_config
     from ftbook.models.load import as_dtype
 
     torch.manual_seed(seed)

@@ -261,7 +261,7 @@ def source_of(name):
 
 def load(name, dtype, attention):
     "The real model."
-    from ftbook.memory.plan import _auto_class, read_config
+    from ftbook.memory.configs import _auto_class, read_config
     from ftbook.models.load import as_dtype
     from ftbook.models.shipped import model_folder
 

@@ -350,10 +350,11 @@ def knows(task):
 def recommended(task, seed):
     """What the library says about the rows, given what the model needs in memory and no other knowledge than that of
     `TASKS`: settings of LoRA, and before them SetFit where it says so."""
-    from ftbook.choose.recommend import recommend
+    from ftbook.choose.recommend import Circumstances, recommend
 
     rows = [dict(text=r['prompt'].rpartition('\n')[0], label=label) for r, label in rows_of(task, seed)[0]]
-    found = recommend(rows, memory=16, device='cpu', encoder=None, known=knows(task))
+    circumstances = Circumstances(known=knows(task))
+    found = recommend(rows, memory_gib=16, device='cpu', encoder=None, circumstances=circumstances)
     return [found.settings()] + [dict(method='setfit')] * (found.decision.choice == 'SetFit')
 
 

@@ -4,15 +4,15 @@ import pytest
 
 from ftbook.memory.advice import advise, longest_sequence
 from ftbook.memory.plan import _named_methods, as_method, as_quantizer, plan
-from ftbook.memory.step import small_config
+from ftbook.memory.step import small_config, small_model
 from ftbook.methods.lora_method import LoRA
 from ftbook.methods.quant import quantize_
 
 
 def test_nothing_fits_in_nothing():
-    assert longest_sequence(small_config(), gpu=0.001) == 0
+    assert longest_sequence(small_config(), memory_gib=0.001) == 0
     with pytest.raises(ValueError, match="given in GiB"):
-        longest_sequence(small_config(), gpu=-4)
+        longest_sequence(small_config(), memory_gib=-4)
 
 
 def test_methods_have_the_names_of_a_recipe():
@@ -49,6 +49,24 @@ def test_names_that_are_not_known():
 
 def test_advice_takes_names_too():
     gpu = 0.99 * plan(small_config(2), seq_len=64).peak / 2**30
-    how = dict(gpu=gpu, seq_len=64, offered=dict(method="lora", quantize="nf4"))
+    how = dict(memory_gib=gpu, seq_len=64, offered=dict(method="lora", quantize="nf4"))
     named, unnamed = (advise(small_config(2), method, **how) for method in ("full", None))
     assert named == unnamed and named[-1]["fits"] and named[-1]["change"] == "train an adapter"
+
+
+def test_a_plan_lays_rows_out_as_training_does(monkeypatch):
+    from ftbook.data.layouts import Layout
+    from ftbook.memory import account, plan as module
+
+    seen = []
+    full_batch = account.full_batch
+
+    def note(model, packs, *size):
+        seen.append(packs)
+        return full_batch(model, packs, *size)
+
+    monkeypatch.setattr(account, "full_batch", note)
+    plan(small_model(2), seq_len=24, batch_size=4)
+    monkeypatch.setattr(module, "layout_of", lambda model: Layout("right", "its rows do not keep apart"))
+    plan(small_model(2), seq_len=24, batch_size=4)
+    assert seen[0] is True and seen[-1] is False

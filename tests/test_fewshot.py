@@ -589,7 +589,7 @@ def test_a_report_says_its_verdict_once(tiny, tmp_path, monkeypatch):
         out=tmp_path / "out",
         settings=FewShotSettings(tiny, device="cpu"),
     )
-    assert str(report).count("tuning hurts") == 1 and not [w for w in report.facts["warnings"] if "hurts" in w]
+    assert str(report).count("Tuning hurts") == 1 and not [w for w in report.facts["warnings"] if "hurts" in w]
 
 
 def test_the_check_sees_no_held_out_row(tiny):

@@ -19,8 +19,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .problem import Problem
-
 # %% ../nbs/inside/files.ipynb #8c6ec595
 @contextmanager
 def _beside(path):
@@ -149,11 +147,11 @@ def _scratch(target):
 
 # %% ../nbs/inside/files.ipynb #b690af7a
 def _check_place(folder, mark):
-    "ValueError where a folder holds what is not ours to replace."
+    "FileExistsError where a folder holds what is not ours to replace."
     if folder.exists() and not (
         folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file()))
     ):
-        raise Problem(f'{folder} exists and holds something', 'choose another folder', file=folder)
+        raise FileExistsError(f'{folder} exists and holds something: choose another folder')
 
 # %% ../nbs/inside/files.ipynb #71f962a6
 @contextmanager

@@ -138,7 +138,7 @@ def test_texts_that_no_model_should_see(loaded):
     assert np.isfinite(bits_per_byte(*loaded, ["half a pair \ud83d", "\x00"])).all()
     with pytest.raises(ValueError, match="not one string"):
         bits_per_byte(*loaded, "a film")
-    with pytest.raises(ValueError, match="text 1 is NoneType"):
+    with pytest.raises(ValueError, match="row 1: the text is NoneType"):
         bits_per_byte(*loaded, ["a", None])
     with pytest.raises(ValueError, match="1 or more"):
         bits_per_byte(*loaded, ["a"], max_length=0)
@@ -312,7 +312,7 @@ def test_a_draw_is_one_of_all_runs_and_repeats_with_its_seed():
 def test_texts_that_cannot_be_compared():
     with pytest.raises(ValueError, match="not one string"):
         ngram_divergence("a film", ["a"])
-    with pytest.raises(ValueError, match="text 0 is int"):
+    with pytest.raises(ValueError, match="row 0: the text is int"):
         ngram_divergence([1], ["a"])
     with pytest.raises(ValueError, match="first side has no run of 1 words"):
         ngram_divergence([], ["a"])
@@ -354,7 +354,7 @@ def test_distances_of_what_does_not_fit():
         domain_distances(a, a, cloud(10))
     with pytest.raises(ValueError, match="9 target_vectors for 10 texts"):
         domain_distances(a, a, cloud(10), cloud(9))
-    with pytest.raises(ValueError, match="target text 1 is float"):
+    with pytest.raises(ValueError, match="row 1: the target text is float"):
         domain_distances(a, ["a", 1.0])
     with pytest.raises(ValueError, match="needed"):
         domain_distances(a[:1], a, cloud(1), cloud(10))

@@ -708,11 +708,11 @@ def test_one_example_in_every_class(tiny):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("", "text 1 is empty"),
-        ("  \n", "text 1 is empty"),
-        (None, "text 1 is NoneType"),
-        (3.5, "text 1 is float"),
-        (float("nan"), "text 1 is float"),
+        ("", "row 1: the text is empty"),
+        ("  \n", "row 1: the text is empty"),
+        (None, "row 1: the text is NoneType"),
+        (3.5, "row 1: the text is float"),
+        (float("nan"), "row 1: the text is float"),
     ],
 )
 def test_what_is_no_text(tiny, text, said):
@@ -722,7 +722,7 @@ def test_what_is_no_text(tiny, text, said):
 
 def test_an_empty_text_is_no_reason_to_stop_predicting(fitted):
     assert len(fitted.predict(["", "the ship"])) == 2
-    with pytest.raises(ValueError, match="text 1 is NoneType"):
+    with pytest.raises(ValueError, match="row 1: the text is NoneType"):
         fitted.predict(["a", None])
     with pytest.raises(ValueError, match="not one string"):
         fitted.predict("a text")

@@ -559,7 +559,7 @@ def test_a_disk_that_is_too_small(source, tmp_path, monkeypatch):
 
 def test_overwriting(source, tmp_path):
     merge(recipe_for(source), tmp_path / "out")
-    with pytest.raises(ValueError, match="exists: choose another"):
+    with pytest.raises(FileExistsError, match="exists: choose another"):
         merge(recipe_for(source), tmp_path / "out")
     (tmp_path / "out" / "stale.txt").write_text("x")
     merge(recipe_for(source), tmp_path / "out", overwrite=True)

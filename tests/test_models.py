@@ -603,7 +603,7 @@ def test_what_cannot_be_embedded():
     encoder, tokenizer = load_encoder("minilm-l6", device="cpu")
     with pytest.raises(ValueError, match="not one string"):
         embed(encoder, tokenizer, "one string")
-    with pytest.raises(ValueError, match="text 2 is float"):
+    with pytest.raises(ValueError, match="row 2: the text is float"):
         embed(encoder, tokenizer, ["a", "b", float("nan")])
     assert not embed(encoder, tokenizer, ["a"]).requires_grad
 

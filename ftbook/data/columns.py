@@ -30,7 +30,7 @@ def column_names(
     names = list(dict.fromkeys(k for r in rows for k in r))
     for name in given:
         if name is not None and name not in names:
-            raise Problem(f"there is no column {name!r}; there are {', '.join(map(repr, names))}")
+            raise Problem(f"there is no column {name!r}; there are {', '.join(map(repr, names))}", key=name)
     return names
 
 
@@ -52,6 +52,7 @@ def find_text_column(
         raise Problem(
             f"the column {text!r} holds no text but numbers or nothing; there are {', '.join(map(repr, names))}",
             'name another with text_column',
+            key=text,
         )
     return text
 
@@ -74,7 +75,7 @@ def pick_columns(
     text = find_text_column(rows, text_column, label_column)
     others = [n for n in names if n != text]
     if not others:
-        raise Problem(f'the file has the column {text!r} alone: a label is needed too')
+        raise Problem(f'the column {text!r} is alone, and a label is needed too', key='label_column')
     if label_column is None:
         label_column = 'label' if 'label' in names else min(others, key=lambda n: different_values(rows, n))
     return text, label_column

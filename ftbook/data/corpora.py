@@ -30,15 +30,17 @@ def _member(archive, ending):
     with tarfile.open(mode='r:gz', **source) as tar:
         found = [m for m in tar if m.isfile() and m.name.endswith(ending)]
         if len(found) != 1:
-            raise Problem(f'{len(found)} members of the archive end with {ending!r}, not one')
+            where = None if isinstance(archive, bytes) else archive
+            raise Problem(f'{len(found)} members of the archive end with {ending!r}, not one', file=where)
         return tar.extractfile(found[0]).read()
 
 # %% ../../nbs/inside/corpora.ipynb #f6c965fe
-def _by_id(file, n_fields):
-    lines = [line.split('\t') for line in file.decode('utf-8-sig').split('\n') if line.strip()]
-    wrong = next((i for i, line in enumerate(lines, 1) if len(line) != n_fields), None)
-    if wrong:
-        raise Problem(f'line {wrong} has {len(lines[wrong - 1])} fields, not {n_fields}')
+def _by_id(study, name, n_fields):
+    text = _member(study, f'/{name}').decode('utf-8-sig')
+    lines = [line.split('\t') for line in text.split('\n') if line.strip()]
+    wrong = next((i for i, line in enumerate(lines) if len(line) != n_fields), None)
+    if wrong is not None:
+        raise Problem(f'there are {len(lines[wrong])} fields, not {n_fields}', file=name, row=wrong)
     return {key: rest for key, *rest in lines}
 
 # %% ../../nbs/inside/corpora.ipynb #cc90a95b
@@ -52,10 +54,10 @@ def _survey(name):
         'vaderSentiment', '3.3.2', sdist=True, sha256='5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9'
     )
     study = _member(sdist, 'hutto_ICWSM_2014.tar.gz')
-    texts = _by_id(_member(study, f'/{SURVEYS[name]}_GroundTruth.txt'), 3)
-    ratings = _by_id(_member(study, f'/{SURVEYS[name]}_anonDataRatings.txt'), 4)
+    texts = _by_id(study, f'{SURVEYS[name]}_GroundTruth.txt', 3)
+    ratings = _by_id(study, f'{SURVEYS[name]}_anonDataRatings.txt', 4)
     if texts.keys() != ratings.keys():
-        raise Problem(f'{name}: texts and ratings do not have the same ids')
+        raise Problem('texts and ratings do not have the same ids', file=sdist, key=name)
     return [
         dict(id=key, text=text.strip(), rating=float(mean), ratings=json.loads(ratings[key][2]))
         for key, (mean, text) in texts.items()
@@ -113,7 +115,7 @@ def load_corpus(
         return _survey(name)
     if name in DICTIONARIES:
         return _dictionary(name)
-    raise Problem(f"no corpus {name!r}; there are {', '.join([*SURVEYS, *DICTIONARIES])}")
+    raise Problem(f"no corpus {name!r}; there are {', '.join([*SURVEYS, *DICTIONARIES])}", key='name')
 
 # %% ../../nbs/inside/corpora.ipynb #e2c17552
 def term_rows(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .examples import _answer_end, _chat, _check_prefix, _special, Example
-from .rows import _where, row_parts
+from .rows import row_parts
 from ..problem import Problem
 
 # %% ../../nbs/inside/encoding.ipynb #d0680cde
@@ -20,7 +20,6 @@ from ..problem import Problem
 class _Draft:
     pieces: list  # the whole row; prompt and answer apart where there is no template
     turns: list  # for every turn to train: the piece before it, the piece that ends with it
-    where: str  # names the row in errors
     index: int | None
 
     @property
@@ -38,12 +37,12 @@ def _check_choices(loss_on, bad_rows, max_length):
 
 # %% ../../nbs/inside/encoding.ipynb #02a266da
 def _draft(row, tokenizer, loss_on, index):
-    prompt, completion = row_parts(row, index)
+    prompt, completion = row_parts(row)
     if isinstance(prompt, str):
-        return _Draft([(prompt, True), (completion, False)], [], _where(index), index)
+        return _Draft([(prompt, True), (completion, False)], [], index)
 
     def piece(messages, generate=False):
-        return _chat(messages, tokenizer, _where(index), generate, row.get('tools')), False
+        return _chat(messages, tokenizer, generate, row.get('tools')), False
 
     messages = [*prompt, *completion]
     whole = piece(messages)
@@ -53,7 +52,7 @@ def _draft(row, tokenizer, loss_on, index):
         (piece(messages[:k], generate=True), whole if k == len(messages) - 1 else piece(messages[: k + 1]))
         for k in spoken
     ]
-    return _Draft([whole], turns, _where(index), index)
+    return _Draft([whole], turns, index)
 
 # %% ../../nbs/inside/encoding.ipynb #88aa158b
 def _finish(draft, ids, tokenizer, special, max_length, loss_on):
@@ -63,7 +62,7 @@ def _finish(draft, ids, tokenizer, special, max_length, loss_on):
     spans = [(len(ids[draft.pieces[0]]), len(tokens))] if draft.plain else []
     for before, through in draft.turns:
         for prefix in before, through:
-            _check_prefix(ids[prefix], tokens, tokenizer, draft.where)
+            _check_prefix(ids[prefix], tokens, tokenizer)
         start, stop = len(ids[before]), len(ids[through])
         spans.append((start, _answer_end(tokens, start, stop, tokenizer, special)))
     if loss_on == 'all':
@@ -72,15 +71,17 @@ def _finish(draft, ids, tokenizer, special, max_length, loss_on):
     for start, stop in spans:
         trained[start:stop] = [True] * (stop - start)
     trained[0] = False  # nothing stands before it that could predict it
-    return _cut(Example(tokens, trained, spans[0][0], index=draft.index), max_length, tokenizer, draft.where)
+    return _cut(Example(tokens, trained, spans[0][0], index=draft.index), max_length, tokenizer)
 
 # %% ../../nbs/inside/encoding.ipynb #4e2fb56b
-def _cut(example, max_length, tokenizer, where):
+def _cut(example, max_length, tokenizer):
     n = len(example)
     limit = max_length or tokenizer.model_max_length
     if n > limit and max_length is None:
         raise Problem(
-            f"{where} has {n} tokens, the model's limit is {limit}", f'give `max_length={limit}` to cut what is longer'
+            f"{n} tokens, the model's limit is {limit} and max_length is None",
+            f'give `max_length={limit}` to cut what is longer',
+            key='max_length',
         )
     example.input_ids, example.trained, example.n_cut = (
         example.input_ids[:limit],
@@ -88,13 +89,12 @@ def _cut(example, max_length, tokenizer, where):
         max(0, n - limit),
     )
     if example.n_targets == 0:
+        if n <= limit:
+            raise Problem('every label is masked')
         raise Problem(
-            f"{where}: every label is masked"
-            + (
-                f": max_length={limit} cuts the whole answer, for {example.n_prompt} tokens come before it"
-                if n > limit
-                else ''
-            )
+            f"every label is masked: max_length={limit} cuts the whole answer, for {example.n_prompt} tokens come "
+            "before it",
+            key='max_length',
         )
     return example
 
@@ -123,8 +123,11 @@ def to_example(
 ) -> Example:
     "Encode one row."
     _check_choices(loss_on, 'raise', max_length)
-    draft = _draft(row, tokenizer, loss_on, index)
-    return _finish(draft, _token_ids([draft], tokenizer), tokenizer, _special(tokenizer), max_length, loss_on)
+    try:
+        draft = _draft(row, tokenizer, loss_on, index)
+        return _finish(draft, _token_ids([draft], tokenizer), tokenizer, _special(tokenizer), max_length, loss_on)
+    except Problem as e:
+        raise e.at(row=index)
 
 # %% ../../nbs/inside/encoding.ipynb #67de3d79
 class Encoded(list):
@@ -133,7 +136,7 @@ class Encoded(list):
     def __init__(
         self,
         examples=(),  # `Example`s
-        refused=(),  # (row number, reason) of the rows that could not be used
+        refused=(),  # (row number, `Problem`) of the rows that could not be used
         n_without_end: int = 0,  # Examples whose last target is no special token: they do not teach the model to stop
     ):
         super().__init__(examples)
@@ -172,22 +175,29 @@ def encode(
         for i, thing in things:
             try:
                 yield i, make(thing, i)
-            except ValueError as e:
+            except Problem as e:
                 if bad_rows == 'raise':
-                    raise
-                refused.append((i, str(e)))
+                    raise e.at(row=i)
+                refused.append((i, e.at(row=i)))
 
     drafts = dict(usable(lambda row, i: _draft(row, tokenizer, loss_on, i), enumerate(rows)))
     ids = _token_ids(drafts.values(), tokenizer)
     examples = [
         e for _, e in usable(lambda d, i: _finish(d, ids, tokenizer, special, max_length, loss_on), drafts.items())
     ]
+    refused.sort(key=lambda numbered: numbered[0])
     if not examples:
-        raise Problem(
-            f"none of {len(refused)} rows can be used; the first: {refused[0][1]}" if refused else "there are no rows"
-        )
-    return Encoded(examples, sorted(refused), sum(_last_target(e) not in special for e in examples))
+        raise _none_left(refused)
+    return Encoded(examples, refused, sum(_last_target(e) not in special for e in examples))
 
 # %% ../../nbs/inside/encoding.ipynb #b2835745
+def _none_left(refused):
+    if not refused:
+        return Problem('there are no rows')
+    i, first = refused[0]
+    why = f'none of {len(refused)} rows can be used; this one: {first.why}'
+    return Problem(why, first.remedy, row=i, key=first.where.key)
+
+
 def _last_target(e):
     return e.input_ids[max(i for i, on in enumerate(e.trained) if on)]

@@ -18,10 +18,10 @@ from ..problem import Problem
 IGNORE = -100
 
 # %% ../../nbs/03_examples.ipynb #ef43c609
-def _chat(messages, tokenizer, where, generate=False, tools=None):
+def _chat(messages, tokenizer, generate=False, tools=None):
     if not tokenizer.chat_template:
         raise Problem(
-            f'{where} holds messages, but the tokenizer has no chat template',
+            'messages need a chat template, and the tokenizer has none',
             (
                 "take the instruct version of the model, set `tokenizer.chat_template`, or "
                 "give 'prompt' and 'completion' as plain strings"
@@ -34,7 +34,7 @@ def _chat(messages, tokenizer, where, generate=False, tools=None):
             list(messages), tokenize=False, add_generation_prompt=generate, tools=tools
         )
     except TemplateError as e:
-        raise Problem(f'{where}: the chat template refuses this conversation: {e}') from e
+        raise Problem(f'the chat template refuses this conversation: {e}') from e
 
 # %% ../../nbs/03_examples.ipynb #6ae28901
 def prompt_ids(
@@ -52,7 +52,7 @@ def prompt_ids(
         prompt = row[:-1]
     if isinstance(prompt, str):
         return list(tokenizer(prompt)['input_ids'])
-    text = _chat(prompt, tokenizer, 'the prompt', generate=True, tools=tools)
+    text = _chat(prompt, tokenizer, generate=True, tools=tools)
     return list(tokenizer(text, add_special_tokens=False)['input_ids'])
 
 # %% ../../nbs/03_examples.ipynb #ad865725
@@ -78,7 +78,7 @@ class Example:
         return [t if on else IGNORE for t, on in zip(self.input_ids, self.trained)]
 
 # %% ../../nbs/03_examples.ipynb #40173eeb
-def _check_prefix(prefix, ids, tokenizer, where):
+def _check_prefix(prefix, ids, tokenizer):
     if ids[: len(prefix)] == prefix:
         return
     i = next((i for i, (a, b) in enumerate(zip(prefix, ids)) if a != b), len(ids))
@@ -92,7 +92,7 @@ def _check_prefix(prefix, ids, tokenizer, where):
 
     raise Problem(
         (
-            f'{where}: the prompt is not how the training text begins: token {i} is '
+            f'the prompt is not how the training text begins: token {i} is '
             f'{show(prefix)} when the model is asked, {show(ids)} when it is trained. The '
             'chat template rewrites earlier turns'
         ),

@@ -40,10 +40,8 @@ def _text(path):
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise Problem(
-            (
-                f'{path}:{line(e.start)}: byte {data[e.start]:#04x} is not UTF-8; open the file in its own '
-                'encoding and save it as UTF-8'
-            ),
+            (f'{path}:{line(e.start)}: byte {data[e.start]:#04x} is not UTF-8'),
+            'open the file in its own encoding and save it as UTF-8',
             file=path,
         ) from e
     if b'\0' in data:
@@ -51,20 +49,24 @@ def _text(path):
     return text
 
 # %% ../../nbs/inside/readers.ipynb #e63a8c14
-def _json(text, where):
+def _json(text, path, line=None):
     try:
         return json.loads(text)
     except ValueError as e:
-        raise Problem(f'{where}: broken JSON: {e}; it reads {text.strip()[:60]!r}') from e
+        place = path if line is None else f'{path}:{line}'
+        raise Problem(f'{place}: broken JSON: {e}; it reads {text.strip()[:60]!r}', file=path) from e
 
 # %% ../../nbs/inside/readers.ipynb #92f86f25
 def _json_lines(path):
-    rows = [(n, _json(line, f'{path}:{n}')) for n, line in enumerate(_text(path).split('\n'), 1) if line.strip()]
-    wrong = next(((n, row) for n, row in rows if not isinstance(row, dict)), None)
+    rows = [(n, _json(line, path, n)) for n, line in enumerate(_text(path).split('\n'), 1) if line.strip()]
+    wrong = next(((i, n, row) for i, (n, row) in enumerate(rows) if not isinstance(row, dict)), None)
     if wrong:
+        i, line, row = wrong
         raise Problem(
-            f"{path}:{wrong[0]}: every line must be an object {{...}}, this is a {type(wrong[1]).__name__}"
-            + ("; a file that is one array should be named .json" if isinstance(wrong[1], list) else '')
+            f"{path}:{line}: every line must be an object {{...}}, this is a {type(row).__name__}",
+            "a file that is one array should be named .json" if isinstance(row, list) else '',
+            file=path,
+            row=i,
         )
     return [row for _, row in rows]
 
@@ -84,7 +86,8 @@ def _columns(path, delimiter):
     try:
         names = next(lines, [])
         if len(set(names)) < len(names):
-            raise Problem(f"two columns have one name: {', '.join(names)}", file=path)
+            twice = next(name for name in names if names.count(name) > 1)
+            raise Problem(f"two columns have one name: {', '.join(names)}", file=path, key=twice)
         for line in filter(None, lines):
             if len(line) != len(names):
                 raise Problem(
@@ -93,6 +96,7 @@ def _columns(path, delimiter):
                         f"{', '.join(names)}"
                     ),
                     file=path,
+                    row=len(rows),
                 )
             rows.append(dict(zip(names, line)))
     except csv.Error as e:
@@ -125,7 +129,8 @@ READERS = {
 def _file(path):
     if path.is_dir():
         raise Problem(
-            f"{path} is a folder; name one of its files: {', '.join(_beside(path)) or 'it has none that can be read'}",
+            f'{path} is a folder',
+            f"name one of its files: {', '.join(_beside(path)) or 'it has none that can be read'}",
             file=path,
         )
     if not path.exists():
@@ -169,11 +174,15 @@ def read_rows(
         )
     elif isinstance(source, dict):
         if split not in source:
-            raise Problem(f"no split {split!r}; there are {', '.join(map(repr, source))}")
+            raise Problem(f"no split {split!r}; there are {', '.join(map(repr, source))}", key='split')
         rows = source[split]
+    file = source if isinstance(source, (str, Path)) else None
     if len(rows) == 0:
-        raise Problem(f"{(source if rows is not source else 'the list')} has no rows")
-    return _with_fields(rows, need)
+        raise Problem(f"{file or 'the source'} has no rows", file=file)
+    try:
+        return _with_fields(rows, need)
+    except Problem as e:
+        raise e.at(file=file)
 
 # %% ../../nbs/inside/readers.ipynb #ce68025e
 def _with_fields(rows, need):
@@ -182,7 +191,9 @@ def _with_fields(rows, need):
             raise Problem(f'row {i} must be a dict, not {type(r).__name__}', row=i)
         lost = [f for f in need if f not in r]
         if lost:
-            raise Problem(f"row {i} has no {', '.join(map(repr, lost))}; it has {', '.join(map(repr, r))}", row=i)
+            raise Problem(
+                f"row {i} has no {', '.join(map(repr, lost))}; it has {', '.join(map(repr, r))}", row=i, key=lost[0]
+            )
     return rows
 
 # %% ../../nbs/inside/readers.ipynb #24c6fc0e

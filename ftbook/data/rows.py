@@ -35,45 +35,41 @@ def classification_row(
 ) -> dict:  # {'prompt': [message], 'completion': [message]}
     "A classification example as a conversation: the prompt ends where the label begins."
     if label not in labels:
-        raise Problem(f"label {label!r} is none of {', '.join(map(repr, labels))}")
+        raise Problem(f"label {label!r} is none of {', '.join(map(repr, labels))}", key='label')
     if not text.strip():
-        raise Problem('the text to classify is empty')
+        raise Problem('the text to classify is empty', key='text')
     choice = ', '.join(labels[:-1]) + f' or {labels[-1]}'
     asked = instruction.replace('{labels}', choice)
     return dict(prompt=[user(f'{asked}\n\n{text}')], completion=[assistant(label)])
 
 # %% ../../nbs/inside/row_shapes.ipynb #4425b4ae
-def _check_messages(messages, where):
+def _check_messages(messages, name):
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise Problem(f'{where} must be a list of messages, not {type(messages).__name__} {messages!r:.60}', key=where)
+        said = f'{type(messages).__name__} {messages!r:.60}'
+        raise Problem(f'field {name!r} must be a list of messages, not {said}', key=name)
     for i, m in enumerate(messages):
         if not isinstance(m, dict) or not isinstance(m.get('role'), str):
-            raise Problem(f"{where}, message {i} needs a 'role' that is a string: {m!r:.80}")
+            raise Problem(f"field {name!r}, message {i} needs a 'role' that is a string: {m!r:.80}", key=name)
         if not isinstance(m.get('content'), str) and not m.get('tool_calls'):
-            raise Problem(f"{where}, message {i} needs a 'content' that is a string: {m!r:.80}")
+            raise Problem(f"field {name!r}, message {i} needs a 'content' that is a string: {m!r:.80}", key=name)
 
 # %% ../../nbs/inside/row_shapes.ipynb #629ad4fb
-def _where(index):
-    return 'the row' if index is None else f'row {index}'
-
-
-def _check_answer(completion, name, where):
+def _check_answer(completion, name):
     said = (
         completion if isinstance(completion, str) else completion[-1].get('content') or completion[-1].get('tool_calls')
     )
     if not isinstance(completion, str) and completion[-1]['role'] != 'assistant':
-        raise Problem(
-            f"{where}: field {name!r} must end with an answer of the assistant, not of {completion[-1]['role']!r}"
-        )
+        role = completion[-1]['role']
+        raise Problem(f"field {name!r} must end with an answer of the assistant, not of {role!r}", key=name)
     if not str(said or '').strip():
-        raise Problem(f'{where}: field {name!r} is empty, so there is nothing to learn from it')
+        raise Problem(f'field {name!r} is empty, so there is nothing to learn from it', key=name)
 
 # %% ../../nbs/inside/row_shapes.ipynb #d7af915a
-def _parts(row, where):
+def _parts(row):
     if 'messages' in row:
-        _check_messages(row['messages'], f"{where}: field 'messages'")
+        _check_messages(row['messages'], 'messages')
         if len(row['messages']) < 2:
-            raise Problem(f"{where}: field 'messages' needs a question and an answer")
+            raise Problem("field 'messages' needs a question and an answer", key='messages')
         return row['messages'][:-1], row['messages'][-1:], 'messages'
     if 'prompt' in row and 'completion' in row:
         return row['prompt'], row['completion'], 'completion'
@@ -85,7 +81,7 @@ def _parts(row, where):
         if half
         else "none of 'messages', 'prompt' with 'completion', 'text'"
     )
-    raise Problem(f"{where} has {lost}; it has {', '.join(map(repr, row)) or 'no field at all'}")
+    raise Problem(f"there is {lost}; it has {', '.join(map(repr, row)) or 'no field at all'}")
 
 # %% ../../nbs/inside/row_shapes.ipynb #7db9f70d
 def row_parts(
@@ -93,18 +89,25 @@ def row_parts(
     index: int | None = None,  # Names the row in errors
 ) -> tuple:  # (prompt, completion): two lists of messages, or two strings; ValueError names row and field
     "What comes before the answer, and the answer."
-    where = _where(index)
+    try:
+        return _checked_parts(row)
+    except Problem as e:
+        raise e.at(row=index)
+
+
+def _checked_parts(row):
     if not isinstance(row, dict):
-        raise Problem(f'{where} must be a dict, not {type(row).__name__}', key=where)
-    prompt, completion, name = _parts(row, where)
+        raise Problem(f'a row must be a dict, not {type(row).__name__}')
+    prompt, completion, name = _parts(row)
     plain = isinstance(prompt, str), isinstance(completion, str)
     if plain != (True, True):
         if any(plain):
             raise Problem(
-                f"{where}: 'prompt' is {type(prompt).__name__} and {name!r} is {type(completion).__name__}; "
-                "both must be strings, or both lists of messages"
+                f"'prompt' is {type(prompt).__name__} and {name!r} is {type(completion).__name__}; "
+                "both must be strings, or both lists of messages",
+                key=name,
             )
-        _check_messages(prompt, f"{where}: field 'prompt'")
-        _check_messages(completion, f"{where}: field {name!r}")
-    _check_answer(completion, name, where)
+        _check_messages(prompt, 'prompt')
+        _check_messages(completion, name)
+    _check_answer(completion, name)
     return prompt, completion

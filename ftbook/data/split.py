@@ -36,7 +36,9 @@ def _keys(rows, key):
     missing = next((i for i, row in enumerate(rows) if not isinstance(row.get(key), str)), None)
     if missing is not None:
         raise Problem(
-            f"row {missing} has no text in field {key!r}; it has {', '.join(map(repr, rows[missing]))}", row=missing
+            f"row {missing} has no text in field {key!r}; it has {', '.join(map(repr, rows[missing]))}",
+            row=missing,
+            key=key,
         )
     return [normalise(row[key]) for row in rows]
 

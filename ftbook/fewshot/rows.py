@@ -28,13 +28,13 @@ def check_texts(
 ) -> list[str]:  # The same. ValueError names the first that cannot be used
     "Refuse what is not text."
     if isinstance(texts, (str, bytes)):
-        raise Problem(f'{what}s should be a list of strings, not one string')
+        raise Problem(f'{what}s should be a list of strings, not one string', key=f'{what}s')
     texts = list(texts)
     for i, t in enumerate(texts):
         if not isinstance(t, str):
-            raise Problem(f'{what} {i} is {type(t).__name__} ({t!r}), not a string')
+            raise Problem(f'the {what} is {type(t).__name__} ({t!r}), not a string', row=i)
         if not empty and not t.strip():
-            raise Problem(f'{what} {i} is empty', 'leave the row out')
+            raise Problem(f'the {what} is empty', 'leave the row out', row=i)
     return texts
 
 # %% ../../nbs/inside/fewshot_rows.ipynb #34de18fb
@@ -102,7 +102,7 @@ def make_shots(
         raise Problem(f"same_labels must be 'refuse', 'merge' or 'keep', not {same_labels!r}", key='same_labels')
     texts, labels = check_texts(texts), list(labels)
     if len(texts) != len(labels):
-        raise Problem(f'{len(texts)} texts but {len(labels)} labels')
+        raise Problem(f'{len(texts)} texts but {len(labels)} labels', key='labels')
     if not texts:
         raise Problem('there are no rows')
     several = _several(labels)

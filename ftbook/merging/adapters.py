@@ -94,7 +94,7 @@ def _save_products(found, config, out):
 
     rank = max(len(a) for a, _ in found.values())
     tensors = _tensors_of(found, rank)
-    check_finite(tensors, 'the merged adapter is not saved')
+    check_finite(tensors, out, saving=True)
     kept = {k: config.get(k) for k in ('peft_type', 'task_type', 'base_model_name_or_path', 'fan_in_fan_out')}
     config = kept | dict(
         r=rank, lora_alpha=rank, target_modules=sorted(found), bias='none', lora_dropout=0.0, inference_mode=True

@@ -78,11 +78,11 @@ def _existing(path):
 
 
 def _check_out(out, plan, overwrite):
-    "Raise ValueError where the result would replace something it must not."
+    "ValueError or FileExistsError where the result would replace something it must not."
     if any(out.resolve() in (f.resolve().parent, m.folder.resolve()) for m in plan.models for f in m.files):
-        raise Problem(f'{out} is one of the models that are merged', 'choose another folder')
+        raise Problem(f'{out} is one of the models that are merged', 'choose another folder', file=out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise Problem(f'{out} exists', 'choose another folder, or pass overwrite=True')
+        raise FileExistsError(f'{out} exists: choose another folder, or pass overwrite=True')
 
 # %% ../../nbs/inside/merge_engine.ipynb #c0fed4d3
 def merge(
@@ -96,7 +96,7 @@ def merge(
     hashes: bool = True,  # Put the SHA-256 of every file into the card?
     overwrite: bool = False,  # Replace a model that stands in `out`?
     progress: bool = False,  # Draw a bar?
-) -> Merged:  # It prints well. ValueError before anything is written, OSError where the disk is full
+) -> Merged:  # It prints well. ValueError or FileExistsError before anything is written, OSError where the disk is full
     "Merge models into one; interrupted, the same call goes on where it was."
     start = time.perf_counter()
     plan = config if isinstance(config, Plan) else plan_merge(config, seed=seed)

@@ -142,13 +142,12 @@ def check_tensors(
     self: BitFit,
     model: nn.Module,  # Without a method
     tensors: dict[str, Tensor],  # Content of a file
-    where: str,  # Said in the error
 ):
     "Raise ValueError if the file does not fit, or its LoRA is not zero."
     low = {k for k in tensors if k.endswith(('.lora_A.weight', '.lora_B.weight'))}
     if busy := [k for k in low if tensors[k].any()]:
-        raise Problem(f'{where} is a LoRA and no BitFit: {min(busy)} is not zero')
-    Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in low}, where)
+        raise Problem(f'it is a LoRA and no BitFit: {min(busy)} is not zero', key=min(busy))
+    Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in low})
 
 # %% ../../nbs/inside/adapter_methods.ipynb #64ea7512
 @patch

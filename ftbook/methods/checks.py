@@ -5,6 +5,7 @@ __all__ = []
 
 # %% ../../nbs/inside/adapter_files.ipynb #6cce0a9e
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -44,27 +45,33 @@ def refuse_fields(
     refused = [f'{k}={v!r}' for k, v in config.items() if not off(k, v)]
     if refused:
         raise Problem(
-            f"ftbook does not support {', '.join(refused)}, and without it the adapter would compute something else"
+            f"ftbook does not support {', '.join(refused)}, and without it the adapter would compute something else",
+            key=refused[0].partition('=')[0],
         )
 
 # %% ../../nbs/inside/adapter_files.ipynb #8850ebe21
 def check_finite(
     tensors: dict[str, Tensor],  # By name
-    where: str,  # Said in the error
+    file: str | Path,  # Where they were read, or where they were to be saved
+    saving: bool = False,  # Are they to be saved?
 ):
     "Raise ValueError that names the first tensor with NaN or infinity in it."
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise Problem(
-                f'{where}: {name} has {int((~t.isfinite()).sum())} values that are NaN or infinite. The run it '
-                'came from diverged; use an earlier checkpoint'
+                'the adapter is not saved: '
+                * saving
+                + f'{name} has {int((~t.isfinite()).sum())} values that are NaN or infinite. The run it came from '
+                'diverged',
+                'use an earlier checkpoint',
+                file=file,
+                key=name,
             )
 
 # %% ../../nbs/inside/adapter_files.ipynb #d93e5124
 def check_fit(
     wanted: dict[str, tuple],  # Name in the file -> the shape that the model needs
     tensors: dict[str, Tensor],  # What the file has
-    where: str,  # Said in the error
 ):
     "Raise ValueError if names or shapes differ, and say which."
     few = lambda names: ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
@@ -81,7 +88,13 @@ def check_fit(
         + [few(wrong)] * bool(wrong)
     )
     if said:
-        raise Problem(
-            f"{where} does not fit this model: {'; '.join(said)}. It was made for another model, or the file "
-            "is incomplete"
-        )
+        raise Problem(f"{'; '.join(said)}. It was made for another model, or the file is incomplete")
+
+
+def misfit(
+    problem: Problem,  # Why an adapter cannot be put on a model
+    folder: str | Path,  # Where it was read
+) -> Problem:  # To be raised instead
+    "Say which adapter a problem is about."
+    why = f'the adapter does not fit this model: {problem.why}'
+    return Problem(why, problem.remedy, file=folder, key=problem.where.key)

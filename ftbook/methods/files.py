@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from ..files import write_files
-from .checks import check_finite
+from .checks import check_finite, misfit
 from .protocol import _taken, find_method, HOMES, Method, method_of, METHODS
 from ..problem import Problem
 
@@ -65,7 +65,7 @@ def save_adapter(
     config = adapter_config(model)
     kind = method_of(model).peft_type
     tensors = {k: p.detach().cpu().contiguous() for k, p in adapter_tensors(model).items()}
-    check_finite(tensors, 'the adapter is not saved')
+    check_finite(tensors, folder, saving=True)
     # one entry: two would be written in any order
     about = {'format': 'pt'} if kind == config['peft_type'] else {MARK: kind}
     return write_files(
@@ -90,11 +90,10 @@ def read_adapter_config(
         raise Problem(f'{path} is not valid JSON: {e}', file=path) from e
     if not isinstance(config, dict) or 'peft_type' not in config:
         raise Problem(
-            (
-                f'{path} has no peft_type: it does not describe an adapter of PEFT. One of the `adapters` package '
-                'is read by `ftbook.methods.package_adapters.load_from_adapters`'
-            ),
+            (f'{path} has no peft_type: it does not describe an adapter of PEFT'),
+            'One of the `adapters` package is read by `ftbook.methods.package_adapters.load_from_adapters`',
             file=path,
+            key='peft_type',
         )
     return config
 
@@ -121,7 +120,7 @@ def read_adapter_tensors(
             'copy it again or save the adapter again',
             file=path,
         ) from e
-    check_finite(tensors, str(path))
+    check_finite(tensors, path)
     return tensors
 
 # %% ../../nbs/inside/adapter_files.ipynb #9a480345
@@ -144,16 +143,15 @@ def read_method(
     method = find_method(kind)
     if not method:
         raise Problem(
-            (
-                f"peft_type {kind!r} is not known here; known are {', '.join({**HOMES, **METHODS})}. A method of "
-                "your own is known once the module that registers it is imported"
-            ),
+            (f"peft_type {kind!r} is not known here; known are {', '.join({**HOMES, **METHODS})}"),
+            'A method of your own is known once the module that registers it is imported',
             file=Path(folder) / CONFIG,
+            key='peft_type',
         )
     try:
         return method.from_peft(config)
-    except ValueError as e:
-        raise Problem(f'{e}', file=Path(folder) / CONFIG) from e
+    except Problem as e:
+        raise e.at(file=Path(folder) / CONFIG)
 
 # %% ../../nbs/inside/adapter_files.ipynb #0aa631cf
 def load_adapter(
@@ -168,11 +166,9 @@ def load_adapter(
         raise _taken(model)
     method = method.present(model)
     try:
-        method.check_tensors(model, tensors, str(folder))
-    except ValueError as e:
-        if str(e).startswith(str(folder)):
-            raise
-        raise Problem(f'{folder} does not fit this model: {e}', file=folder) from e
+        method.check_tensors(model, tensors)
+    except Problem as e:
+        raise misfit(e, folder) from e
     method.apply(model)
     method.fill_(model, tensors)
     return model

@@ -74,6 +74,7 @@ def scaled_layers(
                 "give target_modules and feedforward_modules. There are "
                 f"{', '.join(dict.fromkeys((n.rpartition('.')[2] for n in names))) or 'no linear layers'}"
             ),
+            key='feedforward_modules' if found[0] else 'target_modules',
         )
     return [n for n in names if n in found[0] + found[1]]
 

@@ -33,6 +33,7 @@ class Layout:
             raise Problem(
                 f'{inside[0]!r} lies inside feed_forward={self.feed_forward!r}',
                 f'name a module beside it, or {self.feed_forward!r} itself',
+                key='stream' if inside[0] == self.stream else 'norm',
             )
 
 # %% ../../nbs/inside/layouts.ipynb #606324ac
@@ -109,6 +110,7 @@ def _no_blocks(model, layouts):
             f'{wanted}. There is: {there}'
         ),
         'Name the modules yourself: layout=Layout(attention=..., feed_forward=..., stream=..., norm=...)',
+        key='layout',
     )
 
 
@@ -119,6 +121,7 @@ def _check_row(model, row, found):
         raise Problem(
             f'not all of {row} are recognised: a {type(odd[0]).__name__} has {_children(odd[0])}',
             'Name the modules of the blocks you mean: layout=Layout(attention=..., feed_forward=..., stream=...)',
+            key='layout',
         )
 
 # %% ../../nbs/inside/layouts.ipynb #d3cc0405

@@ -102,7 +102,7 @@ class LoRA(Method):
                 key='init',
             )
         if self.use_dora and self.lora_bias:
-            raise Problem('use_dora and lora_bias do not go together', 'leave one out')
+            raise Problem('use_dora and lora_bias do not go together', 'leave one out', key='lora_bias')
 
     @staticmethod
     def accept(layer):
@@ -149,11 +149,15 @@ def targets(
     if not names:
         raise Problem(
             f'no layer is left of target_modules={self.target_modules!r} by '
-            f'exclude_modules={self.exclude_modules!r} and layers_to_transform={self.layers_to_transform!r}'
+            f'exclude_modules={self.exclude_modules!r} and layers_to_transform={self.layers_to_transform!r}',
+            key='target_modules',
         )
     for k in {**self.rank_pattern, **self.alpha_pattern}:
         if not any(_by_pattern({k: True}, n, False) for n in names):
-            raise Problem(f'the pattern {k!r} matches none of the {len(names)} targets, such as {names[0]}')
+            raise Problem(
+                f'the pattern {k!r} matches none of the {len(names)} targets, such as {names[0]}',
+                key='rank_pattern' if k in self.rank_pattern else 'alpha_pattern',
+            )
     return names
 
 # %% ../../nbs/inside/lora_method.ipynb #5639d5b6
@@ -161,11 +165,14 @@ def _check_quantized(method, name, layer):
     if not is_quantized(layer):
         return
     if method.init not in ('kaiming', 'gaussian'):
-        raise Problem(f'init={method.init!r} changes the frozen weight, and {name} is quantised', "use 'kaiming'")
+        raise Problem(
+            f'init={method.init!r} changes the frozen weight, and {name} is quantised', "use 'kaiming'", key='init'
+        )
     if method.use_dora and 'weight' in layer._parameters:
         raise Problem(
             f'DoRA needs the norms of the weights, and {type(layer).__name__} hides them',
             'quantise with `quantize_` of ftbook, or leave use_dora out',
+            key='use_dora',
         )
 
 # %% ../../nbs/inside/lora_method.ipynb #2f1643ab
@@ -187,11 +194,13 @@ def shapes(
             raise Problem(
                 f'rank={rank} is larger than {name}, which maps {n_in} numbers to {n_out}',
                 f'choose a rank up to {min(n_in, n_out)} or leave it out of target_modules',
+                key='rank',
             )
         if embeds and (self.use_dora or self.lora_bias):
             raise Problem(
                 f'{name} is an embedding, and use_dora and lora_bias are for linear layers',
                 'leave it out of target_modules',
+                key='target_modules',
             )
         kind = 'embedding_' if embeds else ''
         shapes |= {f'{name}.lora_{kind}A': (rank, n_in), f'{name}.lora_{kind}B': (n_out, rank)}
@@ -403,14 +412,12 @@ def check_tensors(
     self: LoRA,
     model: nn.Module,  # Without a method
     tensors: dict[str, Tensor],  # Content of a file
-    where: str,  # Said in the error
 ):
     "Raise ValueError if the file does not fit, before anything is touched."
     bases = _bases(self, model, tensors)
-    check_fit(
-        {k: tuple(model.get_submodule(n).weight.shape) for k, n in bases.items()}, {k: tensors[k] for k in bases}, where
-    )
-    Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in bases}, where)
+    wanted = {k: tuple(model.get_submodule(n).weight.shape) for k, n in bases.items()}
+    check_fit(wanted, {k: tensors[k] for k in bases})
+    Method.check_tensors(self, model, {k: t for k, t in tensors.items() if k not in bases})
 
 # %% ../../nbs/inside/lora_method.ipynb #17903219
 @patch

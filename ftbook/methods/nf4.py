@@ -191,7 +191,8 @@ def _check_weight(w, name):
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Problem(
             f'{name} is {str(w.dtype)[6:]}, and only float32, bfloat16 and float16 can be quantised'
-            + (': convert it first' if w.is_floating_point() else ': it looks quantised already')
+            + ('' if w.is_floating_point() else ': it looks quantised already'),
+            'convert it first' if w.is_floating_point() else '',
         )
     if not w.numel():
         raise Problem(f'{name} is empty: there is nothing to quantise')

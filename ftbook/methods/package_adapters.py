@@ -19,7 +19,7 @@ from torch import nn
 from ..files import write_files
 from .bottleneck import KINDS
 from .bottleneck_method import Bottleneck, bottlenecks
-from .checks import check_finite, check_fit
+from .checks import check_finite, check_fit, misfit
 from .files import CONFIG, read_adapter_tensors
 from .layouts import find_blocks, Place, stream_width
 from .protocol import method_of
@@ -119,7 +119,8 @@ def method_from_package(
         refused += [f'{k}={v}' for k, v in placed.items()]
     if refused:
         raise Problem(
-            f"ftbook does not support {', '.join(refused)}, and without it the adapter would compute something else"
+            f"ftbook does not support {', '.join(refused)}, and without it the adapter would compute something else",
+            key=refused[0].partition('=')[0],
         )
     return Bottleneck(
         kind,
@@ -165,13 +166,14 @@ def save_for_adapters(
         raise Problem(
             'the `adapters` package keeps no whole modules with an adapter, so modules_to_save has no place there',
             'use `save_adapter`',
+            key='modules_to_save',
         )
     if not name or '.' in name:
         raise Problem(f'name={name!r}: the package needs a name without dots', key='name')
     names = package_names({n: o.place for n, o in parts.items()}, name)
     width = next(iter(parts.values())).up.out_features
     tensors = {k: model.get_parameter(n).detach().cpu().contiguous() for n, k in names.items()}
-    check_finite(tensors, 'the adapter is not saved')
+    check_finite(tensors, folder, saving=True)
     about = dict(
         config=package_config(method, width),
         hidden_size=width,
@@ -239,8 +241,8 @@ def load_from_adapters(
     about, (block, layout) = _read_about(folder), next(iter(find_blocks(model).items()))
     try:
         method = method_from_package(about['config'], stream_width(model, Place(block, layout, '')))
-    except ValueError as e:
-        raise Problem(f'{e}', file=folder / CONFIG) from e
+    except Problem as e:
+        raise e.at(file=folder / CONFIG)
 
     # with a head and without, a model names its parts differently
     def bare(k):
@@ -248,7 +250,10 @@ def load_from_adapters(
 
     names = {n: bare(k) for n, k in package_names(method.places(model), about['name']).items()}
     tensors = {bare(k): t for k, t in read_adapter_tensors(folder, PACKAGE_WEIGHTS).items()}
-    check_fit({names[n]: s for n, s in method.shapes(model).items()}, tensors, str(folder))
+    try:
+        check_fit({names[n]: s for n, s in method.shapes(model).items()}, tensors)
+    except Problem as e:
+        raise misfit(e, folder) from e
     _check_head(model, folder)
     method.apply(model)
     for n, k in names.items():

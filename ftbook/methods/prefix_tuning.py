@@ -102,7 +102,10 @@ class PrefixTuning(SoftMethod):
         "The method that a PEFT configuration describes."
         _refuse_fields(config, ['prefix_projection', 'encoder_hidden_size', 'init_weights'])
         if config.get('num_transformer_submodules') == 2:
-            raise Problem('PEFT puts a prefix before the decoder of an encoder with a decoder; ftbook does not')
+            raise Problem(
+                'PEFT puts a prefix before the decoder of an encoder with a decoder; ftbook does not',
+                key='num_transformer_submodules',
+            )
         method = cls(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save'))
         heads = config.get('num_attention_heads')
         if heads and config.get('token_dim'):

@@ -181,9 +181,8 @@ def refuse(
     "Raise ValueError if something stands in the way."
     found = obstacle(case, rules)
     if found:
-        raise Problem(
-            f'{case.kind.capitalize()} tuning does not go with {found[0]} ({type(case.base).__name__}). {found[1]}'
-        )
+        what, remedy = found
+        raise Problem(f'{case.kind.capitalize()} tuning does not go with {what} ({type(case.base).__name__})', remedy)
 
 # %% ../../nbs/inside/prompt_cases.ipynb #62642376
 def _packed(kwargs):

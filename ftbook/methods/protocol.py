@@ -73,6 +73,7 @@ class Method:
             raise Problem(
                 f'{both[0]} is both a target and in modules_to_save',
                 'leave it out of one of them',
+                key='modules_to_save',
             )
         thawed = [p for p in model.parameters() if p.requires_grad]
         there = set(model.modules())
@@ -137,7 +138,6 @@ class Method:
         self,
         model: nn.Module,  # Without a method
         tensors: dict[str, Tensor],  # Content of a file
-        where: str,  # Said in the error
     ):
         "Raise ValueError if the file does not fit, before anything is touched."
         shapes = {self.key(n): s for n, s in self.shapes(model).items()}
@@ -146,7 +146,7 @@ class Method:
                 f'base_model.model.{n}.{k}': tuple(p.shape)
                 for k, p in model.get_submodule(n).named_parameters()
             }
-        check_fit(shapes, tensors, where)
+        check_fit(shapes, tensors)
 
     @torch.no_grad()
     def fill_(

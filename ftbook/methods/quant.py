@@ -30,7 +30,9 @@ def _to_shorten(model, skip):
     if not names:
         raise Problem(
             f'no linear layer is left to quantise in {type(model).__name__}, with '
-            f'skip={skip!r}; a layer by itself is taken by `QuantLinear.from_layer`'
+            f'skip={skip!r}',
+            'a layer by itself is taken by `QuantLinear.from_layer`',
+            key='skip',
         )
     for name in names:
         _check_weight(model.get_submodule(name).weight, f'{name}.weight')

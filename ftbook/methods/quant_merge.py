@@ -47,6 +47,7 @@ def _matrix(base, name, layer):
         raise Problem(
             f'the base has no linear layer {name} of {layer.in_features} x {layer.out_features} in full precision',
             'give the model that was quantised, unquantised and without a method',
+            key='base',
         )
     return m.weight if isinstance(m, nn.Linear) else m.weight.t()
 

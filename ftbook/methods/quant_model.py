@@ -137,6 +137,7 @@ def _check_unpacked(layer, w, name):
                 f'whole number of blocks of {p.blocksize}'
             ),
             "choose a block_size that divides them, or backend='ftbook'",
+            key='block_size',
         )
 
 # %% ../../nbs/inside/quant_model.ipynb #7cc3e661
@@ -145,7 +146,7 @@ def _check_backend(backend, kind, block_size):
     if backend not in ('ftbook', 'bitsandbytes'):
         raise Problem(f'backend={backend!r} is not known', "choose 'ftbook' or 'bitsandbytes'", key='backend')
     if backend == 'bitsandbytes' and kind not in ('nf4', 'fp4'):
-        raise Problem(f'bitsandbytes has no {kind}', "choose kind='nf4' or 'fp4', or backend='ftbook'")
+        raise Problem(f'bitsandbytes has no {kind}', "choose kind='nf4' or 'fp4', or backend='ftbook'", key='kind')
 
 # %% ../../nbs/inside/quant_model.ipynb #30c0dcea
 def _shorten(layer, kind, block_size, double_quant, backend, name):

@@ -45,11 +45,11 @@ class SoftMethod(Method):
     def __post_init__(self):
         _check_whole('num_virtual_tokens', self.num_virtual_tokens)
         if self.init not in self.inits:
-            raise Problem(f"init={self.init!r}: it must be one of {', '.join(map(repr, self.inits))}")
+            raise Problem(f"init={self.init!r}: it must be one of {', '.join(map(repr, self.inits))}", key='init')
         if self.init == 'text':
             self.token_ids()
         elif self.text is not None:
-            raise Problem(f'text is given, but init={self.init!r} makes no use of it', "write init='text'")
+            raise Problem(f'text is given, but init={self.init!r} makes no use of it', "write init='text'", key='text')
 
     def begin_(
         self,
@@ -70,12 +70,16 @@ class SoftMethod(Method):
         "The tokens of the text, repeated or cut to length."
         text, n = self.text, self.num_virtual_tokens
         if text is None:
-            raise Problem("init='text' needs `text`: a string together with `tokenizer`, or token ids")
+            raise Problem("init='text' needs `text`: a string together with `tokenizer`, or token ids", key='text')
         if isinstance(text, str) and self.tokenizer is None:
-            raise Problem('text is a string, so `tokenizer` is needed; or give token ids')
+            raise Problem('text is a string, so `tokenizer` is needed', 'give it, or give token ids', key='tokenizer')
         ids = list(self.tokenizer(text)['input_ids'] if isinstance(text, str) else text)
         if not ids:
-            raise Problem(f'text={text!r} has no tokens', 'write a few words, best what you would tell the model to do')
+            raise Problem(
+                f'text={text!r} has no tokens',
+                'write a few words, best what you would tell the model to do',
+                key='text',
+            )
         return [int(ids[i % len(ids)]) for i in range(n)]
 
 # %% ../../nbs/inside/soft_methods.ipynb #91afe05d
@@ -95,7 +99,8 @@ def shapes(
     if bad:
         raise Problem(
             f'token id {bad[0]} is not in the vocabulary of {size:,}: was the text read with the tokenizer of '
-            'another model?'
+            'another model?',
+            key='text',
         )
     with torch.device('meta'):
         tokens = self.build(model)
@@ -174,14 +179,13 @@ def check_tensors(
     self: SoftMethod,
     model: nn.Module,  # Without a method
     tensors: dict[str, Tensor],  # Content of a file
-    where: str,  # Said in the error
 ):
     "Raise ValueError if the file does not fit, before anything is touched."
     self.shapes(model)
     here = cache_shape(model)
     if self.made_for and self.made_for != here:
         raise Problem(
-            f'{where} was made for {self.made_for[0]} layers of {self.made_for[1]} key heads and '
+            f'it was made for {self.made_for[0]} layers of {self.made_for[1]} key heads and '
             f'{self.made_for[2]} numbers each; this model has {here[0]}, {here[1]} and {here[2]}'
         )
     with torch.device('meta'):
@@ -191,7 +195,7 @@ def check_tensors(
         for n in find_whole(model, self.modules_to_save or ())
         for k, p in model.get_submodule(n).named_parameters()
     }
-    check_fit({FILE_KEY: tuple(shape)} | whole, self.in_use(tensors), where)
+    check_fit({FILE_KEY: tuple(shape)} | whole, self.in_use(tensors))
 
 # %% ../../nbs/inside/soft_methods.ipynb #0ffb76fc
 @patch

@@ -61,10 +61,10 @@ def add_adapter_(
     "Put one more LoRA adapter on `model`."
     active, taken = _active(model), adapter_names(model)
     if name in taken:
-        raise Problem(f"{name!r} is the name of another adapter: {', '.join(taken)} are taken")
+        raise Problem(f"{name!r} is the name of another adapter: {', '.join(taken)} are taken", key='name')
     method = source if isinstance(source, Method) else read_method(source)
     if not isinstance(method, LoRA):
-        raise Problem(f'{type(method).__name__} cannot share a model with others: only LoRA adapters can')
+        raise Problem(f'{type(method).__name__} cannot share a model with others: only LoRA adapters can', key='source')
     _shelve(model)
     try:
         method.apply(model) if method is source else load_adapter(model, source)
@@ -91,7 +91,7 @@ def _active(model):
 # %% ../../nbs/inside/switching.ipynb #3e314cfa
 def _find(shelf, name):
     if name not in shelf:
-        raise Problem(f"there is no adapter {name!r}: {', '.join(shelf) or 'none'} are here")
+        raise Problem(f"there is no adapter {name!r}: {', '.join(shelf) or 'none'} are here", key='name')
     return shelf[name]
 
 # %% ../../nbs/inside/switching.ipynb #7cd923bf
@@ -121,7 +121,8 @@ def _combined(model, shelf, weights, rank):
         if m.use_dora or m.lora_bias or m.modules_to_save or any('.lora_embedding_' in k for k in t):
             raise Problem(
                 f'{n!r} is more than products of two matrices (DoRA, biases, embeddings, whole modules), and '
-                'these do not add up'
+                'these do not add up',
+                key='which',
             )
     tensors, ranks = {}, {}
     for name in {k.rpartition('.')[0]: None for _, _, t in chosen for k in t}:
@@ -158,7 +159,9 @@ def use_adapter_(
     if which is not None and (
         unknown := [n for n in ([which] if isinstance(which, str) else which) if n not in adapter_names(model)]
     ):
-        raise Problem(f"there is no adapter {unknown[0]!r}: {', '.join(adapter_names(model)) or 'none'} are here")
+        raise Problem(
+            f"there is no adapter {unknown[0]!r}: {', '.join(adapter_names(model)) or 'none'} are here", key='which'
+        )
     before, shelf = _active(model), _shelve(model)
     try:
         if isinstance(which, dict):

@@ -73,7 +73,8 @@ def _no_match(model, wanted, linears):
     why = f'matches no linear layer ({other[0]})' if other else 'matches nothing'
     known = sorted(linears, key=lambda n: not is_linear(linears[n]))  # embeddings, where they are allowed, come last
     return Problem(
-        f"target_modules={wanted!r} {why}. These would match: {_endings(known)}; or write 'all-linear'",
+        f'target_modules={wanted!r} {why}',
+        f"These would match: {_endings(known)}; or write 'all-linear'",
         key='target_modules',
     )
 
@@ -129,5 +130,7 @@ def find_whole(
         found += [n for n in names if n not in found]
     for n in found:
         if any(n.startswith(f'{o}.') for o in found):
-            raise Problem(f'modules_to_save names {n} and a module that holds it', 'leave one of them out')
+            raise Problem(
+                f'modules_to_save names {n} and a module that holds it', 'leave one of them out', key='modules_to_save'
+            )
     return found

@@ -104,6 +104,7 @@ class Call:
             raise Problem(
                 f'an attention mask of shape {tuple(mask.shape)} cannot be widened for virtual tokens',
                 'give one of shape (rows, tokens)',
+                key='attention_mask',
             )
         self.kwargs['attention_mask'] = torch.cat([mask.new_ones(len(mask), n), mask], 1)
 
@@ -121,7 +122,9 @@ def embedded_(
     known = ('inputs_embeds', 'position_ids', 'token_type_ids')
     for k, v in self.kwargs.items():
         if k not in known and isinstance(v, Tensor) and v.shape[:2] == x.shape[:2]:
-            raise Problem(f'{k} has a value for every token, and none is known for a virtual one', 'leave it out')
+            raise Problem(
+                f'{k} has a value for every token, and none is known for a virtual one', 'leave it out', key=k
+            )
     return x
 
 
@@ -246,6 +249,7 @@ def before(
         raise Problem(
             f'the cache holds {call.seen} tokens that were read without these {self.n} virtual ones',
             'start with an empty cache',
+            key='past_key_values',
         )
     call.make_room_(self.n, self.causal)
     self.enter_(base, call)

@@ -43,7 +43,7 @@ def check_weights(
     if pickled and not files:
         raise Problem(
             f'{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened',
-            'ask for a safetensors version, or convert it where you trust it with `save_pretrained`.',
+            'ask for a safetensors version, or convert it where you trust it with `save_pretrained`',
             file=folder,
         )
     for file in files:
@@ -58,29 +58,34 @@ def check_weights(
             except ValueError:
                 ends = [math.inf]
         if file.stat().st_size < 8 + n_header + max(ends, default=0):
-            raise Problem(f'{file} is truncated or damaged', 'copy or download it again.', file=file)
+            raise Problem(f'{file} is truncated or damaged', 'copy or download it again', file=file)
 
 # %% ../../nbs/inside/load.ipynb #9cca4182
 def _load_error(name, source, e):
     "Why `name` did not load, as an exception that says what to do."
-    said = str(e).strip().split('\n')[0]
+    said = str(e).strip().split('\n')[0]  # transformers raises one kind of error for all of these
+    local = isinstance(source, Path)
+    place = dict(file=source) if local else dict(key='name')
     if 'trust_remote_code' in str(e):
         return Problem(
-            f'{name} brings its own code, and ftbook runs none from a model repository: pick a model whose '
-            'architecture is part of transformers.'
+            f'{name} brings its own code, and ftbook runs none from a model repository',
+            'pick a model whose architecture is part of transformers',
+            **place,
         )
-    if isinstance(source, Path):
-        return Problem(f'{source} does not load as a model: {said}', file=source)
+    if local:
+        return Problem(f'{source} does not load as a model: {said}', **place)
     if 'safetensors' in str(e):
         return Problem(
-            f'{name} has no safetensors weights, and pickled ones can run code when they are opened: pick a '
-            f'revision or a model with safetensors. ({said})'
+            f'{name} has no safetensors weights, and pickled ones can run code when they are opened ({said})',
+            'pick a revision or a model with safetensors',
+            **place,
         )
     offline = os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON')
     return Problem(
-        f"cannot load {name!r}. Shipped with ftbook: {', '.join(SHIPPED)}. Anything else is a folder that "
-        "exists here, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct. "
-        f"{('HF_HUB_OFFLINE is set, so only models already in the hub cache load. ' if offline else '')}({said})"
+        f"cannot load {name!r}{', and HF_HUB_OFFLINE allows only what is in the hub cache' * offline} ({said})",
+        f"Shipped with ftbook: {', '.join(SHIPPED)}. Anything else is a folder that exists here, or a hub id such as "
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        **place,
     )
 
 # %% ../../nbs/inside/load.ipynb #b87162e5
@@ -90,7 +95,9 @@ def _refuse_random(name, auto, missing):
     if missing:
         raise Problem(
             f'{name} lacks {len(missing)} of the weights that {auto} needs ({missing[0]}, ...), so they would '
-            'be random: it is another kind of model. Encoders load with `load_encoder`.'
+            'be random: it is another kind of model',
+            'Encoders load with `load_encoder`',
+            key='name',
         )
 
 # %% ../../nbs/inside/load.ipynb #83189c50
@@ -130,7 +137,7 @@ def load_model(
 ) -> tuple:  # (model, tokenizer). Raises ValueError with the remedy if it cannot load
     "A causal language model, ready to run, and its tokenizer."
     if name in SHIPPED and SHIPPED[name].kind != 'causal':
-        raise Problem(f'{name} is an encoder and writes no text', 'use `load_encoder`')
+        raise Problem(f'{name} is an encoder and writes no text', 'use `load_encoder`', key='name')
     return _load('AutoModelForCausalLM', name, dtype, device, attention)
 
 # %% ../../nbs/inside/load.ipynb #6770ce32
@@ -143,7 +150,7 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
-        raise Problem(f'{name} has no tokenizer that loads: {e}') from e
+        raise Problem(f'{name} has no tokenizer that loads: {e}', key='name') from e
 
 # %% ../../nbs/inside/load.ipynb #ead06374
 def _max_length(source, encoder, tokenizer):
@@ -194,7 +201,7 @@ def embed(
         raise Problem('texts must be a list of strings, not one string', key='texts')
     for i, t in enumerate(texts):
         if not isinstance(t, str):
-            raise Problem(f'text {i} is {type(t).__name__}, not a string')
+            raise Problem(f'the text is {type(t).__name__}, not a string', row=i)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out = torch.empty(len(texts), encoder.config.hidden_size)
     for at in range(0, len(order), batch_size):

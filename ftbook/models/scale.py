@@ -56,7 +56,8 @@ def training_bytes(
     if not 0 <= n_nf4 <= n_frozen <= n:
         raise Problem(
             f'of {n:,} parameters, {n_trained:,} cannot be trained and {n_nf4:,} '
-            'frozen in 4 bits'
+            'frozen in 4 bits',
+            key='n_trained',
         )
     frozen = (n_frozen - n_nf4) * TRAINING[precision]['trained weights'] + n_nf4 * BYTES['nf4']
     return {

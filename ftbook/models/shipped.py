@@ -186,7 +186,7 @@ def _unpack_gguf(folder, gguf):
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if tokenizer.chat_template is None:
-        raise Problem(f'{gguf.name} came without a chat template')
+        raise Problem(f'{gguf.name} came without a chat template', file=gguf)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -21,7 +21,7 @@ def balance(
     "How evenly the rows are spread over the classes."
     classes, codes = class_codes(labels)
     if not classes:
-        raise Problem('there are no labels to count')
+        raise Problem('there are no labels to count', key='labels')
     counts = np.bincount(codes)
     share = counts / counts.sum()
     return dict(
@@ -75,10 +75,14 @@ def adjust_logits(
     if not (counts > 0).all():
         raise Problem(
             f'class {int(np.argmin(counts))} has {counts.min():g} training rows: its '
-            'prior cannot be taken off; leave the class out'
+            'prior cannot be taken off',
+            'leave the class out',
+            key='counts',
         )
     if logits.shape[-1] != len(counts):
-        raise Problem(f'{logits.shape[-1]} columns of logits, but {len(counts)} counts')
+        raise Problem(
+            f'{logits.shape[-1]} columns of logits, but {len(counts)} counts', key='counts'
+        )
     prior = np.log(counts / counts.sum())
     return logits - tau * (
         prior if isinstance(logits, np.ndarray) else logits.new_tensor(prior)

@@ -66,7 +66,7 @@ def write_clean(
     path = Path(path)
     kept, left = clean(audit, kinds)
     if not kept:
-        raise Problem(f'nothing of {path} would be left: all {len(left):,} rows are proposed to be left out')
+        raise Problem(f'nothing of {path} would be left: all {len(left):,} rows are proposed to be left out', file=path)
     cleaned = path.with_name(f'{path.stem}.clean{path.suffix}')
     list_of_left = path.with_name(f'{path.stem}.left_out.jsonl')
     for file in cleaned, list_of_left:

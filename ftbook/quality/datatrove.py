@@ -33,7 +33,7 @@ def choose_bands(
         if s_curve(threshold, b, r) >= recall
     ]
     if not able:
-        raise Problem(f'{n_hashes} hashes cannot reach a recall of {recall} at {threshold}')
+        raise Problem(f'{n_hashes} hashes cannot reach a recall of {recall} at {threshold}', key='n_hashes')
     return min(able)[1:]
 
 # %% ../../nbs/inside/datatrove.ipynb #2d050160

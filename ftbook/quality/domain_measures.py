@@ -38,11 +38,11 @@ def _two_samples(a, b, least):
         raise Problem(f'vectors of the shapes {a.shape} and {b.shape}: both must be (rows, d), with the same d')
     for side, x in dict(first=a, second=b).items():
         if len(x) < least:
-            raise Problem(f'the {side} side has {len(x)} rows, and {least} are needed: bring more')
+            raise Problem(f'the {side} side has {len(x)} rows, and {least} are needed', 'bring more')
         wrong = np.flatnonzero(~np.isfinite(x).all(1))
         if len(wrong):
             raise Problem(
-                f'row {wrong[0]} of the {side} side is not finite', 'embed it again, or leave it out', row=wrong[0]
+                f'row {wrong[0]} of the {side} side is not finite', 'embed it again, or leave it out', row=int(wrong[0])
             )
     return a, b
 
@@ -93,7 +93,9 @@ def ngram_divergence(
     one, two = _ngram_counts(a, n), _ngram_counts(b, n)
     if not one or not two:
         raise Problem(
-            f"the {('second' if one else 'first')} side has no run of {n} words: bring texts, or take a smaller n"
+            f"the {('second' if one else 'first')} side has no run of {n} words",
+            'bring texts, or take a smaller n',
+            key='n',
         )
     _, p, q = _ngram_shares(one, two, size, np.random.default_rng(seed))
     return float(_js_terms(p, q).sum().clip(0, 1))

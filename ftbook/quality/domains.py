@@ -18,10 +18,11 @@ def _check_sides(train, target, train_vectors, target_vectors):
     "ValueError for texts that are no strings, and for vectors that do not fit them."
     _check_texts(train, 'training text'), _check_texts(target, 'target text')
     if (train_vectors is None) != (target_vectors is None):
-        raise Problem('give vectors of both sides, or of none')
+        lacking = 'train_vectors' if train_vectors is None else 'target_vectors'
+        raise Problem(f'{lacking} are not given', 'give vectors of both sides, or of none', key=lacking)
     for name, texts, vectors in (('train', train, train_vectors), ('target', target, target_vectors)):
         if vectors is not None and len(vectors) != len(texts):
-            raise Problem(f'{len(vectors)} {name}_vectors for {len(texts)} texts')
+            raise Problem(f'{len(vectors)} {name}_vectors for {len(texts)} texts', key=f'{name}_vectors')
 
 # %% ../../nbs/inside/domain_measures.ipynb #d0a1d004
 def domain_distances(

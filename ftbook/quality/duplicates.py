@@ -43,7 +43,7 @@ def find_duplicates(
 ) -> list[Group]:
     "Groups of rows that say the same, and which row of each to keep."
     if labels is not None and len(labels) != len(texts):
-        raise Problem(f'{len(labels)} labels for {len(texts)} texts')
+        raise Problem(f'{len(labels)} labels for {len(texts)} texts', key='labels')
     copies = exact_duplicates(texts) + near_duplicates(texts, threshold)
     groups = _groups(copies, texts, labels)
     if vectors is not None:

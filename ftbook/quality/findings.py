@@ -107,9 +107,11 @@ def _said(messages):
 # %% ../../nbs/inside/findings.ipynb #25e1cbd6
 def _one_text(value, column):
     if not isinstance(value, str):
-        raise Problem(f"{column!r} is {('empty' if value is None else 'a ' + type(value).__name__)}, not text")
+        raise Problem(
+            f"{column!r} is {('empty' if value is None else 'a ' + type(value).__name__)}, not text", key=column
+        )
     if not value.strip():
-        raise Problem(f'{column!r} is empty')
+        raise Problem(f'{column!r} is empty', key=column)
     return value
 
 # %% ../../nbs/inside/findings.ipynb #3997cd82
@@ -135,7 +137,7 @@ def _pieces(r, kind, text_column, label_column):
     text = _one_text(r.get(text_column), text_column)
     label = r.get(label_column)
     if kind == 'classification' and (label is None or not str(label).strip()):
-        raise Problem(f'{label_column!r} is empty')
+        raise Problem(f'{label_column!r} is empty', key=label_column)
     return ('', text) if kind == 'text' else (text, '')
 
 # %% ../../nbs/inside/findings.ipynb #b3ae9f62
@@ -152,9 +154,9 @@ def view_rows(
     for i, r in enumerate(rows):
         try:
             pieces.append(_pieces(r, kind, text_column, label_column))
-        except ValueError as e:
+        except Problem as e:
             pieces.append(('', ''))
-            unusable[i] = str(e).removeprefix('the row: ').removeprefix('the row ')
+            unusable[i] = str(e)
     questions, answers = map(list, zip(*pieces))
     labels = [r.get(label_column) for r in rows] if kind == 'classification' else []
     return View(

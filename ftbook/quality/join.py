@@ -193,7 +193,9 @@ def near_duplicates(
     "Texts that share most of their shingles."
     _check_share('threshold', threshold), _check_texts(texts), _check_texts(other or [], 'other text')
     if n_words < 1 or crowd < 1:
-        raise Problem(f'n_words and crowd must be 1 or more, not {n_words} and {crowd}')
+        raise Problem(
+            f'n_words and crowd must be 1 or more, not {n_words} and {crowd}', key='n_words' if n_words < 1 else 'crowd'
+        )
     n, every = len(texts), [*texts, *(other or [])]
     runs, sizes, rows, first = _read_shingles(every, n_words)
     a, b, similarity, skipped = _join(

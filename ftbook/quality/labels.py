@@ -61,7 +61,8 @@ def flag_labels(
     if method not in METHODS or rule not in ('cleanlab', 'paper'):
         raise Problem(
             f"method {method!r} with rule {rule!r}: there are {' and '.join(METHODS)}, "
-            "with 'cleanlab' or 'paper'"
+            "with 'cleanlab' or 'paper'",
+            key='rule' if method in METHODS else 'method',
         )
     classes, codes = class_codes(labels, classes)
     p = _check_probabilities(probabilities, codes, classes)

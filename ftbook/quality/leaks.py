@@ -83,7 +83,7 @@ def contained(
     shortest: int = 5,  # Texts of fewer words would be found everywhere: they are left out, and counted in `skipped`
 ) -> Matches:  # `a`: row of `within`; `b`: row of `texts`; `similarity`: the share
     "Texts that stand inside other texts, whole or in large part."
-    _check_share('threshold', threshold), _check_texts(texts), _check_texts(within, 'row')
+    _check_share('threshold', threshold), _check_texts(texts), _check_texts(within, 'long text')
     if not 1 <= shortest <= n_words:
         raise Problem(f'shortest must lie between 1 and n_words ({n_words}), not {shortest}', key='shortest')
     probes, total, first = _probes(texts, n_words, shortest)

@@ -21,7 +21,8 @@ def _sizes(sizes, n_rows, n_classes, n_test):
     if n_classes < 2 or not sizes or max(sizes) > most:
         raise Problem(
             f'{n_rows} rows of {n_classes} classes cannot give {max(sizes, default=32)} to learn from and '
-            f'{n_test} to judge by'
+            f'{n_test} to judge by',
+            key='sizes',
         )
     return sizes
 

@@ -14,12 +14,12 @@ from ..problem import Problem
 # %% ../../nbs/inside/links.ipynb #c8ccf34d
 def _check_texts(texts, what='text'):
     if isinstance(texts, str):
-        raise Problem(f'give a list of strings, not one string: {texts[:40]!r}')
+        raise Problem(f'the {what}s are one string: {texts[:40]!r}', 'give a list of strings')
     if set(map(type, texts)) <= {str}:
         return
     wrong = next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)
     if wrong is not None:
-        raise Problem(f'{what} {wrong} is {type(texts[wrong]).__name__}, not a string')
+        raise Problem(f'the {what} is {type(texts[wrong]).__name__}, not a string', row=wrong)
 
 
 def _check_share(name, value):

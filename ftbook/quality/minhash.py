@@ -47,7 +47,8 @@ def minhash(
 ) -> np.ndarray:  # (n, n_hashes) uint64
     "A short signature per set; equal entries estimate Jaccard similarity."
     if not all(sets):
-        raise Problem(f'set {[bool(s) for s in sets].index(False)} is empty: it has no minimum')
+        empty = [bool(s) for s in sets].index(False)
+        raise Problem('the set is empty: it has no minimum', row=empty)
     keys = np.array(
         [
             int.from_bytes(blake2b(repr(x).encode(), digest_size=8).digest())
@@ -67,7 +68,9 @@ def lsh_pairs(
 ) -> set[tuple]:  # (i, j) with i < j: candidates, to be verified
     "Pairs that agree in a whole band."
     if signatures.shape[1] % bands:
-        raise Problem(f'{signatures.shape[1]} hashes do not make {bands} equal bands')
+        raise Problem(
+            f'{signatures.shape[1]} hashes do not make {bands} equal bands', key='bands'
+        )
     found = set()
     for band in np.split(signatures, bands, axis=1):
         buckets = defaultdict(list)

@@ -57,13 +57,15 @@ def group_runs(
     wrong = next((r for r in runs if not (r['n'] >= 1 and 0 <= r['score'] <= 1)), None)
     if wrong:
         raise Problem(
-            f"a run has n {wrong['n']} and score {wrong['score']}: n is 1 or more, a score lies between 0 and 1"
+            f"a run has n {wrong['n']} and score {wrong['score']}: n is 1 or more, a score lies between 0 and 1",
+            key='runs',
         )
     n = sorted({r['n'] for r in runs})
     scores = [np.array([r['score'] for r in runs if r['n'] == k]) for k in n]
     if len(n) < 3 or min(map(len, scores)) < 2:
         raise Problem(
             f'runs of {len(n)} sizes, at least {min(map(len, scores), default=0)} of each: a curve needs three '
-            'sizes and two runs of each'
+            'sizes and two runs of each',
+            key='runs',
         )
     return n, scores

@@ -33,13 +33,17 @@ def _check_features(features, n):
     x = np.asarray(features, dtype=float)
     if x.ndim != 2 or len(x) != n:
         raise Problem(
-            f'features have the shape {x.shape}, but there are {n} labels', 'give one row of numbers for each label'
+            f'features have the shape {x.shape}, but there are {n} labels',
+            'give one row of numbers for each label',
+            key='features',
         )
     wrong = np.flatnonzero(~np.isfinite(x).all(1))
     if len(wrong):
         raise Problem(
             f'the features of row {wrong[0]} are not finite ({len(wrong)} such rows)',
             'embed them again, or leave them out',
+            row=int(wrong[0]),
+            key='features',
         )
     return x
 
@@ -49,13 +53,16 @@ def _check_folds(classes, codes, n_folds):
         raise Problem(
             f"every row has the label {classes[0]!r}: one class leaves nothing to tell apart"
             if classes
-            else "there are no rows"
+            else "there are no rows",
+            key='labels',
         )
     if n_folds < 2:
         raise Problem(f'n_folds must be 2 or more, not {n_folds}', key='n_folds')
     if len(codes) < n_folds:
         raise Problem(
-            f'{len(codes)} rows cannot fill {n_folds} folds', f'set n_folds to {len(codes)} or less, or find more rows'
+            f'{len(codes)} rows cannot fill {n_folds} folds',
+            f'set n_folds to {len(codes)} or less, or find more rows',
+            key='n_folds',
         )
     alone = [c for c, n in zip(classes, np.bincount(codes)) if n == 1]
     if alone:

@@ -50,12 +50,17 @@ def _check_probabilities(probabilities, codes, classes):
     if p.shape != (len(codes), len(classes)):
         raise Problem(
             f"probabilities have the shape {p.shape}, not {(len(codes), len(classes))}: one row for each label "
-            f"and one column for each of {', '.join(map(repr, classes[:9]))}; name the columns with `classes` "
-            "where a class has no row"
+            f"and one column for each of {', '.join(map(repr, classes[:9]))}",
+            'name the columns with `classes` where a class has no row',
+            key='probabilities',
         )
     wrong = np.flatnonzero(~((p >= -CLOSE) & (p <= 1 + CLOSE)).all(1))
     if len(wrong):
-        raise Problem(f'row {wrong[0]} has a probability that is no number between 0 and 1', row=wrong[0])
+        raise Problem(
+            f'row {wrong[0]} has a probability that is no number between 0 and 1',
+            row=int(wrong[0]),
+            key='probabilities',
+        )
     return p
 
 

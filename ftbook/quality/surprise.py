@@ -16,7 +16,9 @@ from .matches import _check_texts
 def _start_token(tokenizer):
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
-        raise Problem('the tokenizer has neither a bos nor an eos token', 'say which token comes first (start)')
+        raise Problem(
+            'the tokenizer has neither a bos nor an eos token', 'say which token comes first (start)', key='start'
+        )
     return start
 
 # %% ../../nbs/inside/domain_measures.ipynb #87cc5e66
@@ -56,7 +58,10 @@ def bits_per_byte(
     "How surprised a language model is by each text."
     _check_texts(texts)
     if batch_size < 1 or max_length < 1:
-        raise Problem(f'batch_size and max_length must be 1 or more, not {batch_size} and {max_length}')
+        raise Problem(
+            f'batch_size and max_length must be 1 or more, not {batch_size} and {max_length}',
+            key='batch_size' if batch_size < 1 else 'max_length',
+        )
     start = _start_token(tokenizer) if start is None else start
     sizes = np.array([len(_utf8(t)) for t in texts], int)
     ids = [
@@ -83,7 +88,7 @@ def pool_bits(
     "One number for many texts, in which a long text counts for more."
     sizes = np.array([len(_utf8(t)) for t in texts])
     if len(sizes) != len(values):
-        raise Problem(f'{len(values)} values for {len(sizes)} texts')
+        raise Problem(f'{len(values)} values for {len(sizes)} texts', key='values')
     if not sizes.sum():
-        raise Problem('no text has a byte')
+        raise Problem('no text has a byte', key='texts')
     return float(np.nansum(values * sizes) / sizes.sum())

@@ -80,9 +80,7 @@ def _refuse(p, refused, n, where):
     if not refused:
         return
     skip = p.recipe.data.bad_rows == 'skip'
-    shown = '; '.join(
-        [why if why.startswith('row ') else f'row {i}: {why}' for i, why in refused[:3]] + ['...'] * (len(refused) > 3)
-    )
+    shown = '; '.join([str(problem) for _, problem in refused[:3]] + ['...'] * (len(refused) > 3))
     p.findings.add(
         'warning' if skip else 'error',
         where,
@@ -314,11 +312,12 @@ def _check_method(p):
     )
 
 # %% ../../nbs/inside/preflight_checks.ipynb #2059a27e
-def _by_file(why, row):
+def _by_file(problem, row, limit=None):
     "A complaint of `encode`, with the row's number in the file and the configuration's words."
-    why = re.sub('the first: row', 'such as row', why)  # they are shuffled by now
-    why = re.sub(r'^row \d+|(?<=such as )row \d+', f'row {row}', why)
-    return re.sub(r'give `max_length=(\d+)` to cut', r'set data.max_length to \1 to cut', why)
+    remedy = problem.remedy
+    if remedy and problem.where.key == 'max_length':
+        remedy = f'set data.max_length to {limit} to cut what is longer'
+    return Problem(problem.why, remedy, row=row, key=problem.where.key)
 
 # %% ../../nbs/inside/preflight_checks.ipynb #4be26354
 def _encode(p, rows, where):
@@ -326,13 +325,15 @@ def _encode(p, rows, where):
     d = p.recipe.data
     try:
         found = encode(rows, p.tokenizer, max_length=d.max_length, loss_on=d.loss_on, bad_rows='skip')
-    except ValueError as e:  # not one of them
-        p.findings.add('error', where, _by_file(str(e), rows[0]['row']))
+    except Problem as e:  # not one of them
+        row = None if e.where.row is None else rows[e.where.row]['row']
+        p.findings.add('error', where, str(_by_file(e, row, p.n_limit)))
         return Encoded(), []
     kept = [rows[e.index] for e in found]
     for e, row in zip(found, kept):
         e.index = row['row']
-    _refuse(p, sorted((rows[i]['row'], _by_file(why, rows[i]['row'])) for i, why in found.refused), len(rows), where)
+    refused = {rows[i]['row']: _by_file(problem, rows[i]['row'], p.n_limit) for i, problem in found.refused}
+    _refuse(p, sorted(refused.items()), len(rows), where)
     return found, kept
 
 # %% ../../nbs/inside/preflight_checks.ipynb #5069c665

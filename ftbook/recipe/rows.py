@@ -62,16 +62,20 @@ def name_label(
             i = bisect_left(keys.cuts, float(value))
             on_cut = float(value) in keys.cuts
         except (TypeError, ValueError):
-            raise Problem(f'{keys.label_column!r} must be a number to be cut, not {value!r}') from None
+            raise Problem(
+                f'{keys.label_column!r} must be a number to be cut, not {value!r}', key=keys.label_column
+            ) from None
         return None if on_cut and names[i + 1] is None else names[i]
     said = '' if value is None else str(value).strip()
     if not said:
-        raise Problem(f'{keys.label_column!r} is empty')
+        raise Problem(f'{keys.label_column!r} is empty', key=keys.label_column)
     if not names or said in names:
         return said
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
         return names[value]
-    raise Problem(f"{keys.label_column!r} is {value!r}, which is none of data.labels: {', '.join(names)}")
+    raise Problem(
+        f"{keys.label_column!r} is {value!r}, which is none of data.labels: {', '.join(names)}", key=keys.label_column
+    )
 
 # %% ../../nbs/inside/recipe_rows.ipynb #3941a793
 def find_labels(
@@ -99,10 +103,10 @@ def find_labels(
 def _classified(row, keys, labels):
     for column in (keys.text_column, keys.label_column):
         if column not in row:
-            raise Problem(f"no field {column!r}; it has {', '.join(map(repr, row)) or 'no field at all'}")
+            raise Problem(f"no field {column!r}; it has {', '.join(map(repr, row)) or 'no field at all'}", key=column)
     text = row[keys.text_column]
     if not isinstance(text, str):
-        raise Problem(f'field {keys.text_column!r} must be text, not {text!r:.60}')
+        raise Problem(f'field {keys.text_column!r} must be text, not {text!r:.60}', key=keys.text_column)
     label = name_label(row[keys.label_column], keys)
     return label and classification_row(text, label, keys.instruction, labels)
 
@@ -119,7 +123,7 @@ def shape_rows(
     rows: Sequence[dict],  # As they were read
     keys: DataKeys,  # What they are
     labels: Sequence[str] = (),  # Every label, for a classification
-    # Rows as prompt and completion, with their number under 'row'; (number, reason) of those that cannot be used
+    # Rows as prompt and completion, with their number under 'row'; (number, `Problem`) of those that cannot be used
 ) -> tuple[list, list]:
     "Bring rows into shape."
     shaped, refused = [], []
@@ -127,8 +131,8 @@ def shape_rows(
     for i, row in enumerate(rows):
         try:
             made = _shaped(row, shape, keys, labels)
-        except ValueError as e:
-            refused.append((i, str(e)))
+        except Problem as e:
+            refused.append((i, e.at(row=i)))
             continue
         if made:
             shaped.append(dict(made, row=i))

@@ -221,7 +221,7 @@ def _begin(loop, run, out, resume):
     "Find the checkpoint to go on from, or see that there is none."
     found = checkpoints(Path(out) / 'checkpoints') if out else []
     if found and not resume:
-        raise Problem(
+        raise FileExistsError(
             f'{out} holds a run that reached step {int(found[-1].name[5:])}: go on with it (`resume=True`), or '
             'choose another folder'
         )
@@ -229,8 +229,10 @@ def _begin(loop, run, out, resume):
         raise Problem('resume=True needs `out`, the folder of the run to go on with', key='resume')
     if found and loop.deepspeed:
         raise Problem(
-            "DeepSpeed keeps AdamW's moments to itself, so a run cannot go on under it: go on with ddp or "
-            "fsdp2, or begin in another folder"
+            "DeepSpeed keeps AdamW's moments to itself, so a run cannot go on under it",
+            'go on with ddp or fsdp2, or begin in another folder',
+            file=out,
+            key='resume',
         )
     if out:
         act_in_first(loop, lambda: _make_room(Path(out)))

@@ -32,6 +32,7 @@ def check_trainable(
         raise Problem(
             f'{low} is to be trained but is kept in {str(named[low].dtype)[6:]}, which rounds small updates away',
             "load the model in float32 and give mixed=True, precision='bfloat16'",
+            key='dtype',
         )
 
 # %% ../../nbs/inside/training_checks.ipynb #8c0603fc

@@ -84,7 +84,7 @@ def chunked_loss(
 ) -> Tensor:  # Summed loss in nats; divide by the number of targets for the mean
     "Cross-entropy of a linear head at `targets` only; peak memory is one chunk of logits."
     if len(hidden) != len(targets):
-        raise Problem(f'{len(hidden)} hidden states for {len(targets)} targets')
+        raise Problem(f'{len(hidden)} hidden states for {len(targets)} targets', key='targets')
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

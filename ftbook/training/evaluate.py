@@ -64,7 +64,7 @@ def evaluate(
 ) -> Evaluation:  # In the order of `examples`
     "Mean loss per target token, and the loss of every example; never more than a chunk of logits."
     if not examples:
-        raise Problem('there is no example to evaluate')
+        raise Problem('there is no example to evaluate', key='examples')
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     training = model.training
     found = {}

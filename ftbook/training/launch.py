@@ -149,7 +149,8 @@ def validate_config(
     if here and not found:
         found = list(_missing_here(c))
     if found:
-        raise Problem(f"{'the configuration' if isinstance(config, dict) else config}: " + '; '.join(found))
+        given = isinstance(config, dict)
+        raise Problem('the configuration: ' * given + '; '.join(found), file=None if given else config)
     return c
 
 # %% ../../nbs/inside/launch.ipynb #47fe7fea

@@ -68,7 +68,11 @@ def _with_fsdp(accelerator):
     if state.distributed_type != DistributedType.FSDP:
         return accelerator
     if not accelerator.is_fsdp2:
-        raise Problem('this run was launched with FSDP 1', 'set fsdp_version: 2 in the configuration of accelerate')
+        raise Problem(
+            'this run was launched with FSDP 1',
+            'set fsdp_version: 2 in the configuration of accelerate',
+            key='fsdp_version',
+        )
     state.fsdp_plugin.cpu_ram_efficient_loading = False  # every process has the weights already
     return accelerator
 
@@ -102,6 +106,7 @@ def check_world(
         raise Problem(
             f'batch_size {rows} leaves {world - rows} of {world} processes without a row in every step',
             f'raise batch_size to {world} or more, or start fewer processes',
+            key='batch_size',
         )
     if loop.deepspeed:
         _set_deepspeed(loop)
@@ -116,6 +121,7 @@ def _set_deepspeed(loop):
         raise Problem(
             "DeepSpeed's stage 3 hides the weights from the loop, which reads them for its loss and its checkpoints",
             'take fsdp2, which divides the same, or zero2',
+            key='zero_stage',
         )
     loop.deepspeed.deepspeed_config.update(
         train_micro_batch_size_per_gpu=1,
@@ -195,5 +201,5 @@ def as_sharding(
     "The name of an engine, as plans and configurations have it."
     name = 'fsdp2' if name == 'fsdp' else name
     if name not in DIVIDED:
-        raise Problem(f"sharding must be one of {', '.join(DIVIDED)}, not {name!r}")
+        raise Problem(f"sharding must be one of {', '.join(DIVIDED)}, not {name!r}", key='sharding')
     return name

@@ -42,14 +42,14 @@ def _records(source):
 # %% ../../nbs/inside/your_rows.ipynb #89c672e1
 def _first_refused(refused, keys):
     "The error for rows that cannot be used."
-    row, why = refused[0]
+    row, problem = refused[0]
     more = f' (and {len(refused) - 1} more rows)' if len(refused) > 1 else ''
     return Problem(
-        (
-            f'{why}{more}. The columns are {keys.text_column!r} and {keys.label_column!r}; name others with '
-            'keys=DataKeys(text_column=..., label_column=...)'
-        ),
+        f'{problem.why}{more}',
+        f'The columns are {keys.text_column!r} and {keys.label_column!r}; name others with '
+        'keys=DataKeys(text_column=..., label_column=...)',
         row=row,
+        key=problem.where.key,
     )
 
 

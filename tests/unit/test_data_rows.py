@@ -12,9 +12,9 @@ from ftbook.data.rows import assistant, row_parts, user
     [
         (
             dict(question="a"),
-            "row 7 has none of 'messages', 'prompt' with 'completion', 'text'; it has 'question'",
+            "row 7: there is none of 'messages', 'prompt' with 'completion', 'text'; it has 'question'",
         ),
-        (dict(prompt="a", answer="b"), "row 7 has no 'completion' beside 'prompt'; it has 'prompt', 'answer'"),
+        (dict(prompt="a", answer="b"), "row 7: there is no 'completion' beside 'prompt'; it has 'prompt', 'answer'"),
         (dict(prompt="a", completion=" "), "row 7: field 'completion' is empty"),
         (dict(prompt="a", completion=None), "'completion' is NoneType"),
         (dict(prompt="a", completion=[assistant("b")]), "'prompt' is str and 'completion' is list"),
@@ -24,7 +24,7 @@ from ftbook.data.rows import assistant, row_parts, user
             dict(messages=[user("a"), dict(role="assistant", content=3)]),
             "message 1 needs a 'content' that is a string",
         ),
-        ("text", "row 7 must be a dict, not str"),
+        ("text", "row 7: a row must be a dict, not str"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(row, said):

@@ -126,7 +126,7 @@ def test_a_killed_builders_scratch_folder_is_swept(tmp_path):
 def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):
     (tmp_path / 'theirs').mkdir()
     (tmp_path / 'theirs' / 'thesis.txt').touch()
-    with pytest.raises(ValueError, match='theirs exists and holds something'):
+    with pytest.raises(FileExistsError, match='theirs exists and holds something'):
         with _whole(tmp_path / 'theirs', 'mark'):
             pass
     _check_place(tmp_path / 'new', 'mark')

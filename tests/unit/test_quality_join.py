@@ -15,6 +15,6 @@ def test_a_pair_whose_bits_differ_too_much_is_passed_over():
 
 def test_bad_input_is_named_and_rows_without_words_match_nothing():
     check_fail(lambda: near_duplicates('one text'), contains='not one string')
-    check_fail(lambda: near_duplicates(['a', None]), contains='text 1 is NoneType')
+    check_fail(lambda: near_duplicates(['a', None]), contains='row 1: the text is NoneType')
     check_fail(lambda: near_duplicates(['a'], 0), contains='threshold must lie above 0')
     check_eq([len(near_duplicates(t)) for t in ([], [''], ['', '?'], ['?!', '?!'], ['yes', 'Yes!'])], [0, 0, 0, 0, 1])

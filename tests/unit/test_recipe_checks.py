@@ -1,5 +1,6 @@
 "Private helpers of ftbook.recipe.checks."
 
+from ftbook.problem import Problem
 from ftbook.recipe.checks import _by_file, _flat, _refuse, _strings, Prepared
 from ftbook.recipe.config import DataKeys, Recipe
 from ftbook.recipe.rows import find_labels, shape_rows
@@ -21,8 +22,9 @@ def test_rows_that_are_refused_are_counted_and_named():
 
 
 def test_a_complaint_names_the_row_of_the_file():
-    said = _by_file('row 2 has 9 tokens: give `max_length=8` to cut what is longer', 7)
-    assert said == 'row 7 has 9 tokens: set data.max_length to 8 to cut what is longer'
+    problem = Problem('9 tokens, max_length is None', 'give `max_length=8`', row=2, key='max_length')
+    said = str(_by_file(problem, 7, 8))
+    assert said == 'row 7: 9 tokens, max_length is None: set data.max_length to 8 to cut what is longer'
 
 
 def test_the_text_behind_an_instruction_is_found():

@@ -131,12 +131,24 @@ class Problems(Problem):
         return super().as_dict() | {'problems': [problem.as_dict() for problem in self.found]}
 
 # %% ../nbs/inside/keys.ipynb #40749c86
+def _told(part):
+    "A part of a schema as a file sees it: null for None, and no titles, which only repeat the names."
+    if isinstance(part, list):
+        return [_told(inner) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    part = {k: _told(v) for k, v in part.items() if k != 'title' or isinstance(v, dict)}
+    if isinstance(part.get('description'), str):
+        part['description'] = re.sub(r'\bNone\b', 'null', part['description'])
+    return part
+
+
 @lru_cache
 def schema_of(
     cls: type,  # Made by `checked`
 ) -> dict:  # A JSON schema
     "What a file of these keys may say."
-    return TypeAdapter(cls).json_schema()
+    return _told(TypeAdapter(cls).json_schema())
 
 
 @lru_cache
@@ -283,13 +295,16 @@ def problem_of(
     "What pydantic refuses, in our words."
     known = key_schemas(cls)
     found = {}
-    for key in dict.fromkeys(_key_at(e['loc'], cls) for e in error.errors(include_url=False)):
-        if key in known:
+    for e in error.errors(include_url=False):
+        key = _key_at(e['loc'], cls)
+        if e['type'] in ('unexpected_keyword_argument', 'invalid_key'):
+            found[key] = unknown_key(key, cls)
+        elif key in known:
             found[key] = wrong_value(key, known[key], _value_at(given, key), null)
         elif not key or names_in(cls, key):
             found[key] = wrong_section(key, cls, _value_at(given, key))
         else:
-            found[key] = unknown_key(key, cls)
+            found[key] = Problem(f'{key} must be a function, which only Python can give', key=key)
     problems = list(found.values())
     return problems[0] if len(problems) == 1 else Problems(problems)
 

@@ -37,9 +37,10 @@ from ..methods.bottleneck_method import Bottleneck
 from ..methods.summary import trainable_summary
 from ..models.device import peak_memory, probe_device
 from ..models.load import load_model
-from .checks import _answer, choose_precision, Prepared
+from .checks import _answer, Prepared
 from .config import METHODS
 from .job import Job
+from .machine import choose_precision
 from .judge import _empty, at_once, Attempts, judge, named_first
 from ..show.bar_chart import bars
 from ..show.charts import plot
@@ -115,7 +116,7 @@ def collect(
     attempt=at_once,  # As for `measure`
 ) -> dict:  # What report.json holds
     "The facts of a run."
-    seed, summary, (device, dtype, precision) = p.recipe.seed, trainable_summary(model), choose_precision(p.recipe)
+    seed, summary, (device, dtype, mixed) = p.recipe.seed, trainable_summary(model), choose_precision(p.recipe)
 
     def texts():
         return {
@@ -147,7 +148,8 @@ def collect(
         device=device,
         threads=torch.get_num_threads(),
         dtype=str(dtype)[6:],
-        precision=precision,
+        precision=mixed or str(dtype)[6:],
+        mixed=mixed is not None,
         device_reasons=probe_device(p.recipe.model.device).reasons,
         findings=[asdict(f) for f in p.findings],
         ended=time.strftime('%Y-%m-%d %H:%M:%S'),

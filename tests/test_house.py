@@ -158,6 +158,7 @@ floors = [
     ["recipe"],
     ["use"],
     ["choose"],
+    ["commands"],
     ["cli"],
 ]
 floor = {name: n for n, row in enumerate(floors) for name in row}

@@ -90,11 +90,12 @@ def checked(
 
     @wraps(fill)
     def __init__(self, *args, **given):
+        known = {name: value for name, value in given.items() if name in made.__signature__.parameters}
+        given |= made.__signature__.bind_partial(*args, **known).arguments
         try:
-            fill(self, *args, **given)
+            fill(self, **given)
         except ValidationError as e:
-            names = made.__dataclass_fields__
-            raise problem_of(e, made, dict(zip(names, args)) | given, null='None') from None
+            raise problem_of(e, made, given, null='None') from None
 
     made.__init__ = __init__
     made.__signature__ = _signature(made)
@@ -226,7 +227,9 @@ def nearest_key(
     name = path.rpartition('.')[2]
     same = [key for key, last in known.items() if last == name] or difflib.get_close_matches(path, known, 1, 0.8)
     close = difflib.get_close_matches(name, known.values(), 1)
-    return ' or '.join(same or [key for key, last in known.items() if [last] == close])
+    found = same or [key for key, last in known.items() if [last] == close]
+    section = path.rpartition('.')[0]
+    return ' or '.join(sorted(found, key=lambda key: key.rpartition('.')[0] != section))
 
 
 def unknown_key(
@@ -254,6 +257,7 @@ def wrong_value(
 ) -> Problem:
     "The problem with a value that a key does not take."
     wanted = ', '.join(filter(None, [type_words(schema, null), rule_words(schema)]))
+    value = _from_text(value) if 'a number' in wanted else value
     quotes = 'YAML reads yes, no, on and off as true and false: put them in quotes'
     remedy = quotes if 'text' in wanted and _has_switch(value) else ''
     return Problem(f'{key} must be {wanted}, not {value!r}', remedy, key=key)
@@ -270,11 +274,8 @@ def wrong_section(
 
 # %% ../nbs/inside/keys.ipynb #4b5777ac
 def _key_at(loc, cls):
-    "The dotted key that pydantic means: it goes on into lists and unions, and counts positional arguments."
-    names = list(cls.__dataclass_fields__)
-    if not loc:
-        return ''
-    name = names[loc[0]] if isinstance(loc[0], int) and loc[0] < len(names) else str(loc[0])
+    "The dotted key that pydantic means, whose own places go on into lists and unions."
+    name = str(loc[0]) if loc else ''
     if name in names_in(cls) and name not in key_schemas(cls) and len(loc) > 1:
         return f'{name}.{loc[1]}'
     return name

@@ -121,7 +121,7 @@ def _sized(text):
     size = re.fullmatch(r'(\d+\.?\d*)([KMG]?)B?', text.strip().upper())
     n = int(float(size[1]) * {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}[size[2]]) if size else 0
     if n < 1:
-        raise Problem(f'--shard must be a size, not {text!r}', 'such as 5GB', key='--shard')
+        raise Problem(f'--shard must be a size such as 5GB, not {text!r}', key='--shard')
     return n
 
 # %% ../../nbs/inside/commands.ipynb #0de961cf

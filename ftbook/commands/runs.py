@@ -89,7 +89,7 @@ def _changes(given):
         key, sign, value = line.partition('=')
         section, _, name = key.strip().rpartition('.')
         if not sign or not name or '.' in section:
-            raise Problem(f'--set takes KEY=VALUE, not {line!r}', 'such as train.epochs=2', key='--set')
+            raise Problem(f'--set takes KEY=VALUE, such as train.epochs=2, not {line!r}', key='--set')
         try:
             (tree.setdefault(section, {}) if section else tree)[name] = yaml.load(value, _Loader)
         except (yaml.YAMLError, TypeError) as e:

@@ -186,7 +186,7 @@ def train_model(
         return finetune(
             model,
             p.train,
-            p.validation or None,
+            eval_examples=p.validation or None,
             settings=settings,
             out=job.out,
             resume=bool(checkpoints(job.out / 'checkpoints')),

@@ -30,7 +30,7 @@ def _from_text(value):
     "A number that YAML has left as text, as a number."
     return float(value) if isinstance(value, str) and _NUMERAL.fullmatch(value) else value
 
-
+# %% ../nbs/inside/keys.ipynb #70596226
 numeral = BeforeValidator(_from_text)
 Text = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
@@ -43,7 +43,7 @@ NotNegative = Annotated[float, Strict(), Field(ge=0), numeral]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1), numeral]
 Precision = Literal['float32', 'bfloat16', 'float16']
 
-
+# %% ../nbs/inside/keys.ipynb #7938556f
 def _from_python(value):
     "A value that no file can hold."
     if value is None or isinstance(value, (str, int, float, list, dict)):
@@ -69,7 +69,7 @@ def _plain(hint):
         return Union[tuple(_plain(option) for option in get_args(hint))]
     return list[_plain(get_args(hint)[0])] if get_origin(hint) is list else hint
 
-
+# %% ../nbs/inside/keys.ipynb #08a15f79
 def _signature(cls):
     "What an editor shows: every field with its plain type, its default and its help."
     told = []
@@ -79,7 +79,7 @@ def _signature(cls):
         told.append(p.replace(annotation=Annotated[kind, words[0]] if words else kind))
     return inspect.Signature(told)
 
-
+# %% ../nbs/inside/keys.ipynb #c33bdcc2
 def checked(
     cls: type,  # Its fields are annotated: a type, and a sentence of help
 ) -> type:  # A dataclass that raises a `Problem` where a value is wrong
@@ -143,7 +143,7 @@ def _told(part):
         part['description'] = re.sub(r'\bNone\b', 'null', part['description'])
     return part
 
-
+# %% ../nbs/inside/keys.ipynb #1ff96a66
 @lru_cache
 def schema_of(
     cls: type,  # Made by `checked`
@@ -151,7 +151,7 @@ def schema_of(
     "What a file of these keys may say."
     return _told(TypeAdapter(cls).json_schema())
 
-
+# %% ../nbs/inside/keys.ipynb #c6fab18e
 @lru_cache
 def key_schemas(
     cls: type,  # Made by `checked`
@@ -168,7 +168,7 @@ def key_schemas(
 
     return dict(walk(whole, ''))
 
-
+# %% ../nbs/inside/keys.ipynb #6a26bba7
 def names_in(
     cls: type,  # Made by `checked`
     section: str = '',  # Dotted; '' is the top
@@ -196,7 +196,7 @@ def type_words(
         return f"names with {type_words(schema['additionalProperties'], null)} each"
     return null if kind == 'null' else _words[kind]
 
-
+# %% ../nbs/inside/keys.ipynb #30011bfe
 def rule_words(
     schema: dict,  # Of one key
 ) -> str:  # Completes 'it must be ...'; '' where every value of the type will do
@@ -262,7 +262,7 @@ def wrong_value(
     remedy = quotes if 'text' in wanted and _has_switch(value) else ''
     return Problem(f'{key} must be {wanted}, not {value!r}', remedy, key=key)
 
-
+# %% ../nbs/inside/keys.ipynb #a237bb19
 def wrong_section(
     key: str,  # Dotted; '' is the top
     cls: type,  # Made by `checked`
@@ -286,7 +286,7 @@ def _value_at(given, key):
         given = given[name] if name in given else next(v for k, v in given.items() if str(k) == name)
     return given
 
-
+# %% ../nbs/inside/keys.ipynb #1a92dfa0
 def problem_of(
     error: ValidationError,  # From pydantic
     cls: type,  # Made by `checked`

@@ -84,20 +84,26 @@ def plan(
     print(json.dumps(told | dict(figure=str(file))) if as_json else f'{text}\n\n{file}')
 
 # %% ../../nbs/inside/commands.ipynb #0e453cd2
-def _plan(model, gpu, method, quantize, settings):
-    "(text, figure, numbers) of a plan."
-    from functools import partial
-    from ftbook.methods.lora_method import LoRA
-    from ftbook.memory.plan import plan
-    from ftbook.memory.advice import plan_report
+def _check_quantize(quantize, method):
+    "Refuse a way to quantise that there is not, or that trains nothing."
     from ftbook.methods.codebooks import VALUES
-    from ftbook.methods.quant import quantize_
 
     if quantize and quantize not in VALUES:
         raise Problem(f"--quantize must be one of {', '.join(VALUES)}, not {quantize!r}", key='--quantize')
     if quantize and method is None:
         why = '--quantize freezes the weights and --method full trains them'
         raise Problem(why, 'take an adapter such as lora', key='--quantize')
+
+
+def _plan(model, gpu, method, quantize, settings):
+    "(text, figure, numbers) of a plan."
+    from functools import partial
+    from ftbook.methods.lora_method import LoRA
+    from ftbook.memory.plan import plan
+    from ftbook.memory.advice import plan_report
+    from ftbook.methods.quant import quantize_
+
+    _check_quantize(quantize, method)
     given = settings | dict(quantize=partial(quantize_, kind=quantize) if quantize else None)
     text, figure = plan_report(model, method, gpu=gpu, offered=dict(method=LoRA(), quantize=quantize_), **given)
     p = plan(model, method, **given)
@@ -123,6 +129,19 @@ def _sized(text):
     if n < 1:
         raise Problem(f'--shard must be a size such as 5GB, not {text!r}', key='--shard')
     return n
+
+# %% ../../nbs/inside/commands.ipynb #d6b05e43
+def _merge_told(plan, made, folder):
+    "What a program wants to know of a merge, or of its plan where nothing was made."
+    told = dict(
+        method=plan.recipe.name,
+        models=[m.name for m in plan.models],
+        tensors=len(plan.jobs),
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        notes=made.notes if made else plan.notes,
+    )
+    return told | (dict(folder=str(folder), seconds=made.seconds, hashes=made.hashes) if made else {})
 
 # %% ../../nbs/inside/commands.ipynb #0de961cf
 @app.command()
@@ -173,18 +192,8 @@ def merge(
                 plan, folder, seed=seed, threads=threads, shard=size, hashes=hashes, overwrite=overwrite, progress=True
             )
         )
-    told = dict(
-        method=plan.recipe.name,
-        models=[m.name for m in plan.models],
-        tensors=len(plan.jobs),
-        bytes_read=plan.bytes_read,
-        bytes_written=plan.bytes_written,
-        notes=made.notes if made else plan.notes,
-    )
-    if made:
-        told |= dict(folder=str(folder), seconds=made.seconds, hashes=made.hashes)
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(_merge_told(plan, made, folder)))
     elif not made:
         print(plan)
     # the plan has said the rest
@@ -197,6 +206,18 @@ def merge(
         )
 
 # %% ../../nbs/inside/commands.ipynb #4c89c461
+def _shipped():
+    "The shipped models, and whether they are here."
+    from ftbook.models.shipped import SHIPPED
+    from ftbook.files import cache_dir
+
+    here = cache_dir() / 'models'
+    return [
+        dict(name=n, kind=s.kind, package=f'{s.package} {s.version}', ready=(here / n).is_dir())
+        for n, s in SHIPPED.items()
+    ]
+
+
 @app.command()
 def models(
     as_json: Json = False,  # JSON on stdout
@@ -204,14 +225,9 @@ def models(
 ):
     "List the shipped models, and the device that is chosen here."
     with _guarded(as_json, debug):
-        from ftbook.models.shipped import SHIPPED
-        from ftbook.files import cache_dir
         from ftbook.models.device import probe_device
 
-        shipped = [
-            dict(name=n, kind=s.kind, package=f'{s.package} {s.version}', ready=(cache_dir() / 'models' / n).is_dir())
-            for n, s in SHIPPED.items()
-        ]
+        shipped = _shipped()
         device = probe_device()
     if as_json:
         return print(

@@ -51,12 +51,8 @@ def training_bytes(
     "Bytes that a model and AdamW hold during training; activations come on top."
     each = TRAINING.get((precision, mixed))
     if each is None:
-        known = '; '.join(f'precision={p!r}, mixed={m}' for p, m in TRAINING)
-        raise Problem(
-            f'nothing is trained with precision={precision!r}, mixed={mixed}',
-            f'take one of {known}',
-            key='precision',
-        )
+        why = f'nothing is trained with precision={precision!r}, mixed={mixed}'
+        raise Problem(why, f'take a pair of {list(TRAINING)}', key='precision')
     n_trained = n if n_trained is None else n_trained
     n_frozen = n - n_trained
     if not 0 <= n_nf4 <= n_frozen <= n:
@@ -141,13 +137,12 @@ def scale_bytes(
     if method not in ('full', 'LoRA', 'QLoRA'):
         raise Problem(f'method must be full, LoRA or QLoRA, not {method!r}', key='method')
     n = sum(count_parameters(model).values())
+    kept = dict(precision=precision, mixed=mixed)
     if method == 'full':
-        return training_bytes(n, precision=precision, mixed=mixed)
+        return training_bytes(n, **kept)
     n_trained = adapter_parameters(model, rank)
     n_nf4 = sum(s.numel() for s in _matrices(model)) if method == 'QLoRA' else 0
-    return training_bytes(
-        n + n_trained, n_trained=n_trained, n_nf4=n_nf4, precision=precision, mixed=mixed
-    )
+    return training_bytes(n + n_trained, n_trained=n_trained, n_nf4=n_nf4, **kept)
 
 # %% ../../nbs/02_model_scale.ipynb #6d0609ee
 def gpus_needed(

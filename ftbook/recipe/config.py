@@ -305,7 +305,7 @@ def _every_weight(r):
             key='model.dtype',
         )
 
-
+# %% ../../nbs/inside/recipe_keys.ipynb #cdd1db40
 def _precisions(r):
     "What is wrong with the precisions of the recipe `r`, or None."
     wanted, weights = r.train.precision, r.model.dtype
@@ -314,7 +314,7 @@ def _precisions(r):
         return Problem(why, 'take bfloat16 or float16, or leave one of them out', key='train.precision')
     whole = r.train.mixed is False or wanted == 'float32'
     if whole and wanted and weights and wanted != weights:
-        why = f'train.precision {wanted} without train.mixed is the precision of the weights, and model.dtype is {weights}'
+        why = f'train.precision is {wanted}, and model.dtype is {weights}, without train.mixed'
         return Problem(why, 'leave one of them out, or set train.mixed: true', key='train.precision')
 
 

@@ -106,7 +106,7 @@ def _check_method(p):
 
 # %% ../../nbs/inside/machine_checks.ipynb #c0fed958
 def _mixed(train, weights, by_itself):
-    "The precision of the products, by what a recipe says and what would be chosen; None where it is that of the weights."
+    "The precision of the products, by what a recipe says and what would be chosen; None: as the weights."
     if train.mixed is False:
         return None
     wanted = train.precision or by_itself

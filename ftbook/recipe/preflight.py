@@ -43,6 +43,14 @@ _checks = {
 }
 
 
+def _take(p, where, step):
+    "Take one step; an error that ends it is one more finding."
+    try:
+        step(p)
+    except (ValueError, OSError, ImportError) as e:
+        note_problem(p.findings, where, e)
+
+
 def prepare(
     recipe: Recipe,  # What is to be done
     out: str | Path | None = None,  # The folder that will be written; None: nothing will be
@@ -54,10 +62,7 @@ def prepare(
     if problem:
         note_problem(p.findings, problem.where.key, problem)
     for where, step in _checks.items() if not problem else ():
-        try:
-            step(p)
-        except (ValueError, OSError, ImportError) as e:
-            note_problem(p.findings, where, e)
+        _take(p, where, step)
     return p
 
 # %% ../../nbs/25_preflight.ipynb #8a95df89

@@ -81,7 +81,8 @@ class Settings:
     ] = None
     mixed: Annotated[
         Flag | None,
-        "products in 16 bits, trained weights in float32; None: no, in a recipe by device and method",
+        "products in 16 bits over trained weights in float32; "
+        "None: no, in a recipe by device and method",
     ] = None
     gradient_checkpointing: Annotated[
         Flag, "compute activations again instead of keeping them"

@@ -434,14 +434,13 @@ def plan_run(
     model: nn.Module,  # As it will be trained
     examples: list[Example],  # What it will be trained on
     settings: Settings | None = None,  # Of `finetune`; None: its defaults
-    **more,  # For `plan`
+    **more,  # For `plan`, instead of what the settings say
 ) -> Plan:  # Of the longest rows, as many as run together
     "The plan of a run of `finetune`."
     settings = (settings or Settings()).settled(model.device.type)
     longest = max(map(len, examples))
     together = max(1, min(settings.batch_size, settings.max_tokens // longest))
-    return plan(
-        model,
+    given = dict(
         seq_len=longest,
         batch_size=together,
         pieces=2 if settings.batch_size > together else 1,
@@ -449,5 +448,5 @@ def plan_run(
         precision=settings.autocast,
         mixed=settings.mixed,
         gradient_checkpointing=settings.gradient_checkpointing,
-        **more,
     )
+    return plan(model, **given | more)

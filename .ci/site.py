@@ -112,6 +112,7 @@ def build() -> None:
         style.write_text(
             re.sub(r'@import url\("?https?:[^)]*\);?', "", style.read_text(encoding="utf-8")), encoding="utf-8"
         )
+    shutil.copy(root / "ftbook/assets/recipe.schema.json", root / "_docs")  # where recipes say that it is
     done = {p.resolve(): finish_page(p) for p in sorted((root / "_docs").rglob("*.html"))}
     for path in done:
         add_places(path)

@@ -50,7 +50,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "quickstart", "train", "check", "audit", "plan", "recommend", "fewshot", "merge", "models"]
+    "name", ["", "quickstart", "train", "check", "keys", "audit", "plan", "recommend", "fewshot", "merge", "models"]
 )
 def test_help(name):
     done = ftbook(*[name] * bool(name), "--help")
@@ -119,19 +119,24 @@ broken = [
     (good_rows() + ["{'broken': 1}"], {}, "data.source", r"rows.jsonl:61: broken JSON"),
     (good_rows() + ['["a", "list"]'], {}, "data.source", r"rows.jsonl:61: "),
     (good_rows() + [{"text": "no label"}], {}, "data.source", r"row 60: no field 'label'; it has 'text'"),
-    ([dict(question="q")], {}, "data.source", r"the rows have the fields 'question'; wanted are messages"),
+    (
+        [dict(question="q", answer="a")],
+        {},
+        "data.source",
+        r"no column looks like a label; there are 'question', 'answer'",
+    ),
     (good_rows() + [{"text": 5, "label": "bad"}], {}, "data.source", r"row 60: field 'text' must be text, not 5"),
     (
         [dict(prompt=f"q{i}", completion=i) for i in range(29)],
         {},
         "data.source",
-        r"none of 9 rows can be used; such as row \d+: .*must be strings",
+        r"row \d+: none of 9 rows can be used; this one: .*must be strings",
     ),
     (
         [dict(messages=f"q{i}") for i in range(29)],
         {},
         "data.source",
-        r"none of 9 rows can be used; such as row \d+: field 'messages' must be a list",
+        r"row \d+: none of 9 rows can be used; this one: field 'messages' must be a list",
     ),
     (
         [dict(prompt=f"q{i}", completion="" if i < 3 else "a") for i in range(29)],
@@ -149,7 +154,7 @@ broken = [
         [dict(prompt="word " * 300 + str(i), completion="a") for i in range(29)],
         {},
         "data.source",
-        r"row \d+ has \d+ tokens.*the model's limit is 256: set data.max_length to 256",
+        r"row \d+: .*\d+ tokens, the model's limit is 256.* -> set data.max_length to 256",
     ),
     (
         good_rows(),
@@ -162,9 +167,9 @@ broken = [
         good_rows(),
         dict(method=dict(target_modules=["query"])),
         "method",
-        r"'query'.* matches nothing. These would match: q_proj \(2\), k_proj \(2\), v_proj",
+        r"'query'.* matches nothing -> These would match: q_proj \(2\), k_proj \(2\), v_proj",
     ),
-    (good_rows(), dict(method=dict(target_modules=".*query")), "method", r"matches nothing. These would match: q_proj"),
+    (good_rows(), dict(method=dict(target_modules=".*query")), "method", r"matches nothing -> These would match: q_proj"),
 ]
 
 
@@ -175,11 +180,12 @@ def test_bad_input_is_said_and_nothing_is_written(desk, tiny, name, rows, sectio
     write_config(desk / "it.yaml", tiny_config(tiny, "rows.jsonl", **sections))
     before = files(desk)
     done = ftbook(name, "it.yaml")
-    said = done.stdout if name == "check" else done.stderr
+    said = " ".join((done.stdout if name == "check" else done.stderr).split())
     assert done.exit_code == 1 and re.search(says, said) and where in said, done.output
     told = json.loads(ftbook(name, "it.yaml", "--json").stdout)
     found = told if name == "check" else told["findings"]
-    assert any(f["level"] == "error" and f["where"] == where and re.search(says, f["message"]) for f in found)
+    errors = [f for f in found if f["level"] == "error" and f["where"] == where]
+    assert any(re.search(says, f"{f['message']} -> {f['remedy']}") for f in errors)
     assert files(desk) == before and not (desk / "ftbook-runs").exists()
 
 
@@ -212,7 +218,7 @@ def test_a_missing_chat_template(desk, tiny):
     write_config(desk / "it.yaml", tiny_config(bare, "rows.jsonl"))
     for name in ("check", "train"):
         done = ftbook(name, "it.yaml")
-        assert done.exit_code == 1 and "has no chat template" in done.output
+        assert done.exit_code == 1 and "messages need a chat template, and the tokenizer has none" in done.output
 
 
 @pytest.mark.parametrize(
@@ -237,6 +243,40 @@ def test_a_bad_configuration_is_said(desk, name, text, says):
     done = ftbook(name, "it.yaml")
     assert done.exit_code == 1 and done.stdout == "" and says in done.stderr and "it.yaml" in done.stderr
     assert says in json.loads(ftbook(name, "it.yaml", "--json").stdout)["error"]
+
+
+def test_a_problem_is_told_in_lines_and_in_fields(desk):
+    (desk / "it.yaml").write_text("method: {rnak: 8}")
+    done = ftbook("check", "it.yaml")
+    keys = "type, rank, alpha"
+    assert done.stderr.startswith(
+        f"ftbook: it.yaml, method.rnak\n  unknown key method.rnak\n  -> did you mean method.rank? Keys in method: {keys}"
+    )
+    told = json.loads(ftbook("check", "it.yaml", "--json").stdout)["problem"]
+    assert (told["file"], told["key"], told["row"], told["why"]) == (
+        "it.yaml",
+        "method.rnak",
+        None,
+        "unknown key method.rnak",
+    )
+
+
+def test_all_wrong_keys_are_told_at_once(desk):
+    (desk / "it.yaml").write_text("method: {rnak: 8}\ntrain: {lr: fast}")
+    done = ftbook("train", "it.yaml")
+    assert done.exit_code == 1 and done.stderr.startswith("ftbook: it.yaml\n")
+    assert "unknown key method.rnak" in done.stderr and "train.lr must be a number" in done.stderr
+    told = json.loads(ftbook("train", "it.yaml", "--json").stdout)["problem"]["problems"]
+    assert sorted(p["key"] for p in told) == ["method.rnak", "train.lr"]
+
+
+def test_keys_are_listed_and_the_schema_is_written(desk):
+    told = ftbook("keys").stdout
+    assert all(key["key"] in told for key in recipe_config.list_keys())
+    assert json.loads(ftbook("keys", "--schema").stdout) == recipe_config.recipe_schema()
+    assert [k["key"] for k in json.loads(ftbook("keys", "--json").stdout)] == [
+        k["key"] for k in recipe_config.list_keys()
+    ]
 
 
 def test_a_configuration_that_is_not_there(desk):

@@ -149,7 +149,7 @@ for name in {order}:
 # Each package leans on those of the rows above its own, and on no other.
 floors = [
     ["problem"],
-    ["files", "ghost", "house"],
+    ["files", "ghost", "house", "keys"],
     ["show"],
     ["models"],
     ["data"],
@@ -158,6 +158,7 @@ floors = [
     ["recipe"],
     ["use"],
     ["choose"],
+    ["commands"],
     ["cli"],
 ]
 floor = {name: n for n, row in enumerate(floors) for name in row}

@@ -32,6 +32,7 @@ from ftbook.methods.bottleneck_method import Bottleneck
 from ftbook.methods.prompt_tuning import PromptTuning
 from ftbook.memory.plan import GIB, plan
 from ftbook.training.optimizer_names import in_backward
+from ftbook.training.settings import Settings
 from ftbook.training.optimizers import AdamW8bit, Adafactor, LossScaler, dynamic_levels
 from ftbook.memory.step import Setting
 from ftbook.memory.advice import advise, largest, plan_report
@@ -74,13 +75,13 @@ def real(config, s, method=None):
             training_optimizer_names.parameter_groups([p for p in model.parameters() if p.requires_grad])
         )
         return (
-            measure_peak(lambda: memory_step.run_steps(objective, batch, optimizer, s.precision, s.pieces)).peak
+            measure_peak(lambda: memory_step.run_steps(objective, batch, optimizer, s.autocast, s.pieces)).peak
             - others
         )
 
 
 def head_scratch(n, vocabulary=2000, width=64):
-    """The most that the CPU's bf16 kernels allocate beside their results in the head's three products: no plan can know
+    """The most that the CPU's bfloat16 kernels allocate beside their results in the head's three products: no plan can know
     it, and a model this small shows it."""
     h, w, logits = (torch.randn(*size).bfloat16() for size in ((n, width), (vocabulary, width), (n, vocabulary)))
     products = [
@@ -98,12 +99,12 @@ def head_scratch(n, vocabulary=2000, width=64):
         dict(gradient_checkpointing=True),
         dict(optimizer="adafactor"),
         dict(optimizer="adamw8bit"),
-        dict(precision="bf16"),
+        dict(precision="bfloat16", mixed=True),
         dict(fast=False),
         dict(pieces=2, batch_size=2),
         dict(optimizer=in_backward()),
     ],
-    ids=["plain", "checkpointing", "adafactor", "8-bit", "bf16", "slow", "pieces", "in backward"],
+    ids=["plain", "checkpointing", "adafactor", "8-bit", "mixed", "slow", "pieces", "in backward"],
 )
 def test_the_plan_is_the_allocators(how):
     s = dict(seq_len=128) | how
@@ -158,7 +159,9 @@ attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
 @experts
 @pytest.mark.parametrize("method", [None, LoRA(target_modules=attention)], ids=["full", "LoRA"])
 @pytest.mark.parametrize(
-    "how", [{}, dict(gradient_checkpointing=True), dict(precision="bf16")], ids=["plain", "checkpointing", "bf16"]
+    "how",
+    [{}, dict(gradient_checkpointing=True), dict(precision="bfloat16", mixed=True)],
+    ids=["plain", "checkpointing", "mixed"],
 )
 def test_experts_are_planned_as_the_allocator_has_them(config, method, how):
     beside = head_scratch(127) if "precision" in how else 0
@@ -509,7 +512,7 @@ def trained(model, error, **how):
 
     rows = [Example([1] * 40, [False] + [True] * 39) for _ in range(8)]
     with memory_failures.explaining_out_of_memory(
-        model, lambda: memory_plan.plan_run(model, rows, batch_size=2, **how)
+        model, lambda: memory_plan.plan_run(model, rows, Settings(batch_size=2), **how)
     ):
         training_tune.finetune(model, rows, batch_size=2, callbacks=[die], progress=False)
 
@@ -569,8 +572,10 @@ def test_a_real_refusal_is_known_and_another_error_is_left_alone():
         (dict(batch_size=-1), "batch_size must be"),
         (dict(dtype="int3"), "dtype must be one of"),
         (dict(optimizer="adam9"), "optimizer must be one of"),
-        (dict(precision="fp16"), "needs a GPU"),
+        (dict(precision="float16", mixed=True), "needs a GPU"),
         (dict(precision="fp8"), "precision must be"),
+        (dict(precision="float32", mixed=True), "leave mixed out"),
+        (dict(precision="bfloat16", dtype="float32"), "leave one of them out"),
         (dict(device="tpu"), "'cpu' or 'cuda'"),
         (dict(sharding="zero9"), "sharding must be"),
         (dict(sharding="ddp", n_devices=0), "n_devices must be"),

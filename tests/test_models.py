@@ -564,14 +564,15 @@ def test_a_step_holds_what_the_arithmetic_says(precision):
     held = sum(p.nbytes + p.grad.nbytes for p in model.parameters()) + sum(
         s[k].nbytes for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")
     )
-    assert held == sum(training_bytes(sum(count_parameters(model).values()), precision=precision).values())
+    n = sum(count_parameters(model).values())
+    assert held == sum(training_bytes(n, precision=precision, mixed=False).values())
 
 
 def test_frozen_weights_cost_only_themselves():
-    got = training_bytes(1000, n_trained=10, n_nf4=640, precision="bfloat16")
+    got = training_bytes(1000, n_trained=10, n_nf4=640, precision="bfloat16", mixed=False)
     assert got == {"frozen weights": 1031, "trained weights": 20, "gradients": 20, "AdamW": 40, "master copy": 0}
-    assert sum(training_bytes(1000, n_trained=0, precision="float32").values()) == 4000
-    for bad in (dict(n_trained=1001), dict(n_trained=-1), dict(n_nf4=1), dict(n_trained=1, n_nf4=-1)):
+    assert sum(training_bytes(1000, n_trained=0, precision="float32", mixed=False).values()) == 4000
+    for bad in (dict(n_trained=1001), dict(n_trained=-1), dict(n_nf4=1), dict(n_trained=1, n_nf4=-1), dict(precision="float32")):
         with pytest.raises(ValueError):
             training_bytes(1000, **bad)
 

@@ -884,14 +884,14 @@ def test_finetune_and_evaluate(method, examples):
 
 
 @both_kinds
-@pytest.mark.parametrize("precision, dtype", [("bf16", torch.float32), (None, torch.bfloat16)])
-def test_other_precisions(method, precision, dtype, examples):
+@pytest.mark.parametrize("mixed, dtype", [(True, torch.float32), (None, torch.bfloat16)])
+def test_other_precisions(method, mixed, dtype, examples):
     from ftbook.training.tune import finetune
 
     want = finetune(method.apply(make("Llama")), examples, lr=0.05, batch_size=4, max_steps=6, progress=False)
     m = method.apply(make("Llama").to(dtype))
     assert {p.dtype for p in m.parameters() if p.requires_grad} == {torch.float32}
-    run = finetune(m, examples, lr=0.05, batch_size=4, max_steps=6, precision=precision, progress=False)
+    run = finetune(m, examples, lr=0.05, batch_size=4, max_steps=6, mixed=mixed, progress=False)
     assert abs(run.history[-1]["loss"] - want.history[-1]["loss"]) < 0.05
     ids = tokens()
     assert m.eval().generate(ids, **say).shape == (2, 20) and logits(m, ids).dtype == dtype

@@ -14,6 +14,7 @@ from ftbook.recipe import config as recipe_config
 from ftbook.recipe import facts as recipe_facts
 from ftbook.recipe import job as recipe_job
 from ftbook.recipe import judge as recipe_judge
+from ftbook.recipe import machine as recipe_machine
 from ftbook.recipe import preflight as recipe_preflight
 from ftbook.recipe import report as recipe_report
 from ftbook.recipe import rows as recipe_rows
@@ -26,6 +27,8 @@ from ftbook.methods.files import load_adapter
 from ftbook.methods.fold import remove_
 from ftbook.models.load import load_model
 from ftbook.models.shipped import model_folder
+from ftbook.problem import Problem
+from ftbook.training.settings import Settings
 from ftbook.training.tune import finetune
 from tiny import good_rows, save_tiny_model, tiny_config, write_config, write_rows
 
@@ -45,25 +48,17 @@ def make(tiny, tmp_path):
 # The configuration
 
 
-def test_train_keys_are_the_arguments_of_finetune():
-    names, known = {f.name for f in fields(recipe_config.TrainKeys)}, inspect.signature(finetune).parameters
-    assert names <= set(known)
-    left_out = {
-        "model",
-        "examples",
-        "seed",
-        "eval_examples",
-        "out",
-        "resume",
-        "fast",
-        "regularizer",
-        "callbacks",
-        "progress",
-    }
-    assert set(known) - names == left_out, "a new argument of finetune is a key, or is left out on purpose"
-    for f in fields(recipe_config.TrainKeys):
-        if f.name not in ("lr",):
-            assert getattr(recipe_config.TrainKeys(), f.name) == known[f.name].default, f.name
+def test_finetune_takes_every_setting_by_name():
+    known = inspect.signature(finetune).parameters
+    own = ["model", "examples", "eval_examples", "settings", "out", "resume", "callbacks", "progress"]
+    assert list(known)[:8] == own and list(known)[-1] == "changes"
+    assert list(known)[8:-1] == [f.name for f in fields(Settings)]
+    assert all(known[f.name].default == f.default for f in fields(Settings))
+
+
+def test_the_keys_of_train_are_the_settings():
+    keys = {k["key"].removeprefix("train.") for k in recipe_config.list_keys() if k["key"].startswith("train.")}
+    assert keys == {f.name for f in fields(Settings)} - {"regularizer"}
 
 
 def test_method_keys_are_the_arguments_of_the_methods():
@@ -90,19 +85,19 @@ def test_method_keys_are_the_arguments_of_the_methods():
 
 
 def test_defaults_obey_their_own_rules():
-    found = recipe_config.make_recipe(yaml.safe_load(recipe_job.recipe_yaml(recipe_config.Recipe())))
+    found = recipe_config.make_recipe(yaml.safe_load(recipe_config.recipe_yaml(recipe_config.Recipe())))
     assert found == recipe_config.Recipe()
 
 
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("model: {nmae: x}", "unknown key model.nmae; did you mean model.name?"),
-        ("rank: 8", "unknown key rank; did you mean method.rank?"),
+        ("model: {nmae: x}", "unknown key model.nmae: did you mean model.name?"),
+        ("rank: 8", "unknown key rank: did you mean method.rank?"),
         ("method: {rank: 0}", "method.rank must be a whole number, 1 or more, not 0"),
         ("method: {rank: 2.5}", "method.rank must be a whole number"),
         ("method: {rank: true}", "method.rank must be a whole number"),
-        ("method: {dropout: 1}", "method.dropout must be a number, at least 0 and below 1, not 1.0"),
+        ("method: {dropout: 1}", "method.dropout must be a number, at least 0 and below 1, not 1"),
         ("train: {lr: .nan}", "train.lr must be"),
         ("train: {lr: .inf}", "train.lr must be"),
         ("train: {lr: -1e-3}", "not -0.001"),
@@ -124,7 +119,7 @@ def test_defaults_obey_their_own_rules():
             "model: {dtype: bfloat16}\nmethod: {type: full}\ndata: {source: movie}",
             "too coarse to train every weight in",
         ),
-        ("model: {device: gpu}", "model.device must be text or null, cpu, cuda, mps or xpu"),
+        ("model: {device: gpu}", "model.device must be text or null, such as cpu, cuda, cuda:1, mps, xpu, not 'gpu'"),
         ("seed: 1", "data.source is missing"),
         ("", "data.source is missing"),
         ("data: {source: movie", "is not YAML"),
@@ -166,8 +161,8 @@ def test_any_values_make_a_recipe_or_a_message(given):
     except ValueError as e:
         assert any(k in str(e) for k in given)
     else:
-        assert recipe_config.make_recipe(yaml.safe_load(recipe_job.recipe_yaml(made))) == made
-        recipe_config._contradiction(made)
+        assert recipe_config.make_recipe(yaml.safe_load(recipe_config.recipe_yaml(made))) == made
+        recipe_config.contradiction(made)
 
 
 def test_paths_start_from_the_file(tmp_path):
@@ -184,7 +179,7 @@ def test_paths_start_from_the_file(tmp_path):
 
 
 def errors(recipe, out=None):
-    return [(f.where, f.message) for f in recipe_preflight.check(recipe, out).errors]
+    return [(f.where, str(Problem(f.message, f.remedy))) for f in recipe_preflight.check(recipe, out).errors]
 
 
 def test_a_good_recipe_has_no_errors(make, tmp_path):
@@ -234,7 +229,12 @@ def test_what_cannot_be_asked_is_said_before_anything_is_written(make, tmp_path,
             "data.source",
             "needs a question and an answer",
         ),
-        ([dict(question="q")], {}, "data.source", "the rows have the fields 'question'; wanted are messages"),
+        (
+            [dict(question="q", answer="a")],
+            {},
+            "data.source",
+            "no column looks like a label; there are 'question', 'answer'",
+        ),
         (
             [dict(text=f"t{i}", label="same") for i in range(40)],
             {},
@@ -248,7 +248,7 @@ def test_what_cannot_be_asked_is_said_before_anything_is_written(make, tmp_path,
             [dict(prompt="word " * 300 + str(i), completion="a") for i in range(9)],
             dict(data=dict(test_size=2)),
             "data.source",
-            "the model's limit is 256: set data.max_length to 256",
+            "the model's limit is 256 and max_length is None: set data.max_length to 256",
         ),
         (
             [dict(prompt="word " * 300 + str(i), completion="a") for i in range(9)],
@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_written(make, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(recipe_checks.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(recipe_machine.tempfile, "NamedTemporaryFile", refuse)
     assert errors(make(), tmp_path / "new") == [("out", f"{tmp_path} cannot be written: Read-only file system")]
 
 
@@ -348,7 +348,8 @@ def test_rows_are_named_as_in_the_file(make, tmp_path):
 @settings(max_examples=30, deadline=None)
 def test_no_row_vanishes(labels, seed):
     rows = [dict(text=f"text number {i % 40}", label=l) for i, l in enumerate(labels)]
-    keys = recipe_config.DataKeys(labels=["bad", "good"], test_size=5, source="x")
+    columns = dict(shape="classification", text_column="text", label_column="label")
+    keys = recipe_config.DataKeys(labels=["bad", "good"], test_size=5, source="x", **columns)
     shaped, refused = recipe_rows.shape_rows(rows, keys, ["bad", "good"])
     assert sorted([s["row"] for s in shaped] + [i for i, _ in refused]) == list(range(len(rows)))
     p = recipe_checks.Prepared(recipe_config.Recipe(data=keys, seed=seed))
@@ -817,7 +818,7 @@ def test_a_run_with_another_optimizer_can_be_stopped_and_gone_on_with(make, tmp_
         (
             dict(type="houlsby", rank=4),
             (
-                "method.rank does not belong to method.type houlsby, which has dropout, init, bottleneck_size, "
+                "method.rank does not belong to method.type houlsby. It has dropout, init, bottleneck_size, "
                 "modules_to_save"
             ),
         ),
@@ -904,7 +905,7 @@ def test_a_bare_file_goes_to_a_report(tiny, tmp_path, monkeypatch, capsys, endin
     made = recipe_config.load_recipe(result.folder)
     assert (made.data.text_column, made.data.label_column, made.data.labels) == ("review", "verdict", ["bad", "good"])
     written, said = (result.folder / "recipe.yaml").read_text(), capsys.readouterr().err
-    assert set(recipe_checks._flat(yaml.safe_load(written))) == {k["key"] for k in recipe_config.list_keys()}
+    assert set(recipe_machine._flat(yaml.safe_load(written))) == {k["key"] for k in recipe_config.list_keys()}
     assert all(line in said for line in written.splitlines()), "every default is shown"
     again = recipe_run.run("ftbook-runs/reviews", progress=False)
     assert again.facts == result.facts
@@ -938,7 +939,7 @@ def test_a_folder_goes_on_with_its_run(make, tmp_path, monkeypatch):
 def test_a_bare_file_that_cannot_be_told_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "pairs.jsonl", [dict(question=f"what is {i}?", answer=f"it is {i}") for i in range(30)])
-    with pytest.raises(ValueError, match="pairs.jsonl: no column looks like a label"):
+    with pytest.raises(ValueError, match="pairs.jsonl, label_column: no column looks like a label"):
         recipe_run.run("pairs.jsonl", progress=False)
     assert [f.name for f in tmp_path.iterdir()] == ["pairs.jsonl"]
 

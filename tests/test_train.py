@@ -735,16 +735,19 @@ def test_a_second_ctrl_c_is_not_caught():
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (dict(lr=0.0), "lr must be above 0"),
-        (dict(lr=math.nan), "lr must be above 0"),
-        (dict(epochs=-1), "epochs must be above 0"),
-        (dict(batch_size=0), "batch_size must be 1 or more"),
-        (dict(max_steps=0), "max_steps must be 1 or more"),
-        (dict(max_grad_norm=0.0), "max_grad_norm must be above 0"),
-        (dict(warmup=-0.1), "warmup must be 0 or more"),
+        (dict(lr=0.0), "lr must be a number or None, above 0"),
+        (dict(lr=math.nan), "lr must be a number or None, above 0"),
+        (dict(epochs=-1), "epochs must be a number, above 0"),
+        (dict(batch_size=0), "batch_size must be a whole number, 1 or more"),
+        (dict(max_steps=0), "max_steps must be a whole number or None, 1 or more"),
+        (dict(max_grad_norm=0.0), "max_grad_norm must be a number or None, above 0"),
+        (dict(warmup=-0.1), "warmup must be a number, 0 or more"),
         (dict(schedule="steps"), "schedule must be"),
         (dict(precision="int8"), "precision must be"),
-        (dict(precision="fp16"), "fp16 needs a GPU"),
+        (dict(precision="float16", mixed=True), "float16 needs a GPU"),
+        (dict(precision="float32", mixed=True), "leave mixed out"),
+        (dict(precision="bfloat16"), "the weights are in float32: give mixed=True"),
+        (dict(batch_sise=4), "did you mean batch_size"),
     ],
     ids=str,
 )
@@ -760,13 +763,28 @@ def test_weights_in_bfloat16_are_refused():
         finetune(tiny().requires_grad_(False), rows(), progress=False)
 
 
-def test_bf16_autocast_learns():
+def test_mixed_precision_learns():
     model = tiny()
-    run = finetune(model, rows(), lr=5e-3, batch_size=4, epochs=6, precision="bf16", progress=False)
+    run = finetune(model, rows(), lr=5e-3, batch_size=4, epochs=6, precision="bfloat16", mixed=True, progress=False)
     assert run.history[-1]["loss"] < run.history[0]["loss"] and all(
         p.dtype == torch.float32 for p in model.parameters()
     )
     finetune(model, rows(), max_steps=1, progress=False)  # another precision in the same process
+
+
+def test_settings_by_name_are_laid_over_those_of_an_object():
+    one, other = tiny(), tiny()
+    finetune(one, rows(), lr=5e-3, batch_size=4, max_steps=2, progress=False)
+    finetune(other, rows(), settings=Settings(lr=5e-3, batch_size=4, max_steps=9), max_steps=2, progress=False)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
+
+
+def test_what_changes_nothing_in_a_step_may_differ_when_a_run_goes_on(tmp_path):
+    finetune(tiny(), rows(), out=tmp_path, save_every=1, **PLAN | dict(max_steps=2))
+    with pytest.raises(ValueError, match="lr was"):
+        finetune(tiny(), rows(), out=tmp_path, resume=True, **PLAN | dict(max_steps=2, lr=1.0))
+    again = finetune(tiny(), rows(), out=tmp_path, resume=True, save_every=2, fast=False, **PLAN | dict(max_steps=2))
+    assert again.resumed_from == 2
 
 
 def test_history():

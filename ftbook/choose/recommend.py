@@ -27,8 +27,8 @@ from ..models.load import load_tokenizer
 from ..problem import Problem
 from ..quality.audit import audit
 from ..quality.findings import Findings, view_rows
-from ..recipe.checks import free_memory
-from ..recipe.config import make_recipe, Recipe
+from ..recipe.config import make_recipe, Recipe, SCHEMA_LINE
+from ..recipe.machine import free_memory
 from ..show.page import inline, Section
 from ..show.tables import table
 
@@ -74,9 +74,11 @@ class Recommendation:
         folder: str | Path = '.',  # Where it will lie: files are named from there
     ) -> str:  # `ftbook train` reads it
         "The configuration, a reason behind every value."
-        lines = [
-            f'# {f}' for e in self.broken for f in ('The audit calls these rows broken. ' + str(e)).split('\n')
-        ] + [f'# {line}' for line in repr(self.decision).split('\n') + [f'next: {self.next()}']]
+        lines = (
+            [SCHEMA_LINE.strip()]
+            + [f'# {f}' for e in self.broken for f in ('The audit calls these rows broken. ' + str(e)).split('\n')]
+            + [f'# {line}' for line in repr(self.decision).split('\n') + [f'next: {self.next()}']]
+        )
         section = ''
         for key, (value, why, source) in self.reasons.items():
             head, _, name = key.rpartition('.')

@@ -192,9 +192,9 @@ def as_recipe(
         method |= dict(num_virtual_tokens=config['rank'])
     full = config['method'] == 'full'
     half = config['precision'] == 'bfloat16'
-    train = {k: config[k] for k in ('lr', 'epochs', 'batch_size', 'warmup')} | dict(
-        precision='bf16' if full and half else None
-    )
+    train = {k: config[k] for k in ('lr', 'epochs', 'batch_size', 'warmup')}
+    if full:
+        train |= dict(mixed=half, precision='bfloat16' if half else None)
     return make_recipe(
         dict(data=data, method=method, train=train, model=dict(dtype=None if half or full else 'float32'))
     )

@@ -25,7 +25,7 @@ def evidence() -> dict:  # curves (task -> way -> rows -> accuracy), zero_shot, 
 
 # %% ../../nbs/inside/ways.ipynb #37dea658
 WAYS = {
-    'full': dict(precision='bf16'),
+    'full': dict(precision='bfloat16', mixed=True),
     'LoRA': dict(method=LoRA()),
     'QLoRA': dict(method=LoRA(), quantize=quantize_),
     'prompt tuning': dict(method=PromptTuning(16)),

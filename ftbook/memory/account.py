@@ -189,7 +189,7 @@ def trace(
             objective,
             batch,
             optimizer,
-            s.precision,
+            s.autocast,
             s.pieces,
             lambda part: _enter(tracker, optimizer, part),
             steps=(1, 2) if both else (2,),

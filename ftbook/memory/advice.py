@@ -77,14 +77,14 @@ def _changes(s, method, quantize, offered):
             dict(batch_size=1, pieces=s.batch_size * s.pieces),
             'the same result, more passes',
         )
-    if s.device == 'cuda' and not method and not s.precision:
-        yield 'autocast to bf16', dict(precision='bf16'), 'activations in 16 bits'
+    if s.device == 'cuda' and not method and not s.mixed and s.precision in (None, 'float32'):
+        yield 'mixed precision', dict(precision='bfloat16', mixed=True), 'activations in 16 bits'
     if s.optimizer == 'adamw' and not method:
         yield '8-bit AdamW', dict(optimizer='adamw8bit'), 'moments rounded to a byte'
     if not method and offered.get('method'):
         yield (
             'train an adapter',
-            dict(method=offered['method'], optimizer='adamw', precision=None),
+            dict(method=offered['method'], optimizer='adamw', precision=None, mixed=False),
             'another method: fewer numbers move',
         )
     if not quantize and offered.get('quantize'):

@@ -31,6 +31,7 @@ from ..show.page import Picture
 from ..show.tables import table
 from ..training.optimizer_names import as_optimizer
 from ..training.processes import as_sharding, DIVIDED
+from ..training.settings import Settings
 
 # %% ../../nbs/inside/plan.ipynb #ff541f8d
 GIB = 2**30
@@ -82,12 +83,16 @@ def _checked(s):
             )
     if s.device not in ('cpu', 'cuda'):
         raise Problem(f"a plan is made for 'cpu' or 'cuda', not {s.device!r}", key='device')
-    if s.precision not in (None, 'bf16', 'fp16'):
-        raise Problem(f"precision must be None, 'bf16' or 'fp16', not {s.precision!r}")
-    if s.precision == 'fp16' and s.device == 'cpu':
+    if s.precision not in (None, 'float32', 'bfloat16', 'float16'):
+        why = f"precision must be None, 'float32', 'bfloat16' or 'float16', not {s.precision!r}"
+        raise Problem(why, key='precision')
+    if s.mixed and s.precision == 'float32':
+        raise Problem("mixed precision is 'bfloat16' or 'float16', not 'float32'", 'leave mixed out', key='precision')
+    if s.autocast == 'float16' and s.device == 'cpu':
         raise Problem(
-            'fp16 needs a GPU: its range is small and the CPU has no fast kernels for it',
-            "Use precision='bf16' or None",
+            'float16 needs a GPU: its range is small and the CPU has no fast kernels for it',
+            "take precision='bfloat16'",
+            key='precision',
         )
     as_optimizer(s.optimizer)
     return s
@@ -223,6 +228,14 @@ def _per_device(items, sharding, n, layer, buckets=0):
     return shared
 
 # %% ../../nbs/inside/plan.ipynb #a6786448
+def _same_precision(dtype, precision):
+    "The precision of the weights, which may be given under either name."
+    if dtype is not None and as_dtype(dtype) != as_dtype(precision):
+        why = f'dtype is {dtype}, and precision without mixed is that of the weights too: {precision}'
+        raise Problem(why, 'leave one of them out, or give mixed=True', key='precision')
+    return precision
+
+
 def plan(
     # A name (shipped, of `SHAPES`, hub id, folder), a configuration, or a model; nothing is loaded and nothing is
     # changed
@@ -242,6 +255,8 @@ def plan(
     sharding = sharding and as_sharding(sharding)
     method = as_method(method)
     quantize = as_quantizer(quantize)
+    if s.precision and not s.mixed:
+        dtype = _same_precision(dtype, s.precision)
     if dtype is None and not isinstance(model, nn.Module) and s.device == 'cuda' and (method or quantize):
         dtype = 'bfloat16'
     name, parts, layer = _accounts(model, s, dtype and as_dtype(dtype), method, quantize)
@@ -327,24 +342,20 @@ SIZES = 8, 16, 24, 40, 80  # GiB
 def plan_run(
     model: nn.Module,  # As it will be trained
     examples: list[Example],  # What it will be trained on
-    *,
-    batch_size: int = 8,  # As in `Settings`
-    max_tokens: int = 1024,  # As in `Settings`
-    optimizer='adamw',  # As for `plan`
-    precision: str | None = None,  # As for `plan`
-    gradient_checkpointing: bool = False,  # As for `plan`
-    **more,  # For `plan`
+    settings: Settings | None = None,  # Of `finetune`; None: its defaults
+    **more,  # For `plan`, instead of what the settings say
 ) -> Plan:  # Of the longest rows, as many as run together
     "The plan of a run of `finetune`."
+    settings = (settings or Settings()).settled(model.device.type)
     longest = max(map(len, examples))
-    together = max(1, min(batch_size, max_tokens // longest))
-    return plan(
-        model,
+    together = max(1, min(settings.batch_size, settings.max_tokens // longest))
+    given = dict(
         seq_len=longest,
         batch_size=together,
-        pieces=2 if batch_size > together else 1,
-        optimizer=optimizer,
-        precision=precision,
-        gradient_checkpointing=gradient_checkpointing,
-        **more,
+        pieces=2 if settings.batch_size > together else 1,
+        optimizer=settings.optimizer or 'adamw',
+        precision=settings.autocast,
+        mixed=settings.mixed,
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
+    return plan(model, **given | more)

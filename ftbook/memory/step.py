@@ -17,6 +17,7 @@ from torch import nn, Tensor
 
 from ..data.examples import Example
 from ..data.packs import pack, pad
+from ..models.load import as_dtype
 
 # %% ../../nbs/inside/step.ipynb #54536f21
 class OwnLoss(nn.Module):
@@ -93,18 +94,14 @@ def _each(f, batch):
 
 # %% ../../nbs/inside/step.ipynb #3c054ba3
 def _autocast(precision, device='cpu'):
-    return (
-        torch.autocast(device, dtype=dict(bf16=torch.bfloat16, fp16=torch.float16)[precision])
-        if precision
-        else contextlib.nullcontext()
-    )
+    return torch.autocast(device, dtype=as_dtype(precision)) if precision else contextlib.nullcontext()
 
 # %% ../../nbs/inside/step.ipynb #052cc257
 def run_steps(
     objective: nn.Module,  # Takes a batch, gives a loss
     batch,  # What it takes
     optimizer,  # Of torch's interface
-    precision: str | None = None,  # None, 'bf16' or 'fp16': autocast
+    autocast: str | None = None,  # 'bfloat16' or 'float16': mixed precision; None: products as the weights are
     pieces: int = 1,  # Forward and backward so many times before each update
     enter: Callable = lambda part: None,  # Called with the name of every part
     device: str = 'cpu',  # Of the model
@@ -115,7 +112,7 @@ def run_steps(
     for step in steps:
         for _ in range(pieces):
             enter(f'step {step}: forward')
-            with _autocast(precision, device):
+            with _autocast(autocast, device):
                 loss = objective(batch)
             enter(f'step {step}: backward, upper layers')
             (loss * 1.0).backward()
@@ -140,9 +137,14 @@ class Setting:
     seq_len: int = 512  # Tokens of each row
     batch_size: int = 1  # Rows that run together
     optimizer: object = 'adamw'  # A key of `OPTIMIZERS`, or a function
-    precision: str | None = None  # None, 'bf16' or 'fp16': autocast
+    precision: str | None = None  # Of the weights, or of the products if mixed; None: float32, or bfloat16 if mixed
+    mixed: bool = False  # Products in 16 bits, trained weights in float32
     gradient_checkpointing: bool = False  # Compute activations again?
     attention: str | None = None  # None: as `finetune` does; 'eager' or 'sdpa': attention and loss of transformers
     fast: bool = True  # With the operators of `fast_`
     pieces: int = 1  # Forward and backward passes to an update
     device: str = 'cpu'  # 'cpu' or 'cuda'
+
+    @property
+    def autocast(self) -> str | None:  # None: products are as the weights are
+        return (self.precision or 'bfloat16') if self.mixed else None

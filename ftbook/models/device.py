@@ -145,6 +145,13 @@ def probe_device(
     "What this machine has, and what that means for device, precision and attention."
     return choose_device(read_facts(device))
 
+# %% ../../nbs/inside/device.ipynb #9089a328
+def half_precision(
+    device: str | None = None,  # As for `probe_device`
+) -> str:  # 'bfloat16', or 'float16' where the device multiplies float16 only
+    "The 16 bits of mixed precision on a device."
+    return 'float16' if probe_device(device).dtype == torch.float16 else 'bfloat16'
+
 # %% ../../nbs/inside/device.ipynb #fe763d32
 def peak_memory(
     device='cpu',  # Where the model is

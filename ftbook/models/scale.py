@@ -31,10 +31,12 @@ def weigh(
     return {k: math.ceil(n * b) for k, b in BYTES.items()}
 
 # %% ../../nbs/02_model_scale.ipynb #97820817
-TRAINING = {  # bytes per trained parameter
-    'float32': {'trained weights': 4, 'gradients': 4, 'AdamW': 8, 'master copy': 0},
-    'mixed': {'trained weights': 2, 'gradients': 2, 'AdamW': 8, 'master copy': 4},
-    'bfloat16': {'trained weights': 2, 'gradients': 2, 'AdamW': 4, 'master copy': 0},
+_mixed_bytes = {'trained weights': 2, 'gradients': 2, 'AdamW': 8, 'master copy': 4}
+TRAINING = {  # (precision, is it mixed?) -> bytes per trained parameter
+    ('float32', False): {'trained weights': 4, 'gradients': 4, 'AdamW': 8, 'master copy': 0},
+    ('bfloat16', True): _mixed_bytes,
+    ('float16', True): _mixed_bytes,
+    ('bfloat16', False): {'trained weights': 2, 'gradients': 2, 'AdamW': 4, 'master copy': 0},
 }
 
 # %% ../../nbs/02_model_scale.ipynb #a17ba3df
@@ -43,14 +45,14 @@ def training_bytes(
     *,
     n_trained: int | None = None,  # How many of them are trained; None trains all
     n_nf4: int = 0,  # How many of the frozen ones are kept in 4 bits
-    precision: str = 'mixed',  # 'float32', 'mixed' or 'bfloat16'
+    precision: str = 'bfloat16',  # 'float32', 'bfloat16' or 'float16'
+    mixed: bool = True,  # Trained weights in float32 beside it; False for 'float32'
 ) -> dict[str, int]:  # Bytes by item. Raises ValueError if the numbers do not fit together
     "Bytes that a model and AdamW hold during training; activations come on top."
-    if precision not in TRAINING:
-        raise Problem(
-            f"precision must be one of {', '.join(TRAINING)}, not {precision!r}",
-            key='precision',
-        )
+    each = TRAINING.get((precision, mixed))
+    if each is None:
+        why = f'nothing is trained with precision={precision!r}, mixed={mixed}'
+        raise Problem(why, f'take a pair of {list(TRAINING)}', key='precision')
     n_trained = n if n_trained is None else n_trained
     n_frozen = n - n_trained
     if not 0 <= n_nf4 <= n_frozen <= n:
@@ -59,10 +61,10 @@ def training_bytes(
             'frozen in 4 bits',
             key='n_trained',
         )
-    frozen = (n_frozen - n_nf4) * TRAINING[precision]['trained weights'] + n_nf4 * BYTES['nf4']
+    frozen = (n_frozen - n_nf4) * each['trained weights'] + n_nf4 * BYTES['nf4']
     return {
         'frozen weights': math.ceil(frozen),
-        **{k: n_trained * b for k, b in TRAINING[precision].items()},
+        **{k: n_trained * b for k, b in each.items()},
     }
 
 # %% ../../nbs/02_model_scale.ipynb #099d3ca9
@@ -127,18 +129,20 @@ def skeleton(
 def scale_bytes(
     model: nn.Module,  # A model without adapters; `skeleton` will do
     method: str = 'full',  # 'full', 'LoRA' or 'QLoRA'
-    precision: str = 'mixed',  # 'float32', 'mixed' or 'bfloat16'
+    precision: str = 'bfloat16',  # As for `training_bytes`
+    mixed: bool = True,  # As for `training_bytes`
     rank: int = 16,  # Of the adapters
 ) -> dict[str, int]:  # Bytes by item; activations come on top
     "What one of the three common ways to fine-tune `model` holds in memory."
     if method not in ('full', 'LoRA', 'QLoRA'):
         raise Problem(f'method must be full, LoRA or QLoRA, not {method!r}', key='method')
     n = sum(count_parameters(model).values())
+    kept = dict(precision=precision, mixed=mixed)
     if method == 'full':
-        return training_bytes(n, precision=precision)
+        return training_bytes(n, **kept)
     n_trained = adapter_parameters(model, rank)
     n_nf4 = sum(s.numel() for s in _matrices(model)) if method == 'QLoRA' else 0
-    return training_bytes(n + n_trained, n_trained=n_trained, n_nf4=n_nf4, precision=precision)
+    return training_bytes(n + n_trained, n_trained=n_trained, n_nf4=n_nf4, **kept)
 
 # %% ../../nbs/02_model_scale.ipynb #6d0609ee
 def gpus_needed(

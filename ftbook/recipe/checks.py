@@ -1,4 +1,4 @@
-"""Each check of a run, from the rows to the folder
+"""Read the rows, split them, and see that each can be learnt from
 
 Docs: https://ftbook.github.io/ftbook/inside/preflight_checks.html.md"""
 
@@ -8,35 +8,23 @@ Docs: https://ftbook.github.io/ftbook/inside/preflight_checks.html.md"""
 __all__ = []
 
 # %% ../../nbs/inside/preflight_checks.ipynb #b650169e
-import math
 import random
-import re
-import shutil
-import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..data.encoding import encode, Encoded
 from ..data.read import read_source
 from ..data.rows import row_parts
 from ..data.split import deduplicate, normalise, split_rows
-from ..forgetting.battery import Battery, make_battery
-from ..methods.prompt_cases import Case, refuse, transformer_of
-from ..methods.quant import quantize_
-from ..methods.targets import is_quantized
-from ..models.count import count_parameters
-from ..models.device import probe_device
-from ..models.load import as_dtype, load_tokenizer
-from ..models.scale import skeleton, training_bytes
-from ..models.shipped import SHIPPED
+from ..forgetting.battery import Battery
 from ..problem import Problem
 from ..quality.audit import audit
 from ..quality.findings import Findings, view_rows
-from .config import given_keys, load_recipe, METHODS, Recipe
+from .config import DataKeys, Recipe
+from .from_rows import settled_keys
 from .rows import find_labels, guess_shape, shape_rows
 
 # %% ../../nbs/inside/preflight_checks.ipynb #8dbbf997
@@ -60,6 +48,7 @@ class Prepared:
     recipe: Recipe  # What is to be done
     out: Path | None = None  # The folder that will be written
     resume: bool = False  # Is the run in `out` to be gone on with?
+    data: DataKeys | None = None  # Its section data, with the columns that were found
     findings: Findings = field(default_factory=Findings)  # What was found
     tokenizer: object = None  # The model's
     skeleton: nn.Module | None = None  # The model without its weights
@@ -73,6 +62,19 @@ class Prepared:
     validation: list = field(default_factory=list)  # Examples kept from training for early stopping
     memory: dict = field(default_factory=dict)  # Planned bytes by item
     battery: Battery | None = None  # What is asked about what was lost; None where nothing is
+
+# %% ../../nbs/inside/preflight_checks.ipynb #95df5a8f
+def note_problem(
+    findings: Findings,  # Gets an error
+    where: str,  # A key
+    error: Exception,  # What stopped a check
+):
+    "An error becomes a finding; the remedy of a problem stays apart."
+    if isinstance(error, Problem):
+        said = Problem(error.why, file=error.where.file, row=error.where.row)
+        findings.add('error', where, str(said), error.remedy)
+    else:
+        findings.add('error', where, str(error))
 
 # %% ../../nbs/inside/preflight_checks.ipynb #811d532c
 def _refuse(p, refused, n, where):
@@ -154,7 +156,7 @@ def _split(p, rows):
 
 # %% ../../nbs/inside/preflight_checks.ipynb #070f129a
 def _shape(p, rows, where):
-    shaped, refused = shape_rows(rows, p.recipe.data, p.labels)
+    shaped, refused = shape_rows(rows, p.data, p.labels)
     _refuse(p, refused, len(rows), where)
     return shaped
 
@@ -162,8 +164,9 @@ def _shape(p, rows, where):
 def _check_rows(p):
     "Read the rows and split them."
     d = p.recipe.data
-    rows = read_source(p.recipe.data.source, p.recipe.data.split)
-    p.labels = find_labels(rows, d) or [str(c) for c in p.recipe.evaluate.choices or []]
+    rows = read_source(d.source, d.split)
+    p.data = settled_keys(rows, d)
+    p.labels = find_labels(rows, p.data) or [str(c) for c in p.recipe.evaluate.choices or []]
     shaped = _shape(p, rows, 'data.source')
     if d.deduplicate:
         shaped = _only_once(p, shaped)
@@ -199,14 +202,15 @@ _looked_for = (
 def _viewed(rows, d):
     "Rows as the audit sees them; plain text has no label."
     shape = guess_shape(rows[0], d) if d.shape == 'auto' else d.shape
+    text = d.text_column or 'text'
     if shape == 'text':
-        rows = [{d.text_column: row.get(d.text_column)} for row in rows]
-    return view_rows(rows, d.text_column, d.label_column if shape == 'classification' else None)
+        rows = [{text: row.get(text)} for row in rows]
+    return view_rows(rows, text, (d.label_column or 'label') if shape == 'classification' else None)
 
 
 def _check_quality(p, rows, test):
     "What the audit says of the rows to train on."
-    d = p.recipe.data
+    d = p.data
     try:
         train, held = (
             _viewed(r, d).only([row['row'] for row in chosen])
@@ -247,78 +251,6 @@ def _check_labels(p):
             'compare the accuracy with that share, for who always says it is right that often',
         )
 
-# %% ../../nbs/inside/preflight_checks.ipynb #db7010c5
-def _check_model(p):
-    "Load tokenizer and skeleton."
-    keys, add = p.recipe.model, p.findings.add
-    if keys.name in SHIPPED and SHIPPED[keys.name].kind != 'causal':
-        raise Problem(
-            f'{keys.name} is an encoder and writes no text; take a causal language model such as smollm2-135m'
-        )
-    p.skeleton = skeleton(keys.name)
-    p.tokenizer = load_tokenizer(keys.name)
-    if keys.quantize:
-        quantize_(p.skeleton, keys.quantize)
-    p.n_limit = min(
-        n
-        for n in (
-            p.tokenizer.model_max_length,
-            getattr(p.skeleton.config.get_text_config(), 'max_position_embeddings', None),
-        )
-        if n
-    )
-    p.tokenizer.model_max_length, most = p.n_limit, p.recipe.data.max_length
-    if most and most > p.n_limit:
-        add(
-            'error',
-            'data.max_length',
-            f"{most} tokens are more than {keys.name} can read",
-            f'set data.max_length to {p.n_limit} or less',
-        )
-    if keys.dtype == 'float16' and probe_device(keys.device).device == 'cpu':
-        add('error', 'model.dtype', 'float16 needs a GPU to train', 'take bfloat16 or float32, or leave it out')
-
-# %% ../../nbs/inside/preflight_checks.ipynb #b080e403
-def make_method(
-    recipe: Recipe,  # With another `method.type` than full
-    tokenizer=None,  # The model's, for virtual tokens that begin as text
-):  # A `Method`; ValueError for values that cannot be
-    "The method that a recipe names."
-    (cls, fixed, _), given = METHODS[recipe.method.type], given_keys(recipe.method)
-    own = {f.name for f in fields(cls)}
-    if 'tokenizer' in own and given.setdefault('init', 'text') == 'text':
-        given = dict(text=recipe.data.instruction) | given | dict(tokenizer=tokenizer)
-    if 'seed' in own:
-        given['seed'] = recipe.seed
-    return cls(**fixed, **given)
-
-# %% ../../nbs/inside/preflight_checks.ipynb #d50d5ee0
-def _check_method(p):
-    "Would the method fit on the model?"
-    if p.skeleton is None:
-        return
-    n = sum(count_parameters(p.skeleton).values())
-    if p.recipe.method.type == 'full':
-        return p.findings.add('note', 'method.type', f"all {n:,} parameters are trained")
-    method = make_method(p.recipe, p.tokenizer)
-    shapes = method.shapes(p.skeleton)
-    if hasattr(method, 'num_virtual_tokens'):
-        refuse(
-            Case(
-                method.kind,
-                transformer_of(p.skeleton),
-                method.num_virtual_tokens,
-                checkpointing=p.recipe.train.gradient_checkpointing,
-            )
-        )
-    added = sum(map(math.prod, shapes.values()))
-    places = len({name.rpartition('.')[0] for name in shapes})
-    p.findings.add(
-        'note',
-        'method.type',
-        f"{p.recipe.method.type} adds {added:,} parameters in {places} place{'s' * (places > 1)} to {n:,}",
-    )
-
 # %% ../../nbs/inside/preflight_checks.ipynb #2059a27e
 def _by_file(problem, row, limit=None):
     "A complaint of `encode`, with the row's number in the file and the configuration's words."
@@ -335,7 +267,7 @@ def _encode(p, rows, where):
         found = encode(rows, p.tokenizer, max_length=d.max_length, loss_on=d.loss_on, bad_rows='skip')
     except Problem as e:  # not one of them
         row = None if e.where.row is None else rows[e.where.row]['row']
-        p.findings.add('error', where, str(_by_file(e, row, p.n_limit)))
+        note_problem(p.findings, where, _by_file(e, row, p.n_limit))
         return Encoded(), []
     kept = [rows[e.index] for e in found]
     for e, row in zip(found, kept):
@@ -395,176 +327,3 @@ def _keep_some(p):
         )
     p.validation, p.train = p.train[:n], p.train[n:]
     p.findings.add('note', 'train.patience', f"{n} training rows are kept back to decide when to stop")
-
-# %% ../../nbs/inside/preflight_checks.ipynb #c0fed958
-def choose_precision(
-    recipe: Recipe,  # What is to be done
-) -> tuple:  # (device, dtype of the weights, precision of autocast or None)
-    "Where and in which precision a recipe runs."
-    chosen = probe_device(recipe.model.device)
-    keys = recipe.model
-    full = recipe.method.type == 'full'
-    dtype = as_dtype(keys.dtype) if keys.dtype else torch.float32 if full else chosen.dtype
-    half = {torch.bfloat16: 'bf16', torch.float16: 'fp16'}.get(chosen.dtype)
-    mixed = half if full and not keys.dtype else 'fp16' if dtype == torch.float16 else None
-    return keys.device or chosen.device, dtype, recipe.train.precision or mixed
-
-# %% ../../nbs/inside/preflight_checks.ipynb #74214373
-def plan_memory(
-    recipe: Recipe,  # What is to be done
-    model: nn.Module,  # The model, or its `skeleton`
-    method=None,  # The recipe's, where it is made already
-) -> dict:  # Bytes by item, without activations
-    "What weights, gradients and optimiser will hold."
-    n = sum(count_parameters(model).values())
-    dtype = choose_precision(recipe)[1]
-    if recipe.method.type == 'full':
-        return training_bytes(n, precision='float32')
-    added = sum(map(math.prod, (method or make_method(recipe)).shapes(model).values()))
-    packed = [m for m in model.modules() if is_quantized(m)]
-    n -= sum(m.in_features * m.out_features for m in packed)
-    return (
-        training_bytes(added, precision='float32')
-        | {'frozen weights': n * dtype.itemsize}
-        | ({'quantised weights': sum(b.nbytes for m in packed for b in m.buffers())} if packed else {})
-    )
-
-# %% ../../nbs/inside/preflight_checks.ipynb #449a9020
-def free_memory(
-    device: str,  # Where the model will be
-) -> int | None:  # Bytes; None where nobody knows
-    "Memory that is free now."
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        found = re.search(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())
-    except OSError:
-        return None
-    return found and int(found[1]) * 1024
-
-# %% ../../nbs/inside/preflight_checks.ipynb #31d4eeca
-def _check_memory(p):
-    "Do the parts that can be counted fit?"
-    if p.skeleton is None or any(f.where == 'method' for f in p.findings.errors):
-        return
-    method = None if p.recipe.method.type == 'full' else make_method(p.recipe, p.tokenizer)
-    p.memory, (device, dtype, _) = plan_memory(p.recipe, p.skeleton, method), choose_precision(p.recipe)
-    need = sum(p.memory.values())
-    free = free_memory(device)
-    level = 'note' if free is None or need < 0.8 * free else 'warning' if need < free else 'error'
-    p.findings.add(
-        level,
-        'model',
-        (
-            f"{need / 1e9:.2f} GB for weights, gradients and optimiser on {device} in {str(dtype)[6:]}; "
-            "activations come on top"
-        )
-        + (f"; {free / 1e9:.1f} GB are free" if free else ''),
-        ''
-        if level == 'note'
-        else 'train an adapter (method.type: lora), hold the weights in 16 bits, or take a smaller model',
-    )
-
-# %% ../../nbs/inside/preflight_checks.ipynb #f2f98580
-def _check_battery(p):
-    "Can everything be asked that is to be asked about what was lost?"
-    keys = p.recipe.forgetting
-    said = {normalise(t) for row in p.train_rows for t in _strings(row)}
-    if not keys.measure or not p.train:
-        return
-    p.battery = make_battery(
-        p.tokenizer,
-        keys.texts,
-        keys.tasks,
-        keys.prompts,
-        rows=keys.rows,
-        max_length=min(256, p.n_limit),
-        seen=said,
-        seed=p.recipe.seed,
-    )
-
-# %% ../../nbs/inside/preflight_checks.ipynb #2a63f186
-def _strings(row):
-    "Every text in a row: whole messages, and for a classification the text behind the instruction."
-    parts = [
-        t
-        for part in row_parts(row)
-        for t in ([part] if isinstance(part, str) else [m.get('content') or '' for m in part])
-    ]
-    return parts + [t.partition('\n\n')[2] for t in parts if '\n\n' in t]
-
-# %% ../../nbs/inside/preflight_checks.ipynb #3a639391
-def holds_run(
-    folder: Path,  # Any
-) -> bool:  # Whether a recipe has been run there, or begun
-    "Does a folder belong to a run?"
-    return (folder / 'recipe.yaml').exists()
-
-# %% ../../nbs/inside/preflight_checks.ipynb #79284136
-def _flat(tree, path=''):
-    "Nested dicts as one, with dotted keys."
-    return {
-        k: v
-        for name, value in tree.items()
-        for k, v in (_flat(value, f'{path}{name}.') if isinstance(value, dict) else {path + name: value}).items()
-    }
-
-
-def _check_resume(p):
-    "Only the same recipe goes on."
-    if not p.resume:
-        return p.findings.add(
-            'error',
-            'out',
-            f"{p.out} holds another run",
-            'choose a new folder (--out), or go on with that run (--resume)',
-        )
-    before = _flat(asdict(load_recipe(p.out / 'recipe.yaml')))
-    now = _flat(asdict(p.recipe))
-    differ = [f'{k} was {before[k]!r} and is {now[k]!r}' for k in now if before[k] != now[k]]
-    if differ:
-        p.findings.add(
-            'error',
-            'out',
-            f"{p.out} holds a run of another recipe: {'; '.join(differ[:3])}",
-            'go on with the recipe.yaml in that folder, or choose a new folder (--out)',
-        )
-
-# %% ../../nbs/inside/preflight_checks.ipynb #d177af75
-def disk_needed(
-    memory: dict,  # From `plan_memory`
-) -> int:  # Bytes
-    "Room for two checkpoints and the one being written, the result and the report."
-    return 3 * sum(memory.get(k, 0) for k in ('trained weights', 'AdamW')) + 20_000_000
-
-# %% ../../nbs/inside/preflight_checks.ipynb #23503583
-def _check_folder(p):
-    "Can the output folder be written, and is it free?"
-    if p.out is None:
-        return
-    there = next(f for f in (p.out, *p.out.parents) if f.exists())
-    add = p.findings.add
-    if not there.is_dir():
-        return add('error', 'out', f"{there} is a file, so there can be no folder {p.out}", 'choose another folder')
-    if holds_run(p.out):
-        _check_resume(p)
-    elif p.out.exists() and any(not f.name.startswith('.') for f in p.out.iterdir()):
-        add('error', 'out', f"{p.out} is not empty", 'choose a new folder (--out)')
-    try:
-        tempfile.NamedTemporaryFile(dir=there, prefix='.ftbook-').close()
-    except OSError as e:
-        return add(
-            'error',
-            'out',
-            f"{there} cannot be written: {e.strerror}",
-            'choose another folder, or change its permissions',
-        )
-    need = disk_needed(p.memory)
-    free = shutil.disk_usage(there).free
-    if need > free:
-        add(
-            'error',
-            'out',
-            f"{there} has {free / 1e6:,.0f} MB free; checkpoints and result need {need / 1e6:,.0f} MB",
-            'make room, or choose another disk',
-        )

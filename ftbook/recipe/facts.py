@@ -24,9 +24,10 @@ from ..forgetting.report import compare_batteries
 from ..methods.summary import trainable_summary
 from ..models.device import peak_memory, probe_device
 from ..models.load import load_model
-from .checks import _answer, choose_precision, Prepared
+from .checks import _answer, Prepared
 from .job import Job
 from .judge import _empty, at_once, judge, named_first
+from .machine import choose_precision
 from ..training.evaluate import Evaluation
 from ..training.watch import Run
 
@@ -123,12 +124,13 @@ def _trained(p, job, trained, model):
 
 def _run_on(recipe):
     "The device, the precision and the versions."
-    device, dtype, precision = choose_precision(recipe)
+    device, dtype, mixed = choose_precision(recipe)
     return dict(
         device=device,
         threads=torch.get_num_threads(),
         dtype=str(dtype)[6:],
-        precision=precision,
+        precision=mixed or str(dtype)[6:],
+        mixed=mixed is not None,
         device_reasons=probe_device(recipe.model.device).reasons,
         versions=_versions(),
     )

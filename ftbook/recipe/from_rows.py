@@ -5,7 +5,7 @@ __all__ = []
 
 # %% ../../nbs/inside/recipe_rows.ipynb #88ba01af
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..data.columns import column_names, find_label_column, find_text_column
@@ -28,13 +28,13 @@ def find_data_keys(
         return {} if named == 'term' else {'shape': named}
     text = find_text_column(rows, given.get('text_column'), given.get('label_column'))
     label = None if shape == 'text' else find_label_column(rows, text, given.get('label_column'))
-    if label is None and shape != 'text' and text != 'text' and len(names) > 1:
+    unclear = shape == 'classification' or text != 'text' and len(names) > 1
+    if label is None and shape != 'text' and unclear:
         raise Problem(
             f"no column looks like a label; there are {', '.join(map(repr, names))}",
-            (
-                'Call a question and its answer prompt and completion, name the label (data.label_column), or '
-                'learn one column as plain text (data.shape: text, data.text_column)'
-            ),
+            'Call a question and its answer prompt and completion, name the label (data.label_column), or '
+            'learn one column as plain text (data.shape: text, data.text_column)',
+            key='label_column',
         )
     if label is None:
         return {'shape': 'text', 'text_column': text}
@@ -42,6 +42,19 @@ def find_data_keys(
     if {'labels', 'cuts'} & given.keys():
         return found
     return found | {'labels': find_labels(rows, DataKeys(**found))}
+
+# %% ../../nbs/inside/recipe_rows.ipynb #ad2e25d5
+FOUND = 'shape', 'text_column', 'label_column', 'labels', 'cuts'  # Keys that rows can say something about
+
+
+def settled_keys(
+    rows: Sequence[dict],  # As they were read
+    keys: DataKeys | None = None,  # What is known of them; None: nothing
+) -> DataKeys:  # The same, with the shape and the columns that were found. `Problem` where one cannot be told
+    "What rows are, from what is known and from what they say."
+    keys = keys or DataKeys()
+    given = {name: value for name in FOUND if (value := getattr(keys, name)) is not None}
+    return replace(keys, **find_data_keys(rows, given))
 
 # %% ../../nbs/inside/recipe_rows.ipynb #ee50edd9
 def recipe_from_file(

@@ -13,24 +13,15 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 
 from ..files import _writing, write_text
 from ..problem import Problem
-from .checks import choose_precision
 from .config import Recipe
+from .machine import choose_precision
 from ..training.processes import join_processes
-
-# %% ../../nbs/inside/run_job.ipynb #9a627bfb
-def recipe_yaml(
-    recipe: Recipe,  # What is to be done
-) -> str:
-    "The whole configuration, defaults and all, as YAML."
-    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 # %% ../../nbs/inside/run_job.ipynb #8aed079f
 class Job:

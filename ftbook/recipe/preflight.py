@@ -18,18 +18,16 @@ from torch import nn
 from ..data.examples import Example
 from ..data.packs import pack, pad
 from ..quality.findings import Findings
-from ftbook.recipe.checks import (
+from .checks import _check_rows, _check_tokens, note_problem, Prepared
+from .config import contradiction, Recipe
+from .from_rows import read_recipe
+from ftbook.recipe.machine import (
     _check_battery,
     _check_folder,
     _check_memory,
     _check_method,
     _check_model,
-    _check_rows,
-    _check_tokens,
-    Prepared,
 )
-from .config import _contradiction, Recipe
-from .from_rows import read_recipe
 from ..training.batches import isolated
 from ..training.objective import Objective
 
@@ -45,6 +43,14 @@ _checks = {
 }
 
 
+def _take(p, where, step):
+    "Take one step; an error that ends it is one more finding."
+    try:
+        step(p)
+    except (ValueError, OSError, ImportError) as e:
+        note_problem(p.findings, where, e)
+
+
 def prepare(
     recipe: Recipe,  # What is to be done
     out: str | Path | None = None,  # The folder that will be written; None: nothing will be
@@ -52,14 +58,11 @@ def prepare(
 ) -> Prepared:  # With `.findings`; what could not be made is empty
     "Do everything that a run does before the weights are loaded."
     p = Prepared(recipe, None if out is None else Path(out).expanduser().absolute(), resume)
-    problem = _contradiction(recipe)
+    problem = contradiction(recipe)
     if problem:
-        p.findings.add('error', *problem.split(' ', 1))
+        note_problem(p.findings, problem.where.key, problem)
     for where, step in _checks.items() if not problem else ():
-        try:
-            step(p)
-        except (ValueError, OSError, ImportError) as e:
-            p.findings.add('error', where, str(e))
+        _take(p, where, step)
     return p
 
 # %% ../../nbs/25_preflight.ipynb #8a95df89

@@ -32,23 +32,16 @@ def shape_by_fields(
     return next((shape for shape, names in FIELDS.items() if names <= has), None)
 
 
-def guess_shape(
-    row: dict,  # One row of the data
-    keys: DataKeys,  # Names of the columns
-) -> str:  # 'messages', 'prompt_completion', 'term', 'classification' or 'text'; ValueError lists the fields
-    "What a row is, by its fields."
-    has = row.keys()
-    if shape := shape_by_fields(has):
-        return shape
-    if {keys.text_column, keys.label_column} <= has:
-        return 'classification'
-    if keys.text_column in has:
-        return 'text'
-    raise Problem(
-        f"the rows have the fields {', '.join(map(repr, has)) or '(none)'}; wanted are messages, or prompt "
-        f"with completion, or {keys.text_column!r} with or without {keys.label_column!r} (data.text_column, "
-        "data.label_column)"
-    )
+def shape_of(
+    rows: Sequence[dict],  # As they were read
+    keys: DataKeys,  # What they are, from `settled_keys`
+) -> str:  # 'messages', 'prompt_completion', 'term', 'classification' or 'text'; `Problem` lists the fields
+    "What rows are."
+    shape = shape_by_fields(rows[0]) if keys.shape == 'auto' else keys.shape
+    if shape is None:
+        has = ', '.join(map(repr, rows[0])) or '(none)'
+        raise Problem(f'the rows have the fields {has}, which do not say what they are', 'set data.shape', key='shape')
+    return shape
 
 # %% ../../nbs/inside/recipe_rows.ipynb #341b33df
 def name_label(
@@ -80,11 +73,10 @@ def name_label(
 # %% ../../nbs/inside/recipe_rows.ipynb #3941a793
 def find_labels(
     rows: Sequence[dict],  # As they were read
-    keys: DataKeys,  # What they are
+    keys: DataKeys,  # What they are, from `settled_keys`
 ) -> list[str]:  # In the order of `keys.labels`, else sorted; empty where the rows are no classification
     "The labels of a classification."
-    shape = guess_shape(rows[0], keys) if keys.shape == 'auto' else keys.shape
-    if shape != 'classification':
+    if shape_of(rows, keys) != 'classification':
         return []
     if keys.labels:
         return [str(l) for l in keys.labels if l is not None]
@@ -121,13 +113,13 @@ def _shaped(row, shape, keys, labels):
 # %% ../../nbs/inside/recipe_rows.ipynb #6aa0e9ce
 def shape_rows(
     rows: Sequence[dict],  # As they were read
-    keys: DataKeys,  # What they are
+    keys: DataKeys,  # What they are, from `settled_keys`
     labels: Sequence[str] = (),  # Every label, for a classification
     # Rows as prompt and completion, with their number under 'row'; (number, `Problem`) of those that cannot be used
 ) -> tuple[list, list]:
     "Bring rows into shape."
     shaped, refused = [], []
-    shape = guess_shape(rows[0], keys) if keys.shape == 'auto' else keys.shape
+    shape = shape_of(rows, keys)
     for i, row in enumerate(rows):
         try:
             made = _shaped(row, shape, keys, labels)

@@ -17,12 +17,13 @@ from torch import nn
 
 from ..data.viewer import show_mask
 from ..files import write_text
-from .checks import CheckFailed, holds_run
-from .config import make_recipe, Recipe
+from .checks import CheckFailed
+from .config import make_recipe, Recipe, recipe_yaml
 from .facts import collect
 from .from_rows import goes_on, is_rows_file, read_recipe, run_folder
-from .job import free_folder, Job, recipe_yaml
+from .job import free_folder, Job
 from .judge import Attempts, measure_together
+from .machine import holds_run
 from .preflight import prepare
 from .report import Report
 from ftbook.recipe.stages import (

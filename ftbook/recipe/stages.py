@@ -10,7 +10,6 @@ __all__ = []
 # %% ../../nbs/inside/run_stages.ipynb #97e857d4
 import json
 import math
-import sys
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,13 +21,14 @@ from ..methods.files import load_adapter, save_adapter
 from ..methods.quant_files import load_quantized
 from ..models.load import load_model
 from ..quality.findings import Finding
-from .checks import CheckFailed, choose_precision, make_method
+from .checks import CheckFailed
 from .config import METHODS, Recipe
+from .machine import choose_precision, make_method
 from .preflight import smoke_step
 from .release import release_memory
 from ..training.checkpoints import checkpoints
 from ..training.evaluate import evaluate
-from ..training.optimizer_names import as_optimizer
+from ..training.settings import Settings
 from ..training.tune import finetune
 from ..training.watch import Run
 
@@ -36,16 +36,18 @@ from ..training.watch import Run
 def train_settings(
     recipe: Recipe,  # What is to be done
     n: int,  # Rows to train on
-) -> dict:  # Arguments of `finetune`
-    "What `finetune` is called with."
-    keys = asdict(recipe.train)
-    steps = math.ceil(keys['epochs'] * math.ceil(n / keys['batch_size']))
-    steps = min(keys['max_steps'] or sys.maxsize, steps)
-    keys['lr'] = keys['lr'] or METHODS[recipe.method.type][2]
-    keys['save_every'] = keys['save_every'] or math.ceil(steps / 5)
-    if keys['optimizer']:
-        keys['optimizer'] = as_optimizer(keys['optimizer'])
-    return keys | dict(precision=choose_precision(recipe)[2], seed=recipe.seed)
+) -> Settings:  # For `finetune`
+    "The settings of a run, with the choices made that the recipe leaves open."
+    given = recipe.train
+    mixed = choose_precision(recipe)[2]
+    return replace(
+        given,
+        lr=given.lr or METHODS[recipe.method.type][2],
+        save_every=given.save_every or math.ceil(given.n_steps(n) / 5),
+        seed=recipe.seed if given.seed is None else given.seed,
+        mixed=mixed is not None,
+        precision=mixed,
+    )
 
 # %% ../../nbs/inside/run_stages.ipynb #ae14393b
 def load_base(
@@ -156,12 +158,9 @@ class NotEnoughMemory(RuntimeError):
 
 
 @contextmanager
-def _memory_explained(recipe, examples, model, keys):
+def _memory_explained(examples, model, settings):
     "While this is open, an error for want of memory says what took it."
-    given = {k: keys[k] for k in ('batch_size', 'precision', 'gradient_checkpointing')}
-    if keys['max_tokens']:
-        given['max_tokens'] = keys['max_tokens']
-    planned = partial(plan_run, model, examples, optimizer=recipe.train.optimizer or 'adamw', **given)
+    planned = partial(plan_run, model, examples, settings)
     try:
         with explaining_out_of_memory(model, planned):
             yield
@@ -180,15 +179,15 @@ def train_model(
     model,  # With its method; changed in place
 ) -> Run:  # `NotEnoughMemory` names the item of the plan that was exceeded
     "Train, from the last checkpoint if there is one."
-    keys = train_settings(job.recipe, len(p.train))
+    settings = train_settings(job.recipe, len(p.train))
     if not p.validation:
-        keys.update(patience=None, eval_every=None)
-    with _writing(job.out), _memory_explained(job.recipe, p.train, model, keys):
+        settings = replace(settings, patience=None, eval_every=None)
+    with _writing(job.out), _memory_explained(p.train, model, settings):
         return finetune(
             model,
             p.train,
-            **keys,
             eval_examples=p.validation or None,
+            settings=settings,
             out=job.out,
             resume=bool(checkpoints(job.out / 'checkpoints')),
             callbacks=[_tidy],

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -90,6 +89,9 @@ def _title(thing):
     return repr(thing) if type(thing).__repr__ is not object.__repr__ else type(thing).__qualname__
 
 
+WATCHED = 'fast', 'patience', 'eval_every', 'save_every', 'trackers'  # Settings that change nothing in a step
+
+
 def fingerprint(
     loop,  # A `Loop`
 ) -> dict:  # Short texts and numbers
@@ -98,9 +100,9 @@ def fingerprint(
     for e in loop.examples:
         digest.update(repr((e.input_ids, e.trained)).encode())
     shapes = json.dumps({n: list(p.shape) for n, p in loop.named.items()})
-    return dict(
-        asdict(loop.settings),
-        regularizer=_title(loop.regularizer),
+    settings = {k: v for k, v in vars(loop.settings).items() if k not in WATCHED}
+    return settings | dict(
+        regularizer=_title(loop.settings.regularizer),
         optimizer=type(getattr(loop.optimizer, 'optimizer', loop.optimizer)).__name__,
         data=digest.hexdigest()[:16],
         trained=hashlib.sha256(shapes.encode()).hexdigest()[:16],

@@ -9,8 +9,10 @@ __all__ = ['NonFiniteLoss']
 
 # %% ../../nbs/inside/training_checks.ipynb #0b8cf6ea
 import math
+from collections import Counter
 
 import torch
+from torch import nn
 
 from ..data.examples import Example
 from ..problem import Problem
@@ -18,8 +20,6 @@ from ..problem import Problem
 # %% ../../nbs/inside/training_checks.ipynb #d28c7273
 def check_trainable(
     named: dict,  # Name -> parameter that is to be trained
-    precision: str | None,  # None, 'bf16' or 'fp16'
-    device: str,  # Kind of device
 ):
     "Refuse what would train nothing, or train badly."
     if not named:
@@ -31,11 +31,43 @@ def check_trainable(
     if low:
         raise Problem(
             f'{low} is to be trained but is kept in {str(named[low].dtype)[6:]}, which rounds small updates away',
-            "load the model in float32 and give `precision='bf16'`",
+            "load the model in float32 and give mixed=True, precision='bfloat16'",
             key='dtype',
         )
-    if precision == 'fp16' and device == 'cpu':
-        raise Problem("fp16 needs a GPU; on a CPU use precision='bf16' or None")
+
+# %% ../../nbs/inside/training_checks.ipynb #8c0603fc
+def weights_in(
+    model: nn.Module,  # Of transformers
+) -> str:  # 'float32', 'bfloat16' or 'float16'
+    "The precision of most of a model's weights; of the frozen ones where there are some."
+    params = [p for p in model.parameters() if p.is_floating_point()]
+    counts = Counter()
+    for p in [p for p in params if not p.requires_grad] or params:
+        counts[str(p.dtype)[6:]] += p.numel()
+    return max(counts, key=counts.get, default='float32')
+
+
+def check_precision(
+    settings,  # `Settings`, settled
+    model: nn.Module,  # That is to be trained
+):
+    "Refuse a precision in which the model does not compute, or should not."
+    wanted = settings.precision
+    weights = weights_in(model)
+    if settings.mixed and wanted == 'float32':
+        raise Problem("mixed precision is 'bfloat16' or 'float16', not 'float32'", 'leave mixed out', key='precision')
+    if settings.mixed and wanted == 'float16' and model.device.type == 'cpu':
+        raise Problem(
+            'float16 needs a GPU: its range is small, and the CPU has no fast kernels for it',
+            "take precision='bfloat16', or leave mixed out",
+            key='precision',
+        )
+    if wanted and not settings.mixed and wanted != weights:
+        raise Problem(
+            f'precision is {wanted}, and the weights are in {weights}',
+            f"give mixed=True to multiply in {wanted} all the same, or load the model with dtype='{wanted}'",
+            key='precision',
+        )
 
 # %% ../../nbs/inside/training_checks.ipynb #6df96d44
 class NonFiniteLoss(RuntimeError):
@@ -56,7 +88,7 @@ def check_finite(
 ):
     "Stop before a broken number reaches the weights."
     # its scaler skips an overflowing step by itself
-    scaled = loop.settings.precision == 'fp16'
+    scaled = loop.settings.autocast == 'float16'
     if math.isfinite(loss) and (math.isfinite(norm) or scaled):
         return
     loop.optimizer.zero_grad()
@@ -65,5 +97,5 @@ def check_finite(
     raise NonFiniteLoss(
         f"step {loop.step + 1}: the {what} is {value}. The batch held rows {rows}. The "
         f"weights are as they were after step {loop.step}. "
-        "Look at these rows, lower the learning rate, or train in float32 or bf16"
+        "Look at these rows, lower the learning rate, or train in float32 or bfloat16"
     )

@@ -167,7 +167,7 @@ def launch_config(
     kind: str,  # A key of `config_files()`
     n_devices: int = 2,  # Processes, one for each device, over all machines
     *,
-    mixed_precision: str = 'no',  # For other scripts; `finetune` follows its own `precision`
+    mixed_precision: str = 'no',  # For other scripts; `finetune` follows its own `mixed` and `precision`
     cpu: bool = False,  # Processes on CPUs, to try it
     path: str | Path | None = None,  # Where to write it, for `accelerate launch --config_file`
     **changes,  # More keys of accelerate, as num_machines=2 or fsdp_reshard_after_forward=False

@@ -21,7 +21,7 @@ from ..data.examples import Example
 from ..data.packs import length_batches, pack, pad, shared_prefix
 from ..problem import Problem
 from .batches import _sharing, to_device
-from .checks import check_finite, check_trainable
+from .checks import check_finite, check_precision, check_trainable
 from .objective import Objective
 from .optimizer_names import _optimizer
 from .processes import _accelerator, _Noted, _whole, check_world
@@ -37,25 +37,21 @@ class Loop:
         examples: Sequence[Example],  # Training data
         settings: Settings,  # What defines the run
         packs: bool = True,  # Does the model take packs?
-        trackers=None,  # Names of trackers that accelerate knows
-        out=None,  # Where they may write
-        optimizer=None,  # A function of the parameter groups; None: AdamW
-        # A function of the model and the step; what it gives is added to the loss
-        regularizer=None,
+        out=None,  # Where trackers may write
     ):
         self.model = model
         self.examples = examples
-        self.settings = settings
+        self.settings = settings = settings.settled(model.device.type)
         self.packs = packs
         self.shares = packs and _sharing(model)
-        self.regularizer = regularizer
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        check_trainable(self.named, settings.precision, model.device.type)
-        self.accelerator = _accelerator(settings.precision, model.device, trackers, out)
+        check_trainable(self.named)
+        check_precision(settings, model)
+        self.accelerator = _accelerator(settings, model.device, out)
         check_world(self)
         self.before = _Noted(model) if self.sharded else None
         self.objective, self.optimizer = self.accelerator.prepare(
-            Objective(model), _optimizer(self.params, settings, model.device, optimizer)
+            Objective(model), _optimizer(self.params, settings, model.device)
         )
         # sharding puts others in their place
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -166,13 +162,13 @@ def add_gradients(
 # For the history: {'penalty': nats}, or nothing where there is no regulariser
 def add_penalty(self: Loop) -> dict:
     "Add the gradient of what the regulariser gives."
-    if self.regularizer is None:
+    if self.settings.regularizer is None:
         return {}
     if self.sharded or self.deepspeed:
         raise Problem('a regulariser reads whole weights', 'run it on one device, or under ddp')
     with self.synchronised(last=False):
         with self.accelerator.autocast():
-            penalty = self.regularizer(self.model, self.step)
+            penalty = self.settings.regularizer(self.model, self.step)
         if penalty.requires_grad:
             self.accelerator.backward(penalty)
     return dict(penalty=penalty.item())

@@ -16,9 +16,9 @@ from ..problem import Problem
 from .optimizers import Adafactor, AdamW8bit, StepInBackward
 
 # %% ../../nbs/inside/optimizer_names.ipynb #894d1b551
-def _optimizer(params, settings, device, make=None):
-    """AdamW, or what `make` makes of the groups; biases and the weights of norms do not decay,
-    and a parameter's `lr_scale` multiplies its learning rate."""
+def _optimizer(params, settings, device):
+    """AdamW, or what the settings name; biases and the weights of norms do not decay, and a parameter's `lr_scale`
+    multiplies its learning rate."""
     kinds = {}
     for p in params:
         kinds.setdefault((p.dim() <= 1, getattr(p, 'lr_scale', 1.0)), []).append(p)
@@ -31,11 +31,9 @@ def _optimizer(params, settings, device, make=None):
         )
         for (flat, scale), ps in sorted(kinds.items(), key=lambda o: o[0])
     ]
-    return (
-        make(groups)
-        if make
-        else torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type in ('cpu', 'cuda') else None)
-    )
+    if settings.optimizer:
+        return as_optimizer(settings.optimizer)(groups)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type in ('cpu', 'cuda') else None)
 
 # %% ../../nbs/inside/optimizer_names.ipynb #91114e0c
 def parameter_groups(

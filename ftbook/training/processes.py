@@ -77,20 +77,23 @@ def _with_fsdp(accelerator):
     return accelerator
 
 # %% ../../nbs/inside/processes.ipynb #484965db
-def _accelerator(precision, device, trackers, out):
+ACCELERATE = {None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}  # Mixed precision in its own words
+
+
+def _accelerator(settings, device, out):
     "An `Accelerator`. It allows one precision to a process; a new run may want another."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if AcceleratorState._shared_state and AcceleratorState._shared_state.get('_mixed_precision') != (precision or 'no'):
+    mixed = ACCELERATE[settings.autocast]
+    if AcceleratorState._shared_state and AcceleratorState._shared_state.get('_mixed_precision') != mixed:
         if _wanted('FSDP'):
             _set_engine('MULTI_CPU' if AcceleratorState._shared_state['device'].type == 'cpu' else 'MULTI_GPU')
         AcceleratorState._reset_state()
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         _leave_at_exit()
-    return _with_fsdp(
-        Accelerator(mixed_precision=precision or 'no', cpu=_on_cpu(device), log_with=trackers, project_dir=out)
-    )
+    cpu = _on_cpu(device)
+    return _with_fsdp(Accelerator(mixed_precision=mixed, cpu=cpu, log_with=settings.trackers, project_dir=out))
 
 # %% ../../nbs/inside/processes.ipynb #68f035ad
 def check_world(

@@ -10,11 +10,25 @@ __all__ = ['Settings']
 # %% ../../nbs/06_settings.ipynb #1f83b547
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Annotated, Literal
 
 from fastcore.basics import patch
 
-from ..problem import Problem
+from ftbook.keys import (
+    checked,
+    Count,
+    Flag,
+    Function,
+    Instance,
+    Natural,
+    NotNegative,
+    Positive,
+    Precision,
+    Text,
+)
+from ..models.device import half_precision
+from .optimizer_names import OPTIMIZERS
 
 # %% ../../nbs/06_settings.ipynb #749b3828
 def lr_at(
@@ -35,47 +49,84 @@ def lr_at(
     )
 
 # %% ../../nbs/06_settings.ipynb #06659a36
-@dataclass
+@checked
 class Settings:
-    "What defines a run."
+    "How a model is trained."
 
-    lr: float = 2e-4  # Peak learning rate
-    epochs: float = 1  # Passes over the data
-    max_steps: int | None = None  # Stop after so many optimizer steps
-    batch_size: int = 8  # Examples to a step, over all processes
-    max_tokens: int = 1024  # Tokens in one forward pass; a batch with more is run in pieces
-    schedule: str = 'linear'  # 'linear', 'cosine' or 'constant'
-    warmup: float = 0.03  # Share of the steps, or their number
-    weight_decay: float = 0.0  # AdamW's, on matrices only
-    max_grad_norm: float | None = 1.0  # Clip the gradient's norm
-    seed: int = 0  # Of order and dropout
-    # None: as the weights are; 'bf16' or 'fp16': autocast over float32 weights
-    precision: str | None = None
-    gradient_checkpointing: bool = False  # Compute activations again instead of keeping them
-
-    def __post_init__(self):
-        _check_settings(self)
+    lr: Annotated[
+        Positive | None, "peak learning rate; None: 2e-4, in a recipe that of the method"
+    ] = None
+    epochs: Annotated[Positive, "passes over the data"] = 1.0
+    max_steps: Annotated[Count | None, "stop after so many optimizer steps"] = None
+    batch_size: Annotated[Count, "examples to a step, over all processes"] = 8
+    max_tokens: Annotated[
+        Count | None,
+        "tokens in one forward pass, larger batches run in pieces with the same result; "
+        "None: 1024 on a CPU, 8192 elsewhere",
+    ] = None
+    schedule: Annotated[
+        Literal['linear', 'cosine', 'constant'], "of the learning rate after the warm-up"
+    ] = 'linear'
+    warmup: Annotated[NotNegative, "share of the steps (below 1), or their number"] = 0.03
+    weight_decay: Annotated[NotNegative, "AdamW's, on matrices only"] = 0.0
+    max_grad_norm: Annotated[Positive | None, "clip the gradient's norm; None never clips"] = (
+        1.0
+    )
+    optimizer: Annotated[
+        Literal[tuple(OPTIMIZERS)] | Function | None,
+        "what takes the steps, by name or as a function of parameter groups; None: AdamW",
+    ] = None
+    precision: Annotated[
+        Precision | None, "of the products; None: as the weights are, or 16 bits if mixed"
+    ] = None
+    mixed: Annotated[
+        Flag | None,
+        "products in 16 bits over trained weights in float32; "
+        "None: no, in a recipe by device and method",
+    ] = None
+    gradient_checkpointing: Annotated[
+        Flag, "compute activations again instead of keeping them"
+    ] = False
+    seed: Annotated[Natural | None, "of order and dropout; None: 0, in a recipe its own"] = None
+    patience: Annotated[
+        Count | None,
+        "stop after so many evaluations without a better one, with the best weights",
+    ] = None
+    eval_every: Annotated[Count | None, "steps between evaluations; None: ten in a run"] = None
+    save_every: Annotated[
+        Count | None, "steps between checkpoints; None: at the end, in a recipe five in a run"
+    ] = None
+    fast: Annotated[Flag, "with operators of our own where they give the same result"] = True
+    trackers: Annotated[
+        list[Text | Instance] | None,
+        "names that accelerate knows, such as tensorboard",
+    ] = None
+    regularizer: Annotated[
+        Function | None,
+        "of the model and the step; what it gives, in nats, is added to the mean loss",
+    ] = None
 
 # %% ../../nbs/06_settings.ipynb #24c5c872
-def _check_settings(s):
-    def need(ok, name, wanted):
-        if not ok:
-            raise Problem(f'{name} must be {wanted}, not {getattr(s, name)!r}', key=name)
+@patch(as_prop=True)
+def autocast(self: Settings) -> str | None:  # None: products are as the weights are
+    "The precision of the products in mixed precision."
+    return self.precision if self.mixed else None
 
-    for name in ('lr', 'epochs'):
-        need(math.isfinite(getattr(s, name)) and getattr(s, name) > 0, name, 'above 0')
-    for name in ('batch_size', 'max_tokens'):
-        need(getattr(s, name) >= 1, name, '1 or more')
-    for name in ('warmup', 'weight_decay'):
-        need(getattr(s, name) >= 0, name, '0 or more')
-    need(s.max_steps is None or s.max_steps >= 1, 'max_steps', '1 or more, or None')
-    need(s.max_grad_norm is None or s.max_grad_norm > 0, 'max_grad_norm', 'above 0, or None')
-    need(
-        s.schedule in ('linear', 'cosine', 'constant'),
-        'schedule',
-        "'linear', 'cosine' or 'constant'",
+
+@patch
+def settled(
+    self: Settings,
+    device: str,  # Its kind: 'cpu', 'cuda' ...
+) -> Settings:  # A new one
+    "The settings with every choice made that a run needs."
+    return replace(
+        self,
+        lr=self.lr or 2e-4,
+        max_tokens=self.max_tokens or (1024 if device == 'cpu' else 8192),
+        mixed=bool(self.mixed),
+        precision=self.precision or (half_precision(device) if self.mixed else None),
+        seed=self.seed or 0,
     )
-    need(s.precision in (None, 'bf16', 'fp16'), 'precision', "None, 'bf16' or 'fp16'")
 
 # %% ../../nbs/06_settings.ipynb #41f565e9
 @patch

@@ -10,9 +10,10 @@ __all__ = []
 # %% ../../nbs/inside/finetune.ipynb #7081db31
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 
 import torch
+from fastcore.meta import delegates
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -52,12 +53,12 @@ def _checkpointing_(model, on):
 
 
 @contextlib.contextmanager
-def _prepared(model, settings, fast):
+def _prepared(model, settings):
     """Training mode, attention for packs, operators, checkpointing, and the caller's random numbers: all given back as
     they were."""
     training = model.training
     cache = getattr(model.config, 'use_cache', None)
-    with torch.random.fork_rng(), isolated(model, fast) as packs:
+    with torch.random.fork_rng(), isolated(model, settings.fast) as packs:
         if settings.gradient_checkpointing:
             _checkpointing_(model, True)
         model.train()
@@ -75,9 +76,9 @@ def _prepared(model, settings, fast):
 def _check_asked(examples, eval_examples, patience):
     "Refuse a call that cannot be meant."
     if not examples:
-        raise Problem('there is no example to train on')
+        raise Problem('there is no example to train on', 'give at least one row')
     if patience and not eval_examples:
-        raise Problem('patience counts evaluations, so it needs `eval_examples`')
+        raise Problem('patience counts evaluations, so it needs `eval_examples`', key='patience')
 
 
 def _say_interrupted(loop, out):
@@ -86,75 +87,50 @@ def _say_interrupted(loop, out):
     where = saved if out else "nothing was saved, for there is no `out`"
     print(f"interrupted after step {loop.step} of {loop.n_steps}; {where}")
 
+# %% ../../nbs/inside/finetune.ipynb #fdc4314f
+def _bar(loop, progress):
+    "The bar of a run; the first process shows it."
+    hidden = not progress or loop.world[1] > 0
+    return tqdm(total=loop.n_steps, initial=loop.step, disable=hidden, desc='train', unit='step')
+
+
+@contextlib.contextmanager
+def _tracked(loop):
+    "Let the trackers of accelerate hear the settings, and the end."
+    if loop.settings.trackers:
+        config = {k: v for k, v in vars(loop.settings).items() if isinstance(v, (str, int, float))}
+        loop.accelerator.init_trackers('ftbook', config=config)
+    yield
+    if loop.settings.trackers:
+        loop.accelerator.end_training()
+
 # %% ../../nbs/inside/finetune.ipynb #2d2453d0
+@delegates(Settings)
 def finetune(
     model: nn.Module,  # Of transformers; what requires a gradient is trained, in place
     examples: Sequence[Example],  # From `ftbook.data.encoding.encode`
+    eval_examples: Sequence[Example] | None = None,  # Held out, and evaluated on the way
     *,
-    lr: float = 2e-4,  # Peak learning rate
-    epochs: float = 1,  # Passes over the data
-    max_steps: int | None = None,  # Stop after so many optimizer steps
-    batch_size: int = 8,  # Examples to a step, over all processes
-    # Tokens in one forward pass; a batch with more is run in pieces, with the same result. None: 1,024 on a CPU, 8,192
-    # elsewhere
-    max_tokens: int | None = None,
-    schedule: str = 'linear',  # 'linear', 'cosine' or 'constant'
-    warmup: float = 0.03,  # Share of the steps, or their number
-    weight_decay: float = 0.0,  # AdamW's, on matrices only
-    max_grad_norm: float | None = 1.0,  # Clip the gradient's norm
-    seed: int = 0,  # Of order and dropout
-    # None: AdamW; or a function that makes one of parameter groups, dicts with params, lr and weight_decay
-    optimizer=None,
-    precision: str | None = None,  # None: as the weights are; 'bf16' or 'fp16': autocast over float32 weights
-    gradient_checkpointing: bool = False,  # Compute activations again instead of keeping them
-    eval_examples: Sequence[Example] | None = None,  # Held out
-    eval_every: int | None = None,  # Steps between evaluations; None: ten in a run
-    # Stop after so many evaluations without a better one, and give back the best weights
-    patience: int | None = None,
+    settings: Settings | None = None,  # How to train; None: the defaults
     out=None,  # A folder for checkpoints; None: keep none
-    save_every: int | None = None,  # Steps between checkpoints; None: one at the end, or when stopped
     resume: bool = False,  # Go on with the run in `out`
-    fast: bool = True,  # With the operators of `fast_`
-    trackers=None,  # Names of trackers that accelerate knows, as 'tensorboard'
-    # A function of the model and the step; the scalar that it gives, in nats, is added to the mean loss of every step
-    regularizer=None,
     # Each is called after every step with `.step`, `.steps`, `.history`, `.model`; set `.stop` to end
     callbacks: Sequence = (),
     progress: bool = True,  # Show a bar
+    **changes,  # Fields of `Settings` that are to differ: lr=1e-4, epochs=3
 ) -> Run:  # Raises `NonFiniteLoss`; ValueError for settings and data that cannot be trained on
     "Fine-tune `model` on `examples`; Ctrl-C finishes the step and saves."
-    settings = Settings(
-        lr,
-        epochs,
-        max_steps,
-        batch_size,
-        max_tokens or (1024 if model.device.type == 'cpu' else 8192),
-        schedule,
-        warmup,
-        weight_decay,
-        max_grad_norm,
-        seed,
-        precision,
-        gradient_checkpointing,
-    )
-    _check_asked(examples, eval_examples, patience)
+    settings = replace(settings or Settings(), **changes)
+    _check_asked(examples, eval_examples, settings.patience)
     run = Run()
-    with _prepared(model, settings, fast) as packs, until_interrupted() as caught:
-        loop = Loop(model, examples, settings, packs, trackers, out, optimizer, regularizer)
+    with _prepared(model, settings) as packs, until_interrupted() as caught:
+        loop = Loop(model, examples, settings, packs, out)
         _begin(loop, run, out, resume)
-        if trackers:
-            config = {k: v for k, v in asdict(settings).items() if v is not None}
-            loop.accelerator.init_trackers('ftbook', config=config)
-        hidden = not progress or loop.world[1] > 0
-        bar = tqdm(total=loop.n_steps, initial=loop.step, disable=hidden, desc='train', unit='step')
-        with whole_again(loop), bar:
-            eval_every = eval_every or max(1, loop.n_steps // 10)
-            watch = _Watch(run, out, save_every, eval_examples, eval_every, patience, callbacks, caught, bar)
+        with _tracked(loop), whole_again(loop), _bar(loop, progress) as bar:
+            watch = _Watch(run, out, eval_examples, callbacks, caught, bar)
             run.stopped = _take_steps(loop, watch)
             if loop.best and run.stopped in ('finished', 'max_steps', 'early'):
                 put_weights_(loop, loop.best['weights'])
-        if trackers:
-            loop.accelerator.end_training()
     run.peak_memory_bytes = peak_memory(model.device)
     if run.stopped == 'interrupted' and loop.world[1] == 0:
         _say_interrupted(loop, out)

@@ -137,10 +137,7 @@ class _Watch:
 
     run: Run
     out: Path | None
-    save_every: int | None
     eval_examples: Sequence
-    eval_every: int
-    patience: int | None
     callbacks: Sequence
     caught: list
     bar: object
@@ -184,9 +181,10 @@ def agree(
 def _after_step(loop, watch, record):
     "Evaluate, log, show, call back; a reason to stop, or ''."
     why = ''
-    if watch.eval_examples and (loop.step % watch.eval_every == 0 or loop.step == loop.n_steps):
+    every = loop.settings.eval_every or max(1, loop.n_steps // 10)
+    if watch.eval_examples and (loop.step % every == 0 or loop.step == loop.n_steps):
         record['eval_loss'] = evaluate_shared(loop, watch.eval_examples)
-        if judge_evaluation(loop, record['eval_loss'], watch.patience):
+        if judge_evaluation(loop, record['eval_loss'], loop.settings.patience):
             why = 'early'
     loop.accelerator.log({k: v for k, v in record.items() if v is not None}, step=loop.step)
     watch.bar.update()
@@ -200,12 +198,13 @@ def _after_step(loop, watch, record):
 def _take_steps(loop, watch):
     "Take steps until there is a reason to stop, and say which."
     why = ''
+    every = loop.settings.save_every
     while not why:
         if loop.step >= loop.n_steps:
             return 'max_steps' if loop.n_steps == loop.settings.max_steps else 'finished'
         watch.run.history.append(record := loop.take_step())
         why = _after_step(loop, watch, record)
-        due = watch.save_every and loop.step % watch.save_every == 0
+        due = every and loop.step % every == 0
         if watch.out and (why or due or loop.step == loop.n_steps):
             save_run(loop, watch.run, watch.out)
     return why

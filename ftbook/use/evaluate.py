@@ -60,7 +60,7 @@ def evaluate(
     source,  # Rows of any kind, or encoded examples, as for `finetune`
     *,
     tokenizer=None,  # The model's; needed unless the rows are encoded
-    keys=None,  # A `DataKeys`; None takes the defaults
+    keys=None,  # A `DataKeys`; None finds the columns
     progress: bool = False,  # Show a bar
 ) -> Judgement:  # ValueError names the row and what to change
     "Judge a model by rows: loss, and accuracy where there is something to choose."

@@ -11,6 +11,7 @@ __all__ = ['finetune']
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fastcore.meta import delegates
 from torch import nn
 
 from ..data.encoding import encode
@@ -19,6 +20,7 @@ from ..data.read import read_rows
 from ..data.split import split_rows
 from ..problem import Problem
 from ..recipe.config import DataKeys
+from ..recipe.from_rows import settled_keys
 from ..recipe.rows import find_labels, shape_rows
 from ..training.watch import Run
 from ..training.tune import finetune as finetune_examples
@@ -47,7 +49,9 @@ def _first_refused(refused, keys):
     return Problem(
         f'{problem.why}{more}',
         f'The columns are {keys.text_column!r} and {keys.label_column!r}; name others with '
-        'keys=DataKeys(text_column=..., label_column=...)',
+        'keys=DataKeys(text_column=..., label_column=...)'
+        if keys.text_column
+        else problem.remedy,
         row=row,
         key=problem.where.key,
     )
@@ -55,12 +59,12 @@ def _first_refused(refused, keys):
 
 def shaped_rows(
     source,  # A file, a hub id, a `Dataset`, a `DataFrame` or a list of dicts
-    keys: DataKeys | None = None,  # Names of the columns, labels, instruction; None takes the defaults
+    keys: DataKeys | None = None,  # Names of the columns, labels, instruction; what is None is found
     # (rows as prompt and completion, labels). ValueError names the first row that cannot be used
 ) -> tuple[list, list]:
     "Bring the rows of any source into shape."
-    keys = keys or DataKeys()
     rows = _records(source)
+    keys = settled_keys(rows, keys)
     labels = find_labels(rows, keys)
     shaped, refused = shape_rows(rows, keys, labels)
     if refused:
@@ -111,22 +115,22 @@ def split_prepared(
     return [made.examples[o['at']] for o in train], [made.examples[o['at']] for o in test]
 
 # %% ../../nbs/inside/your_rows.ipynb #7e4f950e
+@delegates(finetune_examples)
 def finetune(
     model: nn.Module,  # Of transformers; what requires a gradient is trained, in place
     source,  # Rows: a file, a hub id, a `Dataset`, a `DataFrame`, a list of dicts; or encoded examples
     *,
     tokenizer=None,  # The model's; needed unless the rows are encoded
     eval_rows: float | None = None,  # Hold out a share (below 1) or a number of rows, and judge by them on the way
-    keys: DataKeys | None = None,  # Names of the columns, labels, instruction; None takes the defaults
-    seed: int = 0,  # Of the split, the order and dropout
-    **settings,  # As for `ftbook.training.tune.finetune`: lr, epochs, batch_size, max_steps, precision, out ...
+    keys: DataKeys | None = None,  # Names of the columns, labels, instruction; what is None is found
+    **more,  # Fields of `Settings` (lr, epochs ...; its seed is of the split too), and out, resume, callbacks, progress
 ) -> Run:  # ValueError names the row, the column or the setting, and what to change
     "Fine-tune `model` on rows of any kind, with the settings of the training loop."
     made = prepare_rows(source, tokenizer, keys)
-    train, held_out = made.examples, None
+    train = made.examples
     if eval_rows is not None:
-        if settings.get('eval_examples') is not None:
-            raise Problem('eval_rows and eval_examples both hold rows out', 'give one of them')
-        train, held_out = split_prepared(made, eval_rows, seed)
-        settings['eval_examples'] = held_out
-    return finetune_examples(model, train, seed=seed, **settings)
+        if more.get('eval_examples') is not None:
+            raise Problem('eval_rows and eval_examples both hold rows out', 'give one of them', key='eval_rows')
+        seed = more.get('seed') or getattr(more.get('settings'), 'seed', None) or 0
+        train, more['eval_examples'] = split_prepared(made, eval_rows, seed)
+    return finetune_examples(model, train, **more)

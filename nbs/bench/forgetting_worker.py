@@ -200,6 +200,7 @@ def learn(way, model, task, seed, past, stiffness, precision):
         epochs=epochs,
         seed=seed,
         precision=precision,
+        mixed=precision is not None,
         regularizer=regularizer,
         callbacks=callbacks,
         progress=False,

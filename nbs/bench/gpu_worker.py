@@ -139,7 +139,7 @@ def memory(share, shares):
             seq_len=c['tokens'],
             batch_size=c['rows'],
             optimizer=told,
-            precision=c['precision'],
+            **m.MIXED[c['precision']],
             gradient_checkpointing=c['checkpointing'],
             device=DEVICE,
         )
@@ -371,6 +371,7 @@ def nf4():
 def agree(n_steps=8, n_jobs=12):
     import random
     import torch
+    from memory_worker import MIXED
     from ftbook.data.examples import Example
     from ftbook.training.tune import finetune
 
@@ -395,7 +396,7 @@ def agree(n_steps=8, n_jobs=12):
             batch_size=8,
             max_tokens=most,
             lr=3e-4,
-            precision=precision,
+            **MIXED[precision],
             gradient_checkpointing=checkpointing,
             fast=fast,
             progress=False,

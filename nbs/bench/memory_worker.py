@@ -27,6 +27,13 @@ DEFAULT = dict(
     in_backward=False,
 )
 
+# Mixed precision in the words of the records -> in those of the library
+MIXED = {
+    None: {},
+    'bf16': dict(precision='bfloat16', mixed=True),
+    'fp16': dict(precision='float16', mixed=True),
+}
+
 
 def configurations():
     "What is measured: each differs from DEFAULT in what it names."
@@ -320,7 +327,7 @@ def planned(c, method, quantize, optimizer):
         seq_len=c['tokens'],
         batch_size=c['rows'],
         optimizer=optimizer,
-        precision=c['precision'],
+        **MIXED[c['precision']],
         gradient_checkpointing=c['checkpointing'],
         attention=c['attention'],
     )
@@ -344,7 +351,7 @@ def by_finetune(model, c, optimizer):
                 batch_size=c['rows'],
                 max_tokens=n * c['rows'],
                 lr=1e-4,
-                precision=c['precision'],
+                **MIXED[c['precision']],
                 gradient_checkpointing=c['checkpointing'],
                 progress=False,
                 optimizer=None if c['optimizer'] == 'adamw' else optimizer,
@@ -405,7 +412,7 @@ def by_steps(model, c, optimizer, stack):
     )
 
     def run():
-        memory_step.run_steps(Noted(), batch, opt, c['precision'])
+        memory_step.run_steps(Noted(), batch, opt, MIXED[c['precision']].get('precision'))
         losses.extend(zip(found, (b - a for a, b in zip(started, [*started[1:], time.perf_counter()]))))
 
     return run, losses

@@ -136,7 +136,7 @@ def tune(name):
         model,
         encode([dict(prompt=r['prompt'], completion=r['completion']) for r in rows], tokenizer),
         **TRAINING,
-        precision='bf16' if half() == torch.bfloat16 else None,
+        mixed=half() == torch.bfloat16,
         progress=False,
     )
     file.parent.mkdir(parents=True, exist_ok=True)

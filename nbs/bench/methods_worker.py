@@ -118,7 +118,7 @@ def fresh(variant):
     bfloat16."""
     whole = VARIANTS.get(variant, ()) is None
     model, tokenizer = loaded('float32' if whole else half())
-    return copy.deepcopy(model), tokenizer, 'bf16' if whole and half() == 'bfloat16' else None
+    return copy.deepcopy(model), tokenizer, 'bfloat16' if whole and half() == 'bfloat16' else None
 
 
 # Rows
@@ -216,6 +216,7 @@ def one(part, variant, task, lr, seed, batch_size):
         epochs=EPOCHS,
         seed=seed,
         precision=precision,
+        mixed=precision is not None,
         progress=False,
     )
     seconds = time.perf_counter() - begun
@@ -369,7 +370,8 @@ def cost(variant):
     model, tokenizer, precision = fresh(variant)
     apply_(variant, model, tokenizer, 'movie', 0)
     examples, memory = encode([r for r, _ in train[:64]], tokenizer), Memory()
-    run = finetune(model, examples, lr=1e-5, batch_size=BATCH, epochs=1, precision=precision, progress=False)
+    mixed = dict(precision=precision, mixed=precision is not None)
+    run = finetune(model, examples, lr=1e-5, batch_size=BATCH, epochs=1, progress=False, **mixed)
     peak = memory.stop()
     ids = torch.tensor([examples[0].input_ids[:64]] * 8)
 

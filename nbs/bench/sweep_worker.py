@@ -190,12 +190,12 @@ def put(config, model, tokenizer, task, seed):
 
 
 def fresh(config):
-    "(model, tokenizer, precision of the autocast): full fine-tuning needs weights in float32."
+    "(model, tokenizer, precision of the products where it is mixed): full fine-tuning needs weights in float32."
     from methods_worker import loaded
 
     full, half = config['method'] == 'full', config['precision'] == 'bfloat16'
     model, tokenizer = loaded('float32' if full or not half else 'bfloat16')
-    return copy.deepcopy(model), tokenizer, 'bf16' if full and half else None
+    return copy.deepcopy(model), tokenizer, 'bfloat16' if full and half else None
 
 
 def halve_(model, full):
@@ -268,6 +268,7 @@ def trained(config, task, seed):
             epochs=config['epochs'],
             warmup=config['warmup'],
             precision=precision,
+            mixed=precision is not None,
             seed=seed,
             callbacks=[note],
             progress=False,

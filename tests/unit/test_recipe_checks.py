@@ -1,8 +1,10 @@
 "Private helpers of ftbook.recipe.checks."
 
 from ftbook.problem import Problem
-from ftbook.recipe.checks import _by_file, _flat, _refuse, _strings, Prepared
+from ftbook.recipe.checks import _by_file, _refuse, Prepared
 from ftbook.recipe.config import DataKeys, Recipe
+from ftbook.recipe.from_rows import settled_keys
+from ftbook.recipe.machine import _flat, _strings
 from ftbook.recipe.rows import find_labels, shape_rows
 
 
@@ -13,7 +15,8 @@ def test_rows_that_are_refused_are_counted_and_named():
         {'text': 7, 'label': 'bad'},
         {'text': 'so so', 'label': ''},
     ]
-    _, refused = shape_rows(few, DataKeys(), find_labels(few, DataKeys()))
+    keys = settled_keys(few, DataKeys())
+    _, refused = shape_rows(few, keys, find_labels(few, keys))
     p = Prepared(Recipe())
     _refuse(p, refused, len(few), 'data.source')
     assert [f.message for f in p.findings.errors] == [

@@ -16,10 +16,10 @@ def half_square(model, step):
     return 0.5 * sum(p.square().sum() for p in model.parameters())
 
 
-def one_plain_step(model, **more):
+def one_plain_step(model, **functions):
     rows = [Example(list(range(n, 2 * n)), [False] + [True] * (n - 1)) for n in range(5, 13)]
-    settings = Settings(lr=0.1, batch_size=8, warmup=0, max_grad_norm=None)
-    loop = Loop(copy.deepcopy(model), rows, settings, **more)
+    settings = Settings(lr=0.1, batch_size=8, warmup=0, max_grad_norm=None, **functions)
+    loop = Loop(copy.deepcopy(model), rows, settings)
     return loop.take_step(), [p.detach() for p in loop.params]
 
 

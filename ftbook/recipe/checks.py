@@ -25,7 +25,7 @@ from ..quality.audit import audit
 from ..quality.findings import Findings, view_rows
 from .config import DataKeys, Recipe
 from .from_rows import settled_keys
-from .rows import find_labels, guess_shape, shape_rows
+from .rows import find_labels, shape_of, shape_rows
 
 # %% ../../nbs/inside/preflight_checks.ipynb #8dbbf997
 class CheckFailed(ValueError):
@@ -201,7 +201,7 @@ _looked_for = (
 
 def _viewed(rows, d):
     "Rows as the audit sees them; plain text has no label."
-    shape = guess_shape(rows[0], d) if d.shape == 'auto' else d.shape
+    shape = shape_of(rows, d)
     text = d.text_column or 'text'
     if shape == 'text':
         rows = [{text: row.get(text)} for row in rows]

@@ -11,76 +11,11 @@ from ftbook.methods.bitfit import BitFit
 from ftbook.methods.package_adapters import load_from_adapters, save_for_adapters
 from ftbook.methods.files import load_adapter, save_adapter
 from ftbook.methods.parts import parts_of
+from tiny import SMALL, VOCAB as vocab, gap, seeded, small_llama as llama, small_t5, snapshot
 
-vocab, d, heads = 60, 32, 4
+d, heads = 32, 4
 
 # Small models
-
-
-def llama(**kw):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=d,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=heads,
-            num_key_value_heads=2,
-            vocab_size=vocab,
-            **kw,
-        )
-    )
-
-
-def qwen():
-    from transformers import Qwen2Config, Qwen2ForCausalLM  # biases on q, k and v, none elsewhere
-
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            hidden_size=d,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=heads,
-            num_key_value_heads=2,
-            vocab_size=vocab,
-        )
-    )
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel  # Conv1D
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=d,
-            n_layer=2,
-            n_head=heads,
-            vocab_size=vocab,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    )
-
-
-def bert():
-    from transformers import BertConfig, BertForMaskedLM  # post-LN
-
-    return BertForMaskedLM(
-        BertConfig(
-            hidden_size=d,
-            num_hidden_layers=2,
-            num_attention_heads=heads,
-            intermediate_size=64,
-            vocab_size=vocab,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
 
 
 def distilbert():
@@ -89,26 +24,6 @@ def distilbert():
     return DistilBertForMaskedLM(
         DistilBertConfig(
             dim=d, n_layers=2, n_heads=heads, hidden_dim=64, vocab_size=vocab, dropout=0.0, attention_dropout=0.0
-        )
-    )
-
-
-def t5():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            d_model=d,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=heads,
-            vocab_size=vocab,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            decoder_start_token_id=0,
-            tie_word_embeddings=False,
-            initializer_factor=0.3,
         )
     )
 
@@ -138,13 +53,15 @@ def bart():
     )
 
 
-small_models = {"Llama": llama, "Qwen2": qwen, "GPT-2": gpt2, "BERT": bert, "DistilBERT": distilbert, "T5": t5}
+small_models = SMALL | {
+    "DistilBERT": distilbert,
+    "T5": lambda: small_t5(tie_word_embeddings=False, initializer_factor=0.3),
+}
 every_model, every_kind = pytest.mark.parametrize("name", small_models), pytest.mark.parametrize("kind", KINDS)
 
 
 def make(name, seed=0):
-    torch.manual_seed(seed)
-    return small_models[name]().train()
+    return seeded(small_models[name], seed)
 
 
 def batch(seed=1, n=2, length=8):
@@ -163,18 +80,6 @@ def busy(model, std=0.1, mean=0.0, seed=1):
 def logits(model, seed=1):
     with torch.no_grad():
         return model(**batch(seed)).logits
-
-
-def gap(pairs):
-    return max(float((p - q).detach().abs().max()) for p, q in pairs)
-
-
-def snapshot(model):
-    return (
-        {k: v.clone() for k, v in model.state_dict().items()},
-        [type(m) for m in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-    )
 
 
 def untouched(model, before):

@@ -6,107 +6,21 @@ from ftbook.methods.soft_method import CHILD
 from ftbook.methods.prefix_tuning import PrefixTuning
 from ftbook.methods.prompt_tuning import PromptTuning
 from ftbook.methods.p_tuning import PTuning
-
-vocab, n = 60, 5
-
-
-def llama(**kw):
-    from transformers import LlamaConfig, LlamaForCausalLM  # grouped queries
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=vocab,
-            **kw,
-        )
-    )
-
-
-def qwen():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=1,
-            vocab_size=vocab,
-        )
-    )
-
-
-def gpt2(positions=64):
-    from transformers import GPT2Config, GPT2LMHeadModel  # learnt positions
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            vocab_size=vocab,
-            n_positions=positions,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+from tiny import SMALL, VOCAB as vocab, decoder, gap, grads_of as grads, seeded
+from tiny import small_bert, small_llama as llama, small_qwen, small_t5
 
 
 def bert(head="MaskedLM"):
-    import transformers
-
-    config = transformers.BertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        vocab_size=vocab,
-        max_position_embeddings=48,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return getattr(transformers, f"BertFor{head}")(config)
-
-
-def t5():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            d_model=32,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=vocab,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-        )
-    )
+    return small_bert(head=head, max_position_embeddings=48)
 
 
 def mistral():
-    from transformers import MistralConfig, MistralForCausalLM  # a sliding window
+    from transformers import MistralConfig, MistralForCausalLM
 
-    return MistralForCausalLM(
-        MistralConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=vocab,
-            sliding_window=8,
-        )
-    )
+    return MistralForCausalLM(MistralConfig(**decoder(32, sliding_window=8)))
+
+
+n = 5
 
 
 def mamba():
@@ -115,21 +29,20 @@ def mamba():
     return MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=vocab))
 
 
-small_models = {"Llama": llama, "Qwen2": qwen, "GPT-2": gpt2, "BERT": bert, "T5": t5}
+small_models = SMALL | {
+    "Qwen2": lambda: small_qwen(num_hidden_layers=3, num_key_value_heads=1),
+    "BERT": bert,
+    "T5": lambda: small_t5(feed_forward_proj="relu"),
+}
 causal = ["Llama", "Qwen2", "GPT-2"]
 
 
 def make(name, seed=0):
-    torch.manual_seed(seed)
-    return (small_models | dict(Mistral=mistral, Mamba=mamba))[name]().train()
+    return seeded((small_models | dict(Mistral=mistral, Mamba=mamba))[name], seed)
 
 
 def tokens(rows=2, length=12, seed=1):
     return torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def gap(pairs):
-    return max(float((p - q).detach().abs().max()) for p, q in pairs)
 
 
 def logits(model, *args, **kwargs):
@@ -216,7 +129,3 @@ def examples():
 
     ids = [[3 + (i * j) % 50 for j in range(4 + i % 5)] for i in range(1, 13)]
     return [Example(o, [False] + [True] * (len(o) - 1), i) for i, o in enumerate(ids)]
-
-
-def grads(m):
-    return {k: p.grad.clone() for k, p in m.named_parameters() if p.grad is not None}

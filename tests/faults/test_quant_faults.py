@@ -14,7 +14,7 @@ from ftbook.methods.nf4 import quantize_tensor
 from ftbook.methods.quant_files import load_quantized
 from ftbook.methods.quant_merge import merge_quantized_
 from ftbook.methods.quant_model import quantizable, quantized_layers
-from cases.quant import cpu, llama, logits, make, shaken
+from cases.quant import cpu, logits, make, shaken
 
 
 # Models and methods
@@ -30,7 +30,7 @@ def test_what_changes_frozen_weights_is_refused():
 
 
 def test_streaming_names_the_tensor_that_is_broken(tmp_path):
-    model = llama()
+    model = make("Llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.inf
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj has 1 values that are NaN or infinite"):
@@ -38,7 +38,7 @@ def test_streaming_names_the_tensor_that_is_broken(tmp_path):
 
 
 def test_a_folder_that_is_quantised_already_is_refused(tmp_path):
-    llama().save_pretrained(tmp_path)
+    make("Llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})

@@ -344,7 +344,7 @@ def test_beginning_inside_the_weights(name, init, tmp_path):
 def test_heads_and_embeddings_saved_reloaded_merged(given, tied, tmp_path):
     "PAINS 13: new tokens and tied heads give the same logits after every way."
     torch.manual_seed(0)
-    model = llama(tied=tied).eval()
+    model = llama(tie_word_embeddings=tied).eval()
     state = copy.deepcopy(model.state_dict())
     LoRA(**{"rank": 4, **given}).apply(model)
     for p in model.parameters():
@@ -354,7 +354,7 @@ def test_heads_and_embeddings_saved_reloaded_merged(given, tied, tmp_path):
     save_adapter(model, tmp_path)
 
     def fresh():
-        new = llama(tied=tied).eval()
+        new = llama(tie_word_embeddings=tied).eval()
         new.load_state_dict(state)
         return new
 

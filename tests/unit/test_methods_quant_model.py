@@ -18,7 +18,7 @@ from ftbook.methods.quant_files import load_quantized
 from ftbook.methods.quant_merge import merge_quantized_
 from ftbook.methods.quant_model import quantizable, quantized_layers
 from tiny import seeded
-from cases.quant import batch, cpu, gap, grads, llama, logits, make, shaken, small_models
+from cases.quant import batch, cpu, gap, grads, logits, make, shaken, small_models
 
 
 def relative(w, near):
@@ -323,7 +323,7 @@ def test_streaming_gives_the_model_that_loading_gives(tmp_path, tied, shard):
     from transformers import AutoTokenizer
 
     torch.manual_seed(0)
-    llama(tied).save_pretrained(tmp_path, max_shard_size=shard)
+    make("Llama", tie_word_embeddings=tied).save_pretrained(tmp_path, max_shard_size=shard)
     AutoTokenizer.from_pretrained(model_folder("smollm2-135m")).save_pretrained(tmp_path)
     for backend in ("ftbook", "bitsandbytes"):
         model, _ = load_quantized(tmp_path, dtype="float32", device=cpu, backend=backend)
@@ -345,7 +345,7 @@ def hub_folder(cache, repo):
     torch.manual_seed(0)
     home, commit = cache / f"models--{repo.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
     snapshot = home / "snapshots" / commit
-    llama().save_pretrained(snapshot)
+    make("Llama").save_pretrained(snapshot)
     AutoTokenizer.from_pretrained(model_folder("smollm2-135m")).save_pretrained(snapshot)
     (home / "blobs").mkdir()
     for i, file in enumerate(sorted(snapshot.iterdir())):

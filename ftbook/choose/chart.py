@@ -11,8 +11,9 @@ __all__ = []
 from collections.abc import Callable, Sequence
 
 from .method import decide
-from .ways import plan_way, WAYS
+from .ways import evidence, plan_way, WAYS
 from ..memory.plan import GIB
+from ..show.charts import plot
 from ..show.page import escape, Picture
 
 # %% ../../nbs/inside/choice_charts.ipynb #7bb85247
@@ -96,3 +97,27 @@ def draw_map(
         f'<div style="font:13px/1.5 system-ui">{escape(top)}, 1,000 rows, {memory} GiB: '
         f'<b>{cells[top, 1000].choice}</b><ul>{why}</ul></div>'
     )
+
+# %% ../../nbs/inside/choice_charts.ipynb #82ab9fcf
+_WAYS = dict(frozen='frozen encoder', smollm2='SmolLM2 with LoRA', setfit='SetFit')
+
+
+def find_curves(
+    task: str,  # A task of the evidence
+) -> tuple:  # (task, name -> (rows, accuracies), accuracy without any row or None)
+    "Look up the learning curves of a task."
+    known = evidence()
+    ways = {w: c for w, c in known['curves'][task].items() if w in _WAYS}
+    lines = {_WAYS[w]: ([int(n) for n in c], list(c.values())) for w, c in ways.items()}
+    return task, lines, known['zero_shot'].get(task)
+
+
+def draw_curves(
+    found: tuple,  # From `find_curves`
+) -> Picture:
+    "Draw accuracy over rows, for every way that was measured."
+    task, lines, zero_shot = found
+    if zero_shot:
+        lines = lines | {'zero-shot': ([16, 1024], [zero_shot] * 2)}
+    axes = dict(log_x=True, x_label='labelled rows', y_label='accuracy', y_range=(0, 1))
+    return plot(lines, title=task, **axes)

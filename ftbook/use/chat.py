@@ -8,6 +8,7 @@ import html
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from fastcore.basics import patch
 from torch import nn
 
 from ..forgetting.answers import write_answers
@@ -70,27 +71,31 @@ class Chat:
             or 'nothing said yet'
         )
 
-    def _repr_html_(self):
-        rows = ''.join(
-            '<tr>'
-            + ''.join(
-                f'<td>{html.escape(turn.get(k, ""))}</td>'
-                for k in ('question', 'untuned', 'tuned')
-            )
-            + '</tr>'
-            for turn in self.turns
+# %% ../../nbs/27_using.ipynb #27679a44
+@patch
+def _repr_html_(self: Chat):
+    rows = ''.join(
+        '<tr>'
+        + ''.join(
+            f'<td>{html.escape(turn.get(k, ""))}</td>'
+            for k in ('question', 'untuned', 'tuned')
         )
-        return (
-            '<table><thead><tr><th>question</th><th>before</th><th>after</th></tr></thead>'
-            f'<tbody>{rows}</tbody></table>'
-        )
+        + '</tr>'
+        for turn in self.turns
+    )
+    return (
+        '<table><thead><tr><th>question</th><th>before</th><th>after</th></tr></thead>'
+        f'<tbody>{rows}</tbody></table>'
+    )
 
-    def talk(self):
-        "Read questions from the terminal until an empty one."
-        while question := input('> ').strip():
-            for who, said in self.ask(question).items():
-                if who != 'question':
-                    print(f'{who}: {said}')
+# %% ../../nbs/27_using.ipynb #e78bb985
+@patch
+def talk(self: Chat):
+    "Read questions from the terminal until an empty one."
+    while question := input('> ').strip():
+        for who, said in self.ask(question).items():
+            if who != 'question':
+                print(f'{who}: {said}')
 
 # %% ../../nbs/27_using.ipynb #9e90ad61
 def chat(

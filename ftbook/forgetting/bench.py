@@ -31,7 +31,7 @@ def _is_of(row, remedy):
     "Whether a variant belongs to a remedy; another rank counts as one."
     return row['remedy'] == remedy or remedy == 'rank' and 'rank' in row
 
-
+# %% ../../nbs/inside/bench_forgetting.ipynb #f65bdb89
 def _ends(rows, key):
     "From the lowest end of an interval to the highest."
     return min(r[key][0] - r[key][1] for r in rows), max(r[key][0] + r[key][1] for r in rows)
@@ -69,7 +69,7 @@ def of_methods(
     "What full fine-tuning and LoRA lost where both had learnt the same: means over the seeds."
     return {m: float(np.mean([o[m] for o in share['seeds']])) for m in ('full', 'lora')}
 
-
+# %% ../../nbs/inside/bench_forgetting.ipynb #6e90bb03
 @patch
 def equal(
     self: ForgettingBench,
@@ -84,7 +84,7 @@ def equal(
             found.append((label, self.of_methods(e), e['apart']))
     return found
 
-
+# %% ../../nbs/inside/bench_forgetting.ipynb #2f80eb0f
 @patch
 def lora_over_full(
     self: ForgettingBench,
@@ -124,7 +124,7 @@ def spared(
     tried = [r for r in self.summary['rows'] if r['sequence'] == sequence and r['remedy'] != 'none']
     return {r['variant']: r['spared'] for r in sorted(tried, key=lambda r: -r['spared'][0])}
 
-
+# %% ../../nbs/inside/bench_forgetting.ipynb #fdad6a61
 @patch
 def beside_rates(
     self: ForgettingBench,
@@ -147,7 +147,7 @@ def draw_equal(
     marks = {'LoRA loses as much as full fine-tuning': 0.0}
     return Picture(lost.html + draw_intervals(apart, marks=marks, write=signed).html)
 
-
+# %% ../../nbs/inside/bench_forgetting.ipynb #e327b783
 def draw_around(
     found: dict,  # From `ForgettingBench.around`
 ) -> Picture:

@@ -15,6 +15,25 @@ from torch import nn, Tensor
 from .checks import check_fit
 from .targets import find_whole, is_linear, name_matches
 
+# %% ../../nbs/inside/adapter_files.ipynb #acb0f01c
+# Ending of a model's class -> PEFT's name of what it does
+TASKS = dict(
+    ForCausalLM='CAUSAL_LM',
+    LMHeadModel='CAUSAL_LM',
+    ForConditionalGeneration='SEQ_2_SEQ_LM',
+    ForSequenceClassification='SEQ_CLS',
+    ForTokenClassification='TOKEN_CLS',
+    ForQuestionAnswering='QUESTION_ANS',
+)
+HEADED = ('SEQ_CLS', 'TOKEN_CLS', 'QUESTION_ANS')  # PEFT would add a head of its own
+
+
+def task_of(
+    model: nn.Module,  # Of transformers
+) -> str | None:  # None where PEFT has no name
+    "PEFT's name for what a model does."
+    return next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
+
 # %% ../../nbs/inside/adapter_files.ipynb #8af7634d
 class OnDisk:
     "What a method is in PEFT's files: names, tensors, a configuration."
@@ -64,10 +83,7 @@ def check_tensors(
     "Raise ValueError if the file does not fit, before anything is touched."
     shapes = {self.key(n): s for n, s in self.shapes(model).items()}
     for n in find_whole(model, self.modules_to_save or ()):
-        shapes |= {
-            f'base_model.model.{n}.{k}': tuple(p.shape)
-            for k, p in model.get_submodule(n).named_parameters()
-        }
+        shapes |= {f'base_model.model.{n}.{k}': tuple(p.shape) for k, p in model.get_submodule(n).named_parameters()}
     check_fit(shapes, tensors, where)
 
 
@@ -96,6 +112,5 @@ def present(
         return self
     return replace(
         self,
-        target_modules=[t for t in targets if any(name_matches(n, [t]) for n in names)]
-        or targets,
+        target_modules=[t for t in targets if any(name_matches(n, [t]) for n in names)] or targets,
     )

@@ -122,14 +122,17 @@ def weight_files(
     pickled = sorted(f.name for p in ('*.bin', '*.pt', '*.pth') for f in folder.glob(p))
     if pickled and not any(folder.glob('*.safetensors')):
         raise Problem(
-            f'''{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened. To convert it: python -c "from transformers import AutoModel as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"''',
+            f'{folder} holds only pickled weights ({pickled[0]}), which can run code when they are opened',
+            'To convert it: python -c "from transformers import AutoModel as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
             file=folder,
         )
     if (folder / INDEX).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding='utf-8'))['weight_map'].values()))
         if out := [n for n in names if Path(n).name != n or n in ('', '.', '..') or '\\' in n]:
             raise Problem(
-                f'{folder / INDEX} names {out[0]!r}, which leads out of its folder: such a file is not opened'
+                f'{folder / INDEX} names {out[0]!r}, which leads out of its folder: such a file is not opened',
+                file=folder / INDEX,
             )
     else:
         names = [MODEL] if (folder / MODEL).is_file() else sorted(f.name for f in folder.glob('*.safetensors'))

@@ -228,6 +228,15 @@ def _check_head(model, folder):
             file=folder,
         )
 
+# %% ../../nbs/inside/package_adapters.ipynb #7b91048a
+def _method_for(model, about, folder):
+    "The method that a file describes, as wide as the stream of the model."
+    block, layout = next(iter(find_blocks(model).items()))
+    try:
+        return method_from_package(about['config'], stream_width(model, Place(block, layout, '')))
+    except ValueError as e:
+        raise Problem(f'{e}', file=folder / CONFIG) from e
+
 # %% ../../nbs/inside/package_adapters.ipynb #d7efdee0
 @torch.no_grad()
 def load_from_adapters(
@@ -236,11 +245,8 @@ def load_from_adapters(
 ) -> nn.Module:  # The same model. ValueError if it does not fit, and then nothing has changed
     "Put an adapter of the `adapters` package on `model`."
     folder = Path(folder)
-    about, (block, layout) = _read_about(folder), next(iter(find_blocks(model).items()))
-    try:
-        method = method_from_package(about['config'], stream_width(model, Place(block, layout, '')))
-    except ValueError as e:
-        raise Problem(f'{e}', file=folder / CONFIG) from e
+    about = _read_about(folder)
+    method = _method_for(model, about, folder)
 
     # with a head and without, a model names its parts differently
     def bare(k):

@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from ftbook.methods import bottleneck as methods_bottleneck
 from ftbook.methods import files as methods_files
-from ftbook.methods import package_adapters as methods_package_adapters
 from ftbook.methods import targets as methods_targets
 from ftbook.methods.bottleneck import ACTIVATIONS, KINDS
 from ftbook.methods.bitfit import BitFit
@@ -298,22 +297,6 @@ def check_runs(runs):
         ), r
         assert r["effect"] > 0.01 and r["smallest_gradient"] > 1e-7 and not r["lost"] and r["tensors"] >= 8
     assert {r["architecture"] for r in runs if r["head"]} == set(worker.ARCHITECTURES) - set(worker.TIED_HEAD)
-
-
-def test_recorded_parity_with_the_package():
-    results = worker.read()
-    check_runs(results["runs"])
-    assert results["versions"]["package"]["adapters"] == methods_package_adapters.PACKAGE.removeprefix(
-        "adapters."
-    ) and results["setting"] == dict(steps=10, lr=1e-3, std=0.1)
-
-
-def package_rows():
-    "(what, largest differences) against the `adapters` package, as recorded by nbs/bench/adapters."
-    return [
-        (f"{r['architecture']}: {r['kind']}", {k: r[k] for k in ("logits", "gradients", "weights")})
-        for r in worker.read()["runs"]
-    ]
 
 
 in_its_environment = pytest.mark.skipif(

@@ -89,28 +89,6 @@ def check_runs(runs):
         assert r["largest"] <= 1e-6 and r["effect"] > 0.01 and r["tensors"] >= 20 and r["same_configuration"], r
 
 
-def test_recorded_parity_with_mergekit():
-    results = worker.read_parity()
-    check_runs(results["runs"])
-    assert results["versions"]["theirs"]["mergekit"] == "0.1.5"
-
-
-def parity_rows():
-    """(what, largest difference of any tensor, tolerance) against mergekit: computed where it can be asked, else as
-    nbs/bench/merge recorded it, which the name says."""
-    live = bool(os.environ.get(worker.PYTHON))
-    runs = worker.parity()[0] if live else worker.read_parity()["runs"]
-    return [(r["question"] + " (recorded)" * (not live), r["largest"], 1e-6) for r in runs]
-
-
-def test_parity_rows(monkeypatch):
-    monkeypatch.delenv(worker.PYTHON, raising=False)
-    rows = parity_rows()
-    assert len(rows) == len(worker.QUESTIONS) and all(
-        name.endswith("(recorded)") and gap <= tolerance for name, gap, tolerance in rows
-    )
-
-
 @pytest.mark.skipif(not os.environ.get(worker.PYTHON), reason=f"{worker.PYTHON} names no interpreter with mergekit")
 def test_parity_with_mergekit():
     check_runs(worker.parity()[0])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ftbook import cli
 from ftbook.models import shipped as models_shipped
 from ftbook.recipe import config as recipe_config
 from ftbook.recipe import run as recipe_run
@@ -36,6 +37,15 @@ def test_version():
     from ftbook import __version__
 
     assert ftbook("--version").stdout.split() == [__version__]
+
+
+def test_the_script_runs_the_commands(monkeypatch, capsys):
+    from ftbook import __version__
+
+    monkeypatch.setattr("sys.argv", ["ftbook", "--version"])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 0 and capsys.readouterr().out.split() == [__version__]
 
 
 def test_nothing_heavy_is_loaded_for_help():

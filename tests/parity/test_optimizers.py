@@ -28,6 +28,15 @@ def test_adafactor_is_theirs():
         assert (a - b).abs().max() < 1e-5
 
 
+def test_adafactor_keeps_means_of_rows_and_columns():
+    w = nn.Parameter(torch.ones(40, 30))
+    w.grad = torch.ones(40, 30)
+    opt = Adafactor([w], lr=1e-2)
+    opt.step()
+    assert (w < 1).all()
+    assert sum(t.numel() for t in opt.state[w].values() if isinstance(t, torch.Tensor) and t.numel() > 1) == 40 + 30
+
+
 def test_8_bit_states_stay_close_to_adamw():
     for n in (100, 5000, 2**20 + 300):
         torch.manual_seed(0)

@@ -235,6 +235,7 @@ def test_every_value_has_a_reason_and_the_file_is_a_recipe(rows, known, tmp_path
     with pytest.raises(FileExistsError, match="it.yaml is there already"):
         found.save(saved)
     assert json.loads(json.dumps(found.facts()))["choice"] == "LoRA" and "measured" in found._repr_html_()
+    assert found.settings() == found.config and found.settings()["lr"] == found.recipe.train.lr
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,12 @@ def test_train_keys_are_the_arguments_of_finetune():
             assert getattr(recipe_config.TrainKeys(), f.name) == known[f.name].default, f.name
 
 
+def test_a_section_that_is_left_out_has_its_defaults():
+    recipe = recipe_config.make_recipe(dict(data=dict(source="reviews.csv")))
+    assert recipe.evaluate == recipe_config.EvaluateKeys()
+    assert recipe.forgetting == recipe_config.ForgettingKeys()
+
+
 def test_method_keys_are_the_arguments_of_the_methods():
     only_in_python = {
         "seed",

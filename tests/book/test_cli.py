@@ -184,7 +184,7 @@ def test_a_plan_says_what_fits_and_draws_it(desk, tiny):
 
 
 def topics(desk, n=8, names=("kitchen", "sea")):
-    from test_fewshot import sentences, write_csv
+    from cases.fewshot import sentences, write_csv
 
     return write_csv(desk / "topics.csv", [("text", "label"), *zip(*sentences(n, classes=names))])
 

@@ -63,7 +63,7 @@ def write_reviews(path, n=60):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    from test_fewshot import save_tiny_encoder
+    from cases.fewshot import save_tiny_encoder
 
     return save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
 

@@ -359,7 +359,7 @@ def test_a_plan_that_cannot_be(desk, tiny, args, says):
     ],
 )
 def test_fewshot_says_what_is_wrong_and_writes_nothing(desk, encoder, rows, options, says):
-    from test_fewshot import write_csv
+    from cases.fewshot import write_csv
 
     if rows:
         write_csv(desk / "few.csv", rows)

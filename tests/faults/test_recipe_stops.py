@@ -286,7 +286,7 @@ def test_a_judge_that_fails_costs_its_part_and_not_the_run(
         m.setattr(module, name, broken(getattr(module, name), *([lambda model, *rest: when(model)] if when else [])))
         result = recipe_run.run(make(), tmp_path / "run")
     assert result.stopped == "finished" and [o["part"] for o in result.facts["missing"]] == [part]
-    assert re.match(r"RuntimeError: the judge is ill \(test_recipe.py, line \d+\)$", result.facts["missing"][0]["why"])
+    assert re.match(r"RuntimeError: the judge is ill \(test_recipe_stops.py, line \d+\)$", result.facts["missing"][0]["why"])
     assert "the report lacks" in repr(result) and (
         part == "Training" or "warning: the report will lack" in capsys.readouterr().err
     )

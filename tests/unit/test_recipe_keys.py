@@ -3,7 +3,7 @@
 import inspect, json
 from dataclasses import asdict, fields
 
-import pytest, yaml
+import yaml
 from hypothesis import given, settings, strategies as st
 
 from ftbook.forgetting import lost as forgetting_lost
@@ -11,7 +11,6 @@ from ftbook.recipe import config as recipe_config
 from ftbook.recipe import job as recipe_job
 from ftbook.recipe import judge as recipe_judge
 from ftbook.recipe import report as recipe_report
-from ftbook.recipe import run as recipe_run
 from ftbook.training.tune import finetune
 
 
@@ -184,9 +183,3 @@ def test_every_method_of_a_recipe_has_a_module_that_load_adapter_imports():
 
 
 # A judge that fails
-
-
-@pytest.mark.slow
-def test_the_main_job(tmp_path):
-    facts = recipe_run.quickstart(tmp_path / "run", progress=False).facts
-    assert facts["n_eval"] >= 500 and facts["accuracy_before"] < 0.70 and facts["accuracy_after"] >= 0.87

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .problem import Problem
-from .training.processes import as_sharding
+from .training.processes import as_sharding, DIVIDED
 
 # %% ../nbs/18_scale.ipynb #6f9c3387
 def ring_all_reduce(
@@ -48,43 +48,40 @@ def all_reduce_bytes(
     return 2 * (n_devices - 1) / n_devices * n_bytes
 
 # %% ../nbs/18_scale.ipynb #d3a4b0eb
-_moments = ('AdamW', 'master copy')
-_weights = ('trained weights', 'frozen weights')
-# what is divided
-SHARDING = {
-    'ddp': (),
-    'zero1': _moments,
-    'zero2': (*_moments, 'gradients'),
-    'zero3': (*_moments, 'gradients', *_weights),
+KINDS = {  # What an item is, in the words of `DIVIDED`
+    'AdamW': 'optimizer',
+    'master copy': 'optimizer',
+    'gradients': 'gradients',
+    'trained weights': 'weights',
+    'frozen weights': 'weights',
 }
-SHARDING['fsdp2'] = SHARDING['zero3']
 
 # %% ../nbs/18_scale.ipynb #d3a4b0eb1
 def sharded_bytes(
     items: dict,  # Bytes by item, from `training_bytes` or `scale_bytes`
     n_devices: int,  # That share the work
-    sharding: str = 'fsdp2',  # A key of `SHARDING`; 'fsdp' means 'fsdp2'
+    sharding: str = 'fsdp2',  # A key of `DIVIDED`; 'fsdp' means 'fsdp2'
 ) -> dict:  # Bytes by item, on each device; activations come on top
     "What one of several devices holds."
     if n_devices < 1:
         raise Problem(f'n_devices must be 1 or more, not {n_devices}', key='n_devices')
-    sharding = as_sharding(sharding)
+    divided = DIVIDED[as_sharding(sharding)]
     return {
-        k: math.ceil(b / n_devices) if k in SHARDING[sharding] else b for k, b in items.items()
+        k: math.ceil(b / n_devices) if KINDS[k] in divided else b for k, b in items.items()
     }
 
 # %% ../nbs/18_scale.ipynb #4eb76822
 def traffic(
     items: dict,  # Bytes by item, of one device without sharding
     n_devices: int,  # That share the work
-    sharding: str = 'fsdp2',  # A key of `SHARDING`; 'fsdp' means 'fsdp2'
+    sharding: str = 'fsdp2',  # A key of `DIVIDED`; 'fsdp' means 'fsdp2'
     pieces: int = 1,  # Forward passes to a step
 ) -> float:  # Bytes that each device sends in a step
     "What sharing costs in messages."
     sharded_bytes(items, n_devices, sharding)  # refuses what cannot be
     half = (n_devices - 1) / n_devices
     sharding = as_sharding(sharding)
-    gathered = sum(items.get(k, 0) for k in _weights)
+    gathered = sum(b for k, b in items.items() if KINDS[k] == 'weights')
     if sharding == 'ddp':
         return all_reduce_bytes(items['gradients'], n_devices)
     if sharding in ('zero1', 'zero2'):

@@ -11,9 +11,10 @@ __all__ = []
 from collections.abc import Callable, Sequence
 
 from .method import decide
-from .ways import plan_way, WAYS
+from .ways import evidence, plan_way, WAYS
 from ..memory.plan import GIB
 from ..show.drawing import drawing, label, tile
+from ..show.charts import Frame, plot
 from ..show.page import escape, Picture
 
 # %% ../../nbs/inside/choice_charts.ipynb #7bb85247
@@ -89,3 +90,27 @@ def draw_map(
     said = f'{escape(top)}, 1,000 rows, {memory_gib} GiB: <b>{cells[top, 1000].choice}</b>'
     why = ''.join(f'<li>{escape(str(b))}</li>' for b in cells[top, 1000].borders)
     return Picture(f'{sheet.html}<div style="font:13px/1.5 system-ui">{said}<ul>{why}</ul></div>')
+
+# %% ../../nbs/inside/choice_charts.ipynb #82ab9fcf
+_WAYS = dict(frozen='frozen encoder', smollm2='SmolLM2 with LoRA', setfit='SetFit')
+
+
+def find_curves(
+    task: str,  # A task of the evidence
+) -> tuple:  # (task, name -> (rows, accuracies), accuracy without any row or None)
+    "Look up the learning curves of a task."
+    known = evidence()
+    ways = {w: c for w, c in known['curves'][task].items() if w in _WAYS}
+    lines = {_WAYS[w]: ([int(n) for n in c], list(c.values())) for w, c in ways.items()}
+    return task, lines, known['zero_shot'].get(task)
+
+
+def draw_curves(
+    found: tuple,  # From `find_curves`
+) -> Picture:
+    "Draw accuracy over rows, for every way that was measured."
+    task, lines, zero_shot = found
+    if zero_shot:
+        lines = lines | {'zero-shot': ([16, 1024], [zero_shot] * 2)}
+    frame = Frame(log_x=True, y_range=(0, 1))
+    return plot(lines, x_label='labelled rows', y_label='accuracy', title=task, frame=frame)

@@ -65,6 +65,17 @@ class Decision:
         return '\n'.join([self.choice, *(f'  {b}' for b in self.borders)])
 
 # %% ../../nbs/26_choosing.ipynb #78774020
+def _no_better(curve, zero_shot, n):
+    "A sentence, where a frozen encoder with so few rows is no better than the model as it is."
+    sizes = [int(k) for k in curve]
+    at = max([k for k in sizes if k <= n], default=min(sizes))
+    if curve[str(at)] <= zero_shot:
+        return (
+            f"with {at} rows a frozen encoder is right on {curve[str(at)]:.0%}, and the "
+            f"untouched model on {zero_shot:.0%} without any"
+        )
+
+# %% ../../nbs/26_choosing.ipynb #51600500
 def _before_training(n, known, classify, finetunes):
     """What to do with too few rows to train a language model on; (None, border) where there are
     enough."""
@@ -108,17 +119,6 @@ def _before_training(n, known, classify, finetunes):
         ),
         how,
     )
-
-
-def _no_better(curve, zero_shot, n):
-    "A sentence, where a frozen encoder with so few rows is no better than the model as it is."
-    sizes = [int(k) for k in curve]
-    at = max([k for k in sizes if k <= n], default=min(sizes))
-    if curve[str(at)] <= zero_shot:
-        return (
-            f"with {at} rows a frozen encoder is right on {curve[str(at)]:.0%}, and the "
-            f"untouched model on {zero_shot:.0%} without any"
-        )
 
 # %% ../../nbs/26_choosing.ipynb #a889493a
 def _by_memory(n, keep, holds):

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
+from fastcore.basics import patch
 
 from .method import decide, Decision
 from .settings import choose_settings, held_out, passes, PRICE
@@ -47,83 +48,95 @@ class Recommendation:
     def broken(self) -> list:
         return self.findings.errors  # What the audit calls an error
 
-    def next(
-        self,
-        path: str | Path = 'this file',  # Where the configuration is
-    ) -> str:
-        "What to do now."
-        source = self.recipe.data.source
-        other = {
-            'SetFit': f'ftbook fewshot {source}',
-            'merge': 'ftbook merge, with a file that names the fine-tunes',
-            'zero-shot': 'no training: ask the model as it is',
-            'a smaller model': 'the same question for a smaller model',
-        }
-        return (
-            f"{other[self.decision.choice]}; to train all the same: ftbook train {path}"
-            if self.decision.choice in other
-            else f'ftbook train {path}'
-        )
-
-    def settings(self) -> dict:  # As a run of the sweep names them
-        "The settings alone."
-        return dict(self.config)
-
-    def yaml(
-        self,
-        folder: str | Path = '.',  # Where it will lie: files are named from there
-    ) -> str:  # `ftbook train` reads it
-        "The configuration, a reason behind every value."
-        lines = (
-            [SCHEMA_LINE.strip()]
-            + [f'# {f}' for e in self.broken for f in ('The audit calls these rows broken. ' + str(e)).split('\n')]
-            + [f'# {line}' for line in repr(self.decision).split('\n') + [f'next: {self.next()}']]
-        )
-        section = ''
-        for key, (value, why, source) in self.reasons.items():
-            head, _, name = key.rpartition('.')
-            if head != section:
-                lines += [f'{head}:'] * bool(head)
-                section = head
-            if key == 'data.source' and Path(value).is_file():
-                value = os.path.relpath(value, folder)
-            lines.append(f"{'  ' * bool(head)}{name}: {_inline(value)}  # {why} [{source}]")
-        return '\n'.join(lines) + '\n'
-
-    def save(
-        self,
-        path: str | Path,  # A new .yaml
-    ) -> Path:  # FileExistsError where there is one
-        "Write the configuration."
-        path = Path(path)
-        if path.exists():
-            raise FileExistsError(f"{path} is there already: give another name")
-        write_text(path, self.yaml(path.parent))
-        return path
-
-    def facts(self) -> dict:  # As JSON can hold it
-        "What a program wants to know."
-        return dict(
-            choice=self.decision.choice,
-            next=self.next(),
-            borders=[asdict(b) for b in self.decision.borders],
-            broken=[str(f) for f in self.broken],
-            reasons={k: dict(value=v, reason=w, source=s) for k, (v, w, s) in self.reasons.items()},
-        )
-
     def __repr__(self):
         return self.yaml()
 
-    def _repr_html_(self):
-        rows = [dict(key=k, value=_inline(v), reason=why, source=s) for k, (v, why, s) in self.reasons.items()]
-        said = dict(broken=list(map(str, self.broken)), decision=repr(self.decision), drawn=[table(rows)])
-        return inline('recommendation.html', dict(advice=Section('', said))).html
+# %% ../../nbs/inside/recommend.ipynb #cea98952
+@patch
+def next(
+    self: Recommendation,
+    path: str | Path = 'this file',  # Where the configuration is
+) -> str:
+    "What to do now."
+    source = self.recipe.data.source
+    other = {
+        'SetFit': f'ftbook fewshot {source}',
+        'merge': 'ftbook merge, with a file that names the fine-tunes',
+        'zero-shot': 'no training: ask the model as it is',
+        'a smaller model': 'the same question for a smaller model',
+    }
+    return (
+        f"{other[self.decision.choice]}; to train all the same: ftbook train {path}"
+        if self.decision.choice in other
+        else f'ftbook train {path}'
+    )
+
+# %% ../../nbs/inside/recommend.ipynb #54b553bd
+@patch
+def yaml(
+    self: Recommendation,
+    folder: str | Path = '.',  # Where it will lie: files are named from there
+) -> str:  # `ftbook train` reads it
+    "The configuration, a reason behind every value."
+    lines = (
+        [SCHEMA_LINE.strip()]
+        + [f'# {f}' for e in self.broken for f in ('The audit calls these rows broken. ' + str(e)).split('\n')]
+        + [f'# {line}' for line in repr(self.decision).split('\n') + [f'next: {self.next()}']]
+    )
+    section = ''
+    for key, (value, why, source) in self.reasons.items():
+        head, _, name = key.rpartition('.')
+        if head != section:
+            lines += [f'{head}:'] * bool(head)
+            section = head
+        if key == 'data.source' and Path(value).is_file():
+            value = os.path.relpath(value, folder)
+        lines.append(f"{'  ' * bool(head)}{name}: {_inline(value)}  # {why} [{source}]")
+    return '\n'.join(lines) + '\n'
+
+# %% ../../nbs/inside/recommend.ipynb #f6b0de38
+@patch
+def save(
+    self: Recommendation,
+    path: str | Path,  # A new .yaml
+) -> Path:  # FileExistsError where there is one
+    "Write the configuration."
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: give another name")
+    write_text(path, self.yaml(path.parent))
+    return path
+
+# %% ../../nbs/inside/recommend.ipynb #002f0df1
+@patch
+def settings(self: Recommendation) -> dict:  # As a run of the sweep names them
+    "The settings alone."
+    return dict(self.config)
+
+# %% ../../nbs/inside/recommend.ipynb #016a08b8
+@patch
+def facts(self: Recommendation) -> dict:  # As JSON can hold it
+    "What a program wants to know."
+    return dict(
+        choice=self.decision.choice,
+        next=self.next(),
+        borders=[asdict(b) for b in self.decision.borders],
+        broken=[str(f) for f in self.broken],
+        reasons={k: dict(value=v, reason=w, source=s) for k, (v, w, s) in self.reasons.items()},
+    )
+
+# %% ../../nbs/inside/recommend.ipynb #c6965061
+@patch
+def _repr_html_(self: Recommendation):
+    rows = [dict(key=k, value=_inline(v), reason=why, source=s) for k, (v, why, s) in self.reasons.items()]
+    said = dict(broken=list(map(str, self.broken)), decision=repr(self.decision), drawn=[table(rows)])
+    return inline('recommendation.html', dict(advice=Section('', said))).html
 
 # %% ../../nbs/inside/recommend.ipynb #31a0764d
 def _inline(value):
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix('...\n').strip()
 
-
+# %% ../../nbs/inside/recommend.ipynb #568053f8
 def row_lengths(
     texts: Sequence[str],  # Of the rows
     model: str,  # Whose tokenizer counts
@@ -156,7 +169,7 @@ def _data_keys(view, source, given):
         'shape': ('classification', f'{len(set(view.labels))} labels were found', 'audit')
     }
 
-
+# %% ../../nbs/inside/recommend.ipynb #ddb0d052
 def _model_keys(model, decision, device, config, why):
     "Keys of the model."
     found = {
@@ -186,7 +199,7 @@ def _method_keys(config, why):
     ).get(config['method'], ())
     return {k: (given[k], 'alpha / rank: ' * (k == 'alpha') + why[named[k]], 'measured') for k in mine}
 
-
+# %% ../../nbs/inside/recommend.ipynb #080d0ced
 def _train_keys(config, why, n, decision):
     "Keys of the training."
     epochs, told = passes(n, config['epochs'])

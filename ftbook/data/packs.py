@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from .examples import Example, IGNORE
@@ -80,14 +81,6 @@ class Batch:
     def n_targets(self):
         return int((self.labels != IGNORE).sum())
 
-    def to(
-        self,
-        device,  # A torch device or its name
-    ):  # A new `Batch`
-        "The same batch on another device."
-        moved = [t.to(device) for t in (self.input_ids, self.labels, self.position_ids)]
-        return Batch(*moved, self.lengths, self.prefix)
-
     def kwargs(self) -> dict:  # For `model(**batch.kwargs())`
         """What a forward needs to keep the examples apart, in words that flash attention
         understands too."""
@@ -100,6 +93,16 @@ class Batch:
         longest = max(self.lengths)
         given |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
         return given | dict(max_length_q=longest, max_length_k=longest)
+
+# %% ../../nbs/04_packing.ipynb #6d253d46
+@patch
+def to(
+    self: Batch,
+    device,  # A torch device or its name
+):  # A new `Batch`
+    "The same batch on another device."
+    moved = [t.to(device) for t in (self.input_ids, self.labels, self.position_ids)]
+    return Batch(*moved, self.lengths, self.prefix)
 
 # %% ../../nbs/04_packing.ipynb #e3a2b8e5
 def pack(

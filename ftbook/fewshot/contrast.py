@@ -78,6 +78,16 @@ def batch_loss(
         return similarity_loss(vectors, same)
     return contrastive_loss(vectors, same, tuning.temperature)
 
+# %% ../../nbs/19_setfit.ipynb #9d5ef9ea
+def _update(optimizer, params, loss, lr):
+    "One step down the gradients of a loss."
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+
 # %% ../../nbs/19_setfit.ipynb #2aa4d869
 def tune_(
     body: Body,  # The encoder, changed in place
@@ -95,14 +105,9 @@ def tune_(
     losses = []
     body.encoder.eval()
     for step in range(n_steps):
-        for group in optimizer.param_groups:
-            group['lr'] = tuning.lr * _lr_at(step, n_steps)
         batch = decks.batch(tuning.batch_size)
         loss = batch_loss(body, [rows[i] for i in batch], targets[batch], tuning)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        _update(optimizer, params, loss, tuning.lr * _lr_at(step, n_steps))
         losses.append(loss.item())
         if on_step:
             on_step(step, losses[-1])

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .figures import draw_pareto
 from ..show.bar_chart import bars
+from ..show.charts import plot
 from ..show.intervals import draw_intervals, signed
 from ..show.page import Picture
 
@@ -29,7 +31,7 @@ def _is_of(row, remedy):
     "Whether a variant belongs to a remedy; another rank counts as one."
     return row['remedy'] == remedy or remedy == 'rank' and 'rank' in row
 
-
+# %% ../../nbs/inside/bench_forgetting.ipynb #f65bdb89
 def _ends(rows, key):
     "From the lowest end of an interval to the highest."
     return min(r[key][0] - r[key][1] for r in rows), max(r[key][0] + r[key][1] for r in rows)
@@ -58,70 +60,82 @@ class ForgettingBench:
         "What was tried beside a learning rate."
         return [*dict.fromkeys(r['remedy'] for r in self.summary['rows'] if r['remedy'] != 'none'), 'rank']
 
-    def of_methods(
-        self,
-        share: dict,  # One of summary['equal']
-    ) -> dict[str, float]:  # Nats per token lost, by method
-        "What full fine-tuning and LoRA lost where both had learnt the same: means over the seeds."
-        return {m: float(np.mean([o[m] for o in share['seeds']])) for m in ('full', 'lora')}
+# %% ../../nbs/inside/bench_forgetting.ipynb #6ab7f88c
+@patch
+def of_methods(
+    self: ForgettingBench,
+    share: dict,  # One of summary['equal']
+) -> dict[str, float]:  # Nats per token lost, by method
+    "What full fine-tuning and LoRA lost where both had learnt the same: means over the seeds."
+    return {m: float(np.mean([o[m] for o in share['seeds']])) for m in ('full', 'lora')}
 
-    def equal(
-        self,
-        sequence: str,  # 'domains' or 'explaining'
-    ) -> list[tuple]:  # (label, nats lost by method, (difference, half of its interval)), by share of the learning
-        "Full fine-tuning beside LoRA, where they have learnt the same."
-        found = []
-        for e in self.summary['equal']:
-            if e['sequence'] == sequence:
-                learnt = np.mean([o['learnt'] for o in e['seeds']])
-                label = f"{e['share']:.0%} of the learning, {learnt:.2f}"
-                found.append((label, self.of_methods(e), e['apart']))
-        return found
+# %% ../../nbs/inside/bench_forgetting.ipynb #6e90bb03
+@patch
+def equal(
+    self: ForgettingBench,
+    sequence: str,  # 'domains' or 'explaining'
+) -> list[tuple]:  # (label, nats lost by method, (difference, half of its interval)), by share of the learning
+    "Full fine-tuning beside LoRA, where they have learnt the same."
+    found = []
+    for e in self.summary['equal']:
+        if e['sequence'] == sequence:
+            learnt = np.mean([o['learnt'] for o in e['seeds']])
+            label = f"{e['share']:.0%} of the learning, {learnt:.2f}"
+            found.append((label, self.of_methods(e), e['apart']))
+    return found
 
-    def lora_over_full(
-        self,
-        sequence: str,  # 'domains'; of the other both methods gain
-    ) -> list[float]:  # By share of the learning
-        "How many times as much LoRA lost."
-        return [lost['lora'] / lost['full'] for _, lost, _ in self.equal(sequence)]
+# %% ../../nbs/inside/bench_forgetting.ipynb #2f80eb0f
+@patch
+def lora_over_full(
+    self: ForgettingBench,
+    sequence: str,  # 'domains'; of the other both methods gain
+) -> list[float]:  # By share of the learning
+    "How many times as much LoRA lost."
+    return [lost['lora'] / lost['full'] for _, lost, _ in self.equal(sequence)]
 
-    def around(
-        self,
-        sequence: str,  # 'domains' or 'explaining'
-        remedy: str,  # One of `remedies`
-    ) -> dict:  # What `draw_around` draws
-        "A remedy beside the learning rates of its sequence."
-        here = [r for r in self.summary['rows'] if r['sequence'] == sequence]
-        inside = [r for r in here if r['lost'][0] < 1]
-        beyond = [r for r in here if r not in inside and (_is_plain(r) or _is_of(r, remedy))]
-        above = ', '.join(f"{r['variant']} ({r['lost'][0]:.1f})" for r in beyond)
-        rates = [r for r in inside if _is_plain(r)]
-        return dict(
-            curves={m: [(r['learnt'], r['lost']) for r in rates if r['method'] == m] for m in ('full', 'lora')},
-            remedies={r['variant']: (r['learnt'], r['lost']) for r in inside if _is_of(r, remedy)},
-            x_label=f"learnt, {self.summary['units'][sequence]}",
-            title=f'{sequence}; above the picture: {above}' if above else sequence,
-            ranges=(_ends(inside, 'learnt'), _ends(inside, 'lost')),
-        )
+# %% ../../nbs/inside/bench_forgetting.ipynb #979a2cdf
+@patch
+def around(
+    self: ForgettingBench,
+    sequence: str,  # 'domains' or 'explaining'
+    remedy: str,  # One of `remedies`
+) -> dict:  # What `draw_around` draws
+    "A remedy beside the learning rates of its sequence."
+    here = [r for r in self.summary['rows'] if r['sequence'] == sequence]
+    inside = [r for r in here if r['lost'][0] < 1]
+    beyond = [r for r in here if r not in inside and (_is_plain(r) or _is_of(r, remedy))]
+    above = ', '.join(f"{r['variant']} ({r['lost'][0]:.1f})" for r in beyond)
+    rates = [r for r in inside if _is_plain(r)]
+    return dict(
+        curves={m: [(r['learnt'], r['lost']) for r in rates if r['method'] == m] for m in ('full', 'lora')},
+        remedies={r['variant']: (r['learnt'], r['lost']) for r in inside if _is_of(r, remedy)},
+        x_label=f"learnt, {self.summary['units'][sequence]}",
+        title=f'{sequence}; above the picture: {above}' if above else sequence,
+        ranges=(_ends(inside, 'learnt'), _ends(inside, 'lost')),
+    )
 
-    def spared(
-        self,
-        sequence: str,  # 'domains'
-    ) -> dict[str, tuple]:  # Variant -> (mean, half of its 95 % interval), nats per token; the best first
-        "How much less a remedy lost than a lower rate that learns as much."
-        tried = [r for r in self.summary['rows'] if r['sequence'] == sequence and r['remedy'] != 'none']
-        return {r['variant']: r['spared'] for r in sorted(tried, key=lambda r: -r['spared'][0])}
+# %% ../../nbs/inside/bench_forgetting.ipynb #d65b49dd
+@patch
+def spared(
+    self: ForgettingBench,
+    sequence: str,  # 'domains'
+) -> dict[str, tuple]:  # Variant -> (mean, half of its 95 % interval), nats per token; the best first
+    "How much less a remedy lost than a lower rate that learns as much."
+    tried = [r for r in self.summary['rows'] if r['sequence'] == sequence and r['remedy'] != 'none']
+    return {r['variant']: r['spared'] for r in sorted(tried, key=lambda r: -r['spared'][0])}
 
-    def beside_rates(
-        self,
-        sequence: str,  # 'domains'
-    ) -> tuple[list, list]:  # Variants: better at every tolerance, worse at two points
-        "Which remedies differ from a lower rate that learns as much, in all seeds."
-        rows = [r for r in self.summary['rows'] if r['sequence'] == sequence and r['remedy'] != 'none']
-        at = {r['variant']: r['spared_at'] for r in rows}
-        better = [v for v, found in at.items() if min(min(seeds) for seeds in found.values()) > 0]
-        worse = [v for v, found in at.items() if max(found['0.02']) < 0]
-        return better, worse
+# %% ../../nbs/inside/bench_forgetting.ipynb #fdad6a61
+@patch
+def beside_rates(
+    self: ForgettingBench,
+    sequence: str,  # 'domains'
+) -> tuple[list, list]:  # Variants: better at every tolerance, worse at two points
+    "Which remedies differ from a lower rate that learns as much, in all seeds."
+    rows = [r for r in self.summary['rows'] if r['sequence'] == sequence and r['remedy'] != 'none']
+    at = {r['variant']: r['spared_at'] for r in rows}
+    better = [v for v, found in at.items() if min(min(seeds) for seeds in found.values()) > 0]
+    worse = [v for v, found in at.items() if max(found['0.02']) < 0]
+    return better, worse
 
 # %% ../../nbs/inside/bench_forgetting.ipynb #befo0010
 def draw_equal(
@@ -133,9 +147,29 @@ def draw_equal(
     marks = {'LoRA loses as much as full fine-tuning': 0.0}
     return Picture(lost.html + draw_intervals(apart, marks=marks, write=signed).html)
 
-
+# %% ../../nbs/inside/bench_forgetting.ipynb #e327b783
 def draw_around(
     found: dict,  # From `ForgettingBench.around`
 ) -> Picture:
     "Learning against forgetting, the learning rates as lines and a remedy as crosses."
     return draw_pareto(**found)
+
+# %% ../../nbs/inside/bench_forgetting.ipynb #a0d1e302
+def draw_place(
+    curve: list[dict],  # Points with x, task and other: the losses at a place of the line
+    x: float,  # One of them
+    best: float,  # The best of them
+) -> Picture:
+    "What a place on the line from a base to a tuned model has learnt, and what it has lost."
+    here = next(p for p in curve if p['x'] == x)
+    xs = [p['x'] for p in curve]
+    lines = {k: (xs, [p[k] - curve[0][k] for p in curve]) for k in ('task', 'other')}
+    shape = plot(
+        lines,
+        {'here': ([x, x], [here[k] - curve[0][k] for k in lines])},
+        marks={'best': best},
+        x_label='0 is the base, 1 the tuned model',
+        y_label='change of the loss, nats per token',
+    )
+    learnt, lost = curve[0]['task'] - here['task'], here['other'] - curve[0]['other']
+    return Picture(shape.html + f'<p>At {x:.3f}: {learnt:.2f} nats learnt, {lost:.3f} lost.</p>')

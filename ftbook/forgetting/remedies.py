@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from tqdm.auto import tqdm
 
@@ -86,9 +87,7 @@ def fisher(
             model.zero_grad()
             batch = pack([e])[0] if packs else pad([e])
             _row_loss(objective, batch, rng if answers == 'model' else None).backward()
-            for n, p in trained.items():
-                if p.grad is not None:
-                    found[n] += p.grad.float().square()
+            _add_squares(found, trained)
     model.zero_grad()
     model.train(training)
     return {n: t / sum(e.n_targets for e in examples) for n, t in found.items()}
@@ -103,6 +102,13 @@ def _row_loss(objective, batch, rng):
         drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=rng)
         targets = drawn[:, 0].to(logits.device)
     return F.cross_entropy(logits, targets, reduction='sum')
+
+
+def _add_squares(sums, trained):
+    "Add the squared gradient of every parameter to its sum."
+    for name, p in trained.items():
+        if p.grad is not None:
+            sums[name] += p.grad.float().square()
 
 # %% ../../nbs/21_staying_close.ipynb #969c5e90
 class Distill:
@@ -125,24 +131,26 @@ class Distill:
         self.batch_size = batch_size
         self.seed = seed
 
-    def __call__(
-        self,
-        model: nn.Module,  # In training
-        step: int = 0,  # Which decides the examples
-    ) -> Tensor:  # Nats per token
-        "The divergence on a few examples."
-        rng = random.Random(f'{self.seed} {step}')
-        n = len(self.examples)
-        here = rng.sample(range(n), min(self.batch_size, n))
-        some = [self.examples[i] for i in here]
-        with isolated(model) as packs:
-            batch = to_device(pack(some)[0] if packs else pad(some), model.device)
-            q = torch.cat(list(target_logits(Objective(model), batch)))
-        ids, p = (torch.cat([self.known[i][k] for i in here]).to(q.device) for k in (0, 1))
-        return self.strength * divergence(p, merged_log_probabilities(q, ids)).mean()
-
     def __repr__(self):
         return f'Distill({self.strength:g}, {len(self.examples)} texts)'
+
+# %% ../../nbs/21_staying_close.ipynb #b2811f64
+@patch
+def __call__(
+    self: Distill,
+    model: nn.Module,  # In training
+    step: int = 0,  # Which decides the examples
+) -> Tensor:  # Nats per token
+    "The divergence on a few examples."
+    rng = random.Random(f'{self.seed} {step}')
+    n = len(self.examples)
+    here = rng.sample(range(n), min(self.batch_size, n))
+    some = [self.examples[i] for i in here]
+    with isolated(model) as packs:
+        batch = to_device(pack(some)[0] if packs else pad(some), model.device)
+        q = torch.cat(list(target_logits(Objective(model), batch)))
+    ids, p = (torch.cat([self.known[i][k] for i in here]).to(q.device) for k in (0, 1))
+    return self.strength * divergence(p, merged_log_probabilities(q, ids)).mean()
 
 # %% ../../nbs/21_staying_close.ipynb #412fff14
 def replay(

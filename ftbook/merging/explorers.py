@@ -8,6 +8,8 @@ Docs: https://ftbook.github.io/ftbook/inside/merge_explorers.html.md"""
 __all__ = []
 
 # %% ../../nbs/inside/merge_explorers.ipynb #mexp0005
+from fastcore.basics import patch
+
 from .task_runs import CALLED
 from ..show.bar_chart import bars
 from ..show.drawing import drawing, label, tile
@@ -199,32 +201,36 @@ class MergeButton:
         "Show a sentence."
         self.said.value = escape(text)
 
-    def press(self, *_):
-        "Merge at the point where the explorer stands, and say what came out or what went wrong."
-        f, self.button.disabled = self.explorer.value, True
-        listed = lambda scores: ', '.join(f'{t} {v:.3f}' for t, v in scores.items())
-        try:
-            found = self.made(f['tasks'], job_of(f), self.say)
-            self.say(f'made just now: {listed(found)}; the explorer has {listed(f["scores"])} ({f["origin"]})')
-        except ImportError as e:
-            self.say(f'this needs the book as a folder, with nbs/bench: {e}')
-        except (OSError, RuntimeError, ValueError) as e:
-            self.say(str(e))
-        finally:
-            self.button.disabled = False
+# %% ../../nbs/inside/merge_explorers.ipynb #6e03c988
+@patch
+def press(self: MergeButton, *_):
+    "Merge at the point where the explorer stands, and say what came out or what went wrong."
+    f, self.button.disabled = self.explorer.value, True
+    listed = lambda scores: ', '.join(f'{t} {v:.3f}' for t, v in scores.items())
+    try:
+        found = self.made(f['tasks'], job_of(f), self.say)
+        self.say(f'made just now: {listed(found)}; the explorer has {listed(f["scores"])} ({f["origin"]})')
+    except ImportError as e:
+        self.say(f'this needs the book as a folder, with nbs/bench: {e}')
+    except (OSError, RuntimeError, ValueError) as e:
+        self.say(str(e))
+    finally:
+        self.button.disabled = False
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        sentence = '<p>In Jupyter a button stands here: merge and evaluate.</p>'
-        found = {'text/plain': 'a button', 'text/html': sentence}
-        try:
-            import ipywidgets as widgets
-        except ImportError:
-            return found
-        self.shown += 1
-        self.said = widgets.HTML()
-        self.button = widgets.Button(description='merge and evaluate', layout=dict(width='auto'))
-        self.button.on_click(self.press)
-        name = f'ftbook-merge-{len(self.explorer.value["tasks"])}-{self.shown}'
-        box = widgets.VBox([self.button, self.said], model_id=name)
-        view = dict(version_major=2, version_minor=0, model_id=box.model_id)
-        return found | {'application/vnd.jupyter.widget-view+json': view}
+# %% ../../nbs/inside/merge_explorers.ipynb #5fb0febe
+@patch
+def _repr_mimebundle_(self: MergeButton, include=None, exclude=None):
+    sentence = '<p>In Jupyter a button stands here: merge and evaluate.</p>'
+    found = {'text/plain': 'a button', 'text/html': sentence}
+    try:
+        import ipywidgets as widgets
+    except ImportError:
+        return found
+    self.shown += 1
+    self.said = widgets.HTML()
+    self.button = widgets.Button(description='merge and evaluate', layout=dict(width='auto'))
+    self.button.on_click(self.press)
+    name = f'ftbook-merge-{len(self.explorer.value["tasks"])}-{self.shown}'
+    box = widgets.VBox([self.button, self.said], model_id=name)
+    view = dict(version_major=2, version_minor=0, model_id=box.model_id)
+    return found | {'application/vnd.jupyter.widget-view+json': view}

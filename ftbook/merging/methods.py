@@ -40,6 +40,15 @@ def agreeing(
     kept = deltas * sign
     return np.clip(kept, 0, np.inf, out=kept)
 
+# %% ../../nbs/22_merging.ipynb #d8f27f0a
+def _share(kept, weights):
+    "The weights of those that agree; where nobody does, a number by which 0 stays 0."
+    share = mix(weights, (kept > 0).astype(np.float32))
+    if min(weights) > 0:
+        return np.clip(share, 1e-30, np.inf, out=share)
+    share[share == 0] = 1
+    return share
+
 # %% ../../nbs/22_merging.ipynb #c2a3a26d
 def merge_agreeing(
     base: ndarray,  # (n,)
@@ -63,12 +72,7 @@ def merge_agreeing(
     elif equal:
         scale = scale * weights[0]
     elif normalize:
-        share = mix(weights, (kept > 0).astype(np.float32))
-        if min(weights) > 0:
-            np.clip(share, 1e-30, np.inf, out=share)
-        else:
-            share[share == 0] = 1
-        total /= share  # 0/0 is 0
+        total /= _share(kept, weights)
     if scale != 1:
         total *= scale
     return np.add(total, base, out=total)

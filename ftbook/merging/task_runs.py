@@ -42,7 +42,7 @@ def mean_of(
     "The mean of scores."
     return statistics.mean(scores.values())
 
-
+# %% ../../nbs/inside/merge_explorers.ipynb #77931e12
 def name_of(
     run: dict,  # One run
 ) -> str:  # The method, and its density where it has one
@@ -93,7 +93,7 @@ def method_rows(
             rows[f'{name}: best'] = right(best)
     return rows
 
-
+# %% ../../nbs/inside/merge_explorers.ipynb #697b3ae6
 def table_rows(
     runs: TaskRuns,  # What was measured
     tasks: tuple,  # The tasks that were merged
@@ -121,7 +121,7 @@ def _grids(runs, part, place, total=lambda r: ''):
         found.setdefault(key, {})[place(r['weights'])] = right(r)
     return found
 
-
+# %% ../../nbs/inside/merge_explorers.ipynb #0226607c
 def planes_of(
     runs: TaskRuns,  # What was measured
 ) -> dict[tuple, dict]:  # (method, density) -> weights of `PAIR` -> scores
@@ -129,7 +129,7 @@ def planes_of(
     base = {(0, 0): {t: runs.bounds['base'][t] for t in PAIR}}
     return {k: base | g for k, g in _grids(runs, 'plane', tuple).items() if len(g) > 7}
 
-
+# %% ../../nbs/inside/merge_explorers.ipynb #ec5f6926
 def triangles_of(
     runs: TaskRuns,  # What was measured
 ) -> dict[tuple, dict]:  # (method, density) -> thirds of `THREE` -> scores
@@ -146,7 +146,7 @@ def _conflict_share(runs, tasks, how, density):
             return r['conflicts'] / max(1, r['moved_by_two'])
     return None
 
-
+# %% ../../nbs/inside/merge_explorers.ipynb #1525d23c
 def _conflict_note(runs, tasks, method, density):
     "What is known of sign conflicts at a point."
     thin = density and _conflict_share(runs, tasks, 'dare' if 'DARE' in method else 'ties', density)
@@ -165,7 +165,7 @@ def _origin(runs, method, density, shares):
     near = (f"({', '.join(f'{x:g}' for x in p)}) {s:.0%}" for p, s in shares.items())
     return 'not measured: between ' + ', '.join(near)
 
-
+# %% ../../nbs/inside/merge_explorers.ipynb #5a5a6c02
 def _scores_at(runs, grid, interpolate, tasks, at):
     "Task -> (its score, the share of each measured neighbour in it)."
     if not any(at):
@@ -174,7 +174,7 @@ def _scores_at(runs, grid, interpolate, tasks, at):
         return {}
     return {t: interpolate({p: v[t] for p, v in grid.items()}, at) for t in tasks}
 
-
+# %% ../../nbs/inside/merge_explorers.ipynb #c033526c
 def point_of(
     runs: TaskRuns,  # What was measured
     grids: dict,  # From `planes_of` or `triangles_of`

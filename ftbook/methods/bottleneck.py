@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.utils import skip_init
 
@@ -51,42 +52,48 @@ class BottleneckPart(StreamPart):
         self.down = linear(width, method.bottleneck_size)
         self.up = linear(method.bottleneck_size, width)
 
-    def forward(
-        self,
-        *args,  # Of the base
-        **kwargs,  # Of the base
-    ):  # What the base gives, with the adapter's output added
-        "Run the base and add."
-        out = self.base(*args, **kwargs)
-        if not isinstance(out, tuple):
-            return out + self.added(out)
-        return (out[0] + self.added(out[0]), *out[1:])
-
-    def read(
-        self,
-        h: Tensor,  # (..., d), what the base gave
-    ) -> Tensor:  # (..., d)
-        "What goes through the bottleneck."
-        if self.method.kind == 'houlsby':
-            return h
-        x = self.stream()
-        if self.method.kind == 'parallel':
-            return x
-        return self.norm[0](x + h) if self.norm else x + h
-
-    def added(
-        self,
-        h: Tensor,  # (..., d), what the base gave
-    ) -> Tensor:  # (..., d), in the dtype of `h`
-        "s U act(D r)."
-        r, method = self.read(h), self.method
-        down, up = (
-            (layer.weight.to(r.dtype), layer.bias.to(r.dtype)) for layer in (self.down, self.up)
-        )
-        low = ACTIVATIONS[method.activation](F.linear(r, *down))  # (..., m)
-        out = F.linear(low, *up) * method.scaling
-        return F.dropout(out, method.dropout, self.training).to(h.dtype)
-
     def extra_repr(self) -> str:
         "What `print(model)` shows of it."
         return f'{self.method.kind}, scaling={self.method.scaling:g}'
+
+# %% ../../nbs/12_adapters.ipynb #139d6294
+@patch
+def read(
+    self: BottleneckPart,
+    h: Tensor,  # (..., d), what the base gave
+) -> Tensor:  # (..., d)
+    "What goes through the bottleneck."
+    if self.method.kind == 'houlsby':
+        return h
+    x = self.stream()
+    if self.method.kind == 'parallel':
+        return x
+    return self.norm[0](x + h) if self.norm else x + h
+
+# %% ../../nbs/12_adapters.ipynb #11b5873e
+@patch
+def added(
+    self: BottleneckPart,
+    h: Tensor,  # (..., d), what the base gave
+) -> Tensor:  # (..., d), in the dtype of `h`
+    "s U act(D r)."
+    r, method = self.read(h), self.method
+    down, up = (
+        (layer.weight.to(r.dtype), layer.bias.to(r.dtype)) for layer in (self.down, self.up)
+    )
+    low = ACTIVATIONS[method.activation](F.linear(r, *down))  # (..., m)
+    out = F.linear(low, *up) * method.scaling
+    return F.dropout(out, method.dropout, self.training).to(h.dtype)
+
+
+@patch
+def forward(
+    self: BottleneckPart,
+    *args,  # Of the base
+    **kwargs,  # Of the base
+):  # What the base gives, with the adapter's output added
+    "Run the base and add."
+    out = self.base(*args, **kwargs)
+    if not isinstance(out, tuple):
+        return out + self.added(out)
+    return (out[0] + self.added(out[0]), *out[1:])

@@ -17,6 +17,7 @@ from torch import nn, Tensor
 
 from ..files import write_files
 from .checks import check_finite, misfit
+from .on_disk import HEADED, task_of
 from .protocol import _taken, find_method, HOMES, Method, method_of, METHODS
 from ..problem import Problem
 
@@ -32,23 +33,15 @@ def adapter_tensors(
     "The trained tensors under PEFT's names."
     return method_of(model).tensors(model)
 
-# %% ../../nbs/inside/adapter_files.ipynb #acb0f01c
-def _task(model):
-    "PEFT's name for what the model does; None where PEFT would add a head of its own."
-    name = type(model).__name__
-    if name.endswith(('ForCausalLM', 'LMHeadModel')):
-        return 'CAUSAL_LM'
-    return 'SEQ_2_SEQ_LM' if name.endswith('ForConditionalGeneration') else None
-
 # %% ../../nbs/inside/adapter_files.ipynb #33a3769c
 def adapter_config(
     model: nn.Module,  # With a method on it
 ) -> dict:  # Content of adapter_config.json
     "The configuration of the model's method, as PEFT writes it."
-    method = method_of(model)
+    method, task = method_of(model), task_of(model)
     shared = dict(
         peft_type=method.peft_type,
-        task_type=_task(model),
+        task_type=None if task in HEADED else task,
         inference_mode=True,
         auto_mapping=None,
         base_model_name_or_path=getattr(model, 'name_or_path', None) or None,

@@ -57,39 +57,43 @@ class LoRALinear(Part):
     def stretched(self) -> bool:  # Has it a trained length for each output, as DoRA?
         return self.lora_magnitude_vector is not None
 
-    def fits(
-        self,
-        x: Tensor,  # The input
-    ) -> bool:  # Whether the layer may run as one `_LowRank` operation
-        """Whether nothing stands against the layer's own backward pass: dropout, a changed
-        base, another device."""
-        return (
-            not (self.merged or self.training and self.dropout)
-            and _plain_linear(self.base)
-            and self.base.weight.device == x.device
-        )
-
-    def forward(
-        self,
-        x: Tensor,  # (..., in)
-    ) -> Tensor:  # (..., out)
-        "Run the base and the low-rank way, together where that is possible."
-        if self.merged:
-            return self.base(x)
-        if not self.fits(x):
-            return self.plain(x)
-        return (
-            self.siblings(self, x)
-            if self.siblings and torch.is_grad_enabled()
-            else low_rank(x, [self])[0]
-        )
-
     def extra_repr(self) -> str:
         "What `print(model)` shows of the layer."
         return (
             f'rank={len(self.lora_A)}, scaling={self.scaling:g}, dropout={self.dropout:g}'
             + ', DoRA' * self.stretched
         )
+
+# %% ../../nbs/10_lora.ipynb #5d0803a7
+@patch
+def fits(
+    self: LoRALinear,
+    x: Tensor,  # The input
+) -> bool:  # Whether the layer may run as one `_LowRank` operation
+    """Whether nothing stands against the layer's own backward pass: dropout, a changed
+    base, another device."""
+    return (
+        not (self.merged or self.training and self.dropout)
+        and _plain_linear(self.base)
+        and self.base.weight.device == x.device
+    )
+
+
+@patch
+def forward(
+    self: LoRALinear,
+    x: Tensor,  # (..., in)
+) -> Tensor:  # (..., out)
+    "Run the base and the low-rank way, together where that is possible."
+    if self.merged:
+        return self.base(x)
+    if not self.fits(x):
+        return self.plain(x)
+    return (
+        self.siblings(self, x)
+        if self.siblings and torch.is_grad_enabled()
+        else low_rank(x, [self])[0]
+    )
 
 # %% ../../nbs/10_lora.ipynb #baf040b7
 @patch

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fastcore.basics import patch
 from torch import nn
 
 from .prompt_cases import transformer_of
@@ -56,17 +57,20 @@ class PTuning(SoftMethod):
             ],
         )
 
-    def to_peft(
-        self,
-        model: nn.Module,  # With the method on it
-    ) -> dict:  # Content of adapter_config.json
-        "The configuration of the prompt that is left."
-        return PromptTuning.to_peft(self, model) | dict(peft_type=PromptTuning.peft_type)
+# %% ../../nbs/inside/soft_methods.ipynb #7cbdce1b
+@patch
+def to_peft(
+    self: PTuning,
+    model: nn.Module,  # With the method on it
+) -> dict:  # Content of adapter_config.json
+    "The configuration of the prompt that is left."
+    return PromptTuning.to_peft(self, model) | dict(peft_type=PromptTuning.peft_type)
 
-    @classmethod
-    def from_peft(
-        cls,
-        config: dict,  # Content of adapter_config.json
-    ) -> PromptTuning:  # Without the network. ValueError names the fields that it cannot honour
-        "The prompt that a PEFT configuration describes."
-        return PromptTuning.from_peft({k: v for k, v in config.items() if not k.startswith('encoder_')})
+
+@patch(cls_method=True)
+def from_peft(
+    cls: PTuning,
+    config: dict,  # Content of adapter_config.json
+) -> PromptTuning:  # Without the network. ValueError names the fields that it cannot honour
+    "The prompt that a PEFT configuration describes."
+    return PromptTuning.from_peft({k: v for k, v in config.items() if not k.startswith('encoder_')})

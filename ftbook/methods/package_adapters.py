@@ -230,16 +230,16 @@ def _check_head(model, folder):
             file=folder,
         )
 
-# %% ../../nbs/inside/package_adapters.ipynb #d7efdee0
-def _read_method(model, folder):
-    "(the method that a folder describes, the name that the package gave it)."
-    about, (block, layout) = _read_about(folder), next(iter(find_blocks(model).items()))
+# %% ../../nbs/inside/package_adapters.ipynb #7b91048a
+def _method_for(model, about, folder):
+    "The method that a file describes, as wide as the stream of the model."
+    block, layout = next(iter(find_blocks(model).items()))
     try:
-        return method_from_package(about['config'], stream_width(model, Place(block, layout, ''))), about['name']
+        return method_from_package(about['config'], stream_width(model, Place(block, layout, '')))
     except Problem as e:
         raise e.at(file=folder / CONFIG)
 
-
+# %% ../../nbs/inside/package_adapters.ipynb #d7efdee0
 @torch.no_grad()
 def load_from_adapters(
     model: nn.Module,  # The base that the adapter was made for, without a method
@@ -247,13 +247,14 @@ def load_from_adapters(
 ) -> nn.Module:  # The same model. ValueError if it does not fit, and then nothing has changed
     "Put an adapter of the `adapters` package on `model`."
     folder = Path(folder)
-    method, name = _read_method(model, folder)
+    about = _read_about(folder)
+    method = _method_for(model, about, folder)
 
     # with a head and without, a model names its parts differently
     def bare(k):
         return k.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
-    names = {n: bare(k) for n, k in package_names(method.places(model), name).items()}
+    names = {n: bare(k) for n, k in package_names(method.places(model), about['name']).items()}
     tensors = {bare(k): t for k, t in read_adapter_tensors(folder, PACKAGE_WEIGHTS).items()}
     try:
         check_fit({names[n]: s for n, s in method.shapes(model).items()}, tensors)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from fastcore.basics import patch
 from torch import nn
 
 from .prompts import Prefix, read_prefix
@@ -51,63 +52,70 @@ class PrefixTuning(SoftMethod):
         if self.encoder_hidden_size is not None:
             _check_whole('encoder_hidden_size', self.encoder_hidden_size)
 
-    def build(
-        self,
-        model: nn.Module,  # Tells the shape of its cache
-    ) -> Prefix:
-        "The module, on the CPU, with random numbers in it."
-        n, (layers, heads, width) = self.num_virtual_tokens, cache_shape(model)
-        one = heads * width
-        hidden = self.encoder_hidden_size or heads * width
-        if not self.projection:
-            return Prefix(n, layers * 2 * one, (layers, heads, width))
-        return Prefix(
-            n,
-            one,
-            (layers, heads, width),
-            lambda: [
-                ('inner', nn.Linear(one, hidden)),
-                ('tanh', nn.Tanh()),
-                ('outer', nn.Linear(hidden, layers * 2 * one)),
-            ],
+# %% ../../nbs/inside/soft_methods.ipynb #1cc5f1a5
+@patch
+def build(
+    self: PrefixTuning,
+    model: nn.Module,  # Tells the shape of its cache
+) -> Prefix:
+    "The module, on the CPU, with random numbers in it."
+    n, (layers, heads, width) = self.num_virtual_tokens, cache_shape(model)
+    one = heads * width
+    hidden = self.encoder_hidden_size or heads * width
+    if not self.projection:
+        return Prefix(n, layers * 2 * one, (layers, heads, width))
+    return Prefix(
+        n,
+        one,
+        (layers, heads, width),
+        lambda: [
+            ('inner', nn.Linear(one, hidden)),
+            ('tanh', nn.Tanh()),
+            ('outer', nn.Linear(hidden, layers * 2 * one)),
+        ],
+    )
+
+# %% ../../nbs/inside/soft_methods.ipynb #94acf661
+@patch
+def begin_(
+    self: PrefixTuning,
+    tokens: Prefix,  # As built
+    model: nn.Module,  # Reads the text
+):
+    "Fill in where training begins."
+    if self.init == 'text':
+        tokens.embedding.copy_(read_prefix(model, self.token_ids()))
+    if self.init == 'zero':
+        for p in tokens.network.outer.parameters() if self.projection else [tokens.embedding]:
+            p.zero_()
+
+# %% ../../nbs/inside/soft_methods.ipynb #48685f4a
+@patch
+def to_peft(
+    self: PrefixTuning,
+    model: nn.Module,  # With the method on it
+) -> dict:  # Content of adapter_config.json
+    "The configuration in PEFT's words, of a prefix that is made already."
+    _, heads, width = cache_shape(model)
+    return _about(self, model, heads, heads * width) | dict(
+        prefix_projection=False, encoder_hidden_size=self.encoder_hidden_size or heads * width, init_weights=None
+    )
+
+
+@patch(cls_method=True)
+def from_peft(
+    cls: PrefixTuning,
+    config: dict,  # Content of adapter_config.json
+) -> 'PrefixTuning':  # ValueError names the fields that it cannot honour
+    "The method that a PEFT configuration describes."
+    _refuse_fields(config, ['prefix_projection', 'encoder_hidden_size', 'init_weights'])
+    if config.get('num_transformer_submodules') == 2:
+        raise Problem(
+            'PEFT puts a prefix before the decoder of an encoder with a decoder; ftbook does not',
+            key='num_transformer_submodules',
         )
-
-    def begin_(
-        self,
-        tokens: Prefix,  # As built
-        model: nn.Module,  # Reads the text
-    ):
-        "Fill in where training begins."
-        if self.init == 'text':
-            tokens.embedding.copy_(read_prefix(model, self.token_ids()))
-        if self.init == 'zero':
-            for p in tokens.network.outer.parameters() if self.projection else [tokens.embedding]:
-                p.zero_()
-
-    def to_peft(
-        self,
-        model: nn.Module,  # With the method on it
-    ) -> dict:  # Content of adapter_config.json
-        "The configuration in PEFT's words, of a prefix that is made already."
-        _, heads, width = cache_shape(model)
-        return _about(self, model, heads, heads * width) | dict(
-            prefix_projection=False, encoder_hidden_size=self.encoder_hidden_size or heads * width, init_weights=None
-        )
-
-    @classmethod
-    def from_peft(
-        cls,
-        config: dict,  # Content of adapter_config.json
-    ) -> 'PrefixTuning':  # ValueError names the fields that it cannot honour
-        "The method that a PEFT configuration describes."
-        _refuse_fields(config, ['prefix_projection', 'encoder_hidden_size', 'init_weights'])
-        if config.get('num_transformer_submodules') == 2:
-            raise Problem(
-                'PEFT puts a prefix before the decoder of an encoder with a decoder; ftbook does not',
-                key='num_transformer_submodules',
-            )
-        method = cls(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save'))
-        heads = config.get('num_attention_heads')
-        if heads and config.get('token_dim'):
-            method.made_for = config.get('num_layers'), heads, config['token_dim'] // heads
-        return method
+    method = cls(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save'))
+    heads = config.get('num_attention_heads')
+    if heads and config.get('token_dim'):
+        method.made_for = config.get('num_layers'), heads, config['token_dim'] // heads
+    return method

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .prompt_cases import transformer_of
@@ -40,44 +41,49 @@ class PromptTuning(SoftMethod):
         "The module, on the CPU, with random numbers in it."
         return SoftPrompt(self.num_virtual_tokens, transformer_of(model).get_input_embeddings().weight.shape[1])
 
-    def begin_(
-        self,
-        tokens: SoftPrompt,  # As built
-        model: nn.Module,  # Has the words
-    ):
-        "Fill in where training begins."
-        if self.init == 'random':
-            return
-        embed = transformer_of(model).get_input_embeddings()
-        ids = (
-            torch.tensor(self.token_ids())
-            if self.init == 'text'
-            else torch.randint(0, len(embed.weight), (self.num_virtual_tokens,))
-        )
-        tokens.embedding.copy_(embed(ids.to(embed.weight.device)))
+# %% ../../nbs/inside/soft_methods.ipynb #46073b32
+@patch
+def begin_(
+    self: PromptTuning,
+    tokens: SoftPrompt,  # As built
+    model: nn.Module,  # Has the words
+):
+    "Fill in where training begins."
+    if self.init == 'random':
+        return
+    embed = transformer_of(model).get_input_embeddings()
+    ids = (
+        torch.tensor(self.token_ids())
+        if self.init == 'text'
+        else torch.randint(0, len(embed.weight), (self.num_virtual_tokens,))
+    )
+    tokens.embedding.copy_(embed(ids.to(embed.weight.device)))
 
-    def to_peft(
-        self,
-        model: nn.Module,  # With the method on it
-    ) -> dict:  # Content of adapter_config.json
-        "The configuration in PEFT's words."
-        width = model.get_submodule(CHILD).rows().shape[1]
-        return _about(self, model, model.config.get_text_config().num_attention_heads, width) | dict(
-            prompt_tuning_init='SAMPLE_VOCAB' if self.init == 'vocabulary' else 'RANDOM',
-            prompt_tuning_init_text=None,
-            tokenizer_name_or_path=None,
-            tokenizer_kwargs=None,
-        )
+# %% ../../nbs/inside/soft_methods.ipynb #2db7fdb0
+@patch
+def to_peft(
+    self: PromptTuning,
+    model: nn.Module,  # With the method on it
+) -> dict:  # Content of adapter_config.json
+    "The configuration in PEFT's words."
+    width = model.get_submodule(CHILD).rows().shape[1]
+    return _about(self, model, model.config.get_text_config().num_attention_heads, width) | dict(
+        prompt_tuning_init='SAMPLE_VOCAB' if self.init == 'vocabulary' else 'RANDOM',
+        prompt_tuning_init_text=None,
+        tokenizer_name_or_path=None,
+        tokenizer_kwargs=None,
+    )
 
-    @classmethod
-    def from_peft(
-        cls,
-        config: dict,  # Content of adapter_config.json
-    ) -> 'PromptTuning':  # ValueError names the fields that it cannot honour
-        "The method that a PEFT configuration describes."
-        _refuse_fields(
-            config, ['prompt_tuning_init', 'prompt_tuning_init_text', 'tokenizer_name_or_path', 'tokenizer_kwargs']
-        )
-        method = PromptTuning(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save'))
-        method.halves = config.get('num_transformer_submodules') == 2
-        return method
+
+@patch(cls_method=True)
+def from_peft(
+    cls: PromptTuning,
+    config: dict,  # Content of adapter_config.json
+) -> 'PromptTuning':  # ValueError names the fields that it cannot honour
+    "The method that a PEFT configuration describes."
+    _refuse_fields(
+        config, ['prompt_tuning_init', 'prompt_tuning_init_text', 'tokenizer_name_or_path', 'tokenizer_kwargs']
+    )
+    method = PromptTuning(config.get('num_virtual_tokens'), modules_to_save=config.get('modules_to_save'))
+    method.halves = config.get('num_transformer_submodules') == 2
+    return method

@@ -8,17 +8,14 @@ Docs: https://ftbook.github.io/ftbook/methods.html.md"""
 __all__ = ['Method', 'register']
 
 # %% ../../nbs/15_methods.ipynb #5deb2eb7
-from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
-from typing import ClassVar
 
-import torch
-from torch import nn, Tensor
+from fastcore.basics import patch
+from torch import nn
 
-from .checks import check_fit
+from .on_disk import OnDisk
 from .parts import parts_of, replace_, take_mode_, Whole
-from .targets import find_whole, is_linear, name_matches
+from .targets import find_whole
 from ..problem import Problem
 
 # %% ../../nbs/15_methods.ipynb #357858a0
@@ -29,13 +26,8 @@ def _taken(model):
     )
 
 # %% ../../nbs/15_methods.ipynb #02fcceee
-class Method:
+class Method(OnDisk):
     "A parameter-efficient method: the base of every configuration dataclass."
-
-    peft_type: ClassVar[str] = ''  # Its name in PEFT's files
-    accept: ClassVar[Callable] = staticmethod(is_linear)  # Which layers it can stand beside
-    # Endings of names: trained whole beside the method; a field where a method offers it
-    modules_to_save = ()
 
     def shapes(
         self,
@@ -52,126 +44,63 @@ class Method:
         "Add the trainable parts to `model`."
         raise NotImplementedError(f'{type(self).__name__} does not say how to add it')
 
-    def key(
-        self,
-        name: str,  # A parameter's name in the model
-    ) -> str:  # Its name in the file
-        "What PEFT calls a parameter."
-        return f"base_model.model.{name.replace('.whole.', '.')}"
-
-    def apply(
-        self,
-        model: nn.Module,  # Any model without a method
-        # The same model. ValueError if the method does not fit, and then nothing has changed
-    ) -> nn.Module:
-        "Freeze `model` and add the trainable parts, in place."
-        if hasattr(model, 'ftbook_method'):
-            raise _taken(model)
-        added = self.shapes(model)
-        whole = find_whole(model, self.modules_to_save or ())
-        if both := [n for n in whole for k in added if k.startswith(f'{n}.')]:
-            raise Problem(
-                f'{both[0]} is both a target and in modules_to_save',
-                'leave it out of one of them',
-                key='modules_to_save',
-            )
-        thawed = [p for p in model.parameters() if p.requires_grad]
-        there = set(model.modules())
-        model.requires_grad_(False)
-        self.inject_(model)
-        take_mode_(model, there)
-        for n in whole:
-            added |= {
-                f'{n}.whole.{k}': tuple(p.shape)
-                for k, p in model.get_submodule(n).named_parameters()
-            }
-            replace_(model, n, Whole(model.get_submodule(n)))
-        model.ftbook_method = self
-        model.ftbook_added = added
-        model.ftbook_thawed = thawed
-        return model
-
-    def eject_(
-        self,
-        model: nn.Module,  # With this method on it
-    ):
-        "Take out what `apply` put in."
-        for name, part in parts_of(model).items():
-            part.leave_()
-            replace_(model, name, part.base)
-
-    def check_merge(
-        self,
-        model: nn.Module,  # With this method on it
-    ):
-        "Raise ValueError if merging would leave a part of the method out."
-        parts = parts_of(model).values()
-        if not parts:
-            raise Problem(f'{self} cannot be merged: it changes no weights')
-        for part in parts:
-            part.check_merge()
-
-    def present(
-        self,
-        model: nn.Module,  # Any model
-    ) -> 'Method':  # The same, or a copy
-        """The method without targets that the model lacks: a list in PEFT's files may name more
-        than is there."""
-        targets = getattr(self, 'target_modules', None)
-        names = [n for n, m in model.named_modules() if self.accept(m)]
-        if not targets or isinstance(targets, str):
-            return self
-        return replace(
-            self,
-            target_modules=[t for t in targets if any(name_matches(n, [t]) for n in names)]
-            or targets,
+# %% ../../nbs/15_methods.ipynb #07f4d4d1
+@patch
+def apply(
+    self: Method,
+    model: nn.Module,  # Any model without a method
+    # The same model. ValueError if the method does not fit, and then nothing has changed
+) -> nn.Module:
+    "Freeze `model` and add the trainable parts, in place."
+    if hasattr(model, 'ftbook_method'):
+        raise _taken(model)
+    added = self.shapes(model)
+    whole = find_whole(model, self.modules_to_save or ())
+    if both := [n for n in whole for k in added if k.startswith(f'{n}.')]:
+        raise Problem(
+            f'{both[0]} is both a target and in modules_to_save',
+            'leave it out of one of them',
+            key='modules_to_save',
         )
+    thawed = [p for p in model.parameters() if p.requires_grad]
+    there = set(model.modules())
+    model.requires_grad_(False)
+    self.inject_(model)
+    take_mode_(model, there)
+    for n in whole:
+        added |= {
+            f'{n}.whole.{k}': tuple(p.shape)
+            for k, p in model.get_submodule(n).named_parameters()
+        }
+        replace_(model, n, Whole(model.get_submodule(n)))
+    model.ftbook_method = self
+    model.ftbook_added = added
+    model.ftbook_thawed = thawed
+    return model
 
-    def tensors(
-        self,
-        model: nn.Module,  # With this method on it
-    ) -> dict[str, Tensor]:  # Name in the file -> what is written
-        "What the file holds."
-        return {self.key(n): model.get_parameter(n) for n in model.ftbook_added}
+# %% ../../nbs/15_methods.ipynb #2942427c
+@patch
+def eject_(
+    self: Method,
+    model: nn.Module,  # With this method on it
+):
+    "Take out what `apply` put in."
+    for name, part in parts_of(model).items():
+        part.leave_()
+        replace_(model, name, part.base)
 
-    def check_tensors(
-        self,
-        model: nn.Module,  # Without a method
-        tensors: dict[str, Tensor],  # Content of a file
-    ):
-        "Raise ValueError if the file does not fit, before anything is touched."
-        shapes = {self.key(n): s for n, s in self.shapes(model).items()}
-        for n in find_whole(model, self.modules_to_save or ()):
-            shapes |= {
-                f'base_model.model.{n}.{k}': tuple(p.shape)
-                for k, p in model.get_submodule(n).named_parameters()
-            }
-        check_fit(shapes, tensors)
 
-    @torch.no_grad()
-    def fill_(
-        self,
-        model: nn.Module,  # With this method on it
-        tensors: dict[str, Tensor],  # Content of a file that fits
-    ):
-        "Put the file's numbers into the model."
-        for n in model.ftbook_added:
-            model.get_parameter(n).copy_(tensors[self.key(n)])
-
-    def to_peft(
-        self,
-        model: nn.Module,  # With this method on it
-    ) -> dict:  # Content of adapter_config.json, without what every method shares
-        "The configuration in PEFT's words."
-        raise Problem(f'{type(self).__name__} has no form on disk')
-
-    @classmethod
-    def from_peft(
-        cls,
-        config: dict,  # Content of adapter_config.json
-    ) -> 'Method':  # ValueError names a field that it cannot honour
-        "The method that a PEFT configuration describes."
-        raise Problem(f'{cls.__name__} has no form on disk')
+@patch
+def check_merge(
+    self: Method,
+    model: nn.Module,  # With this method on it
+):
+    "Raise ValueError if merging would leave a part of the method out."
+    parts = parts_of(model).values()
+    if not parts:
+        raise Problem(f'{self} cannot be merged: it changes no weights')
+    for part in parts:
+        part.check_merge()
 
 # %% ../../nbs/15_methods.ipynb #ff2a64e1
 METHODS = {}  # PEFT's name of a method -> its class

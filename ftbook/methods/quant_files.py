@@ -23,6 +23,15 @@ from ..models.load import as_dtype, check_weights, load_model, load_tokenizer
 from ..models.shipped import model_folder
 from ..problem import Problem
 
+# %% ../../nbs/inside/quant_files.ipynb #542e7be0
+def _with_generation(model, folder):
+    "The model, with the defaults of `generate` that lie in its folder."
+    from transformers import GenerationConfig
+
+    if (folder / 'generation_config.json').exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
 # %% ../../nbs/inside/quant_files.ipynb #6894959a
 def _local_files(name):
     "The folder of a model's files, fetched from the hub if need be; None if that does not work."
@@ -40,7 +49,7 @@ def _local_files(name):
 def _empty(folder, dtype):
     "The model without weights; what it computes for itself, as rotary angles, is there."
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, 'quantization_config', None):
@@ -52,9 +61,7 @@ def _empty(folder, dtype):
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
-    if (folder / 'generation_config.json').exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    return _with_generation(model, folder)
 
 # %% ../../nbs/inside/quant_files.ipynb #450bfec9
 def _tensor_files(folder):

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from .checks import check_fit, check_number, refuse_fields
+from .on_disk import task_of
 from ftbook.methods.prompt_cases import (
     CALL_RULES,
     Case,
@@ -29,11 +30,11 @@ from .targets import find_whole
 from .virtual_tokens import VirtualTokens
 from ..problem import Problem
 
-# %% ../../nbs/inside/soft_methods.ipynb #4054ea0e
+# %% ../../nbs/inside/soft_methods.ipynb #9b0e630d
 def _check_whole(name, value):
     check_number(name, value, lambda v: isinstance(v, int) and v >= 1, 'a whole number, at least 1')
 
-
+# %% ../../nbs/inside/soft_methods.ipynb #4054ea0e
 class SoftMethod(Method):
     "What prompt tuning and prefix tuning share: checks, the child module, the form on disk."
 
@@ -65,22 +66,25 @@ class SoftMethod(Method):
         "Raise ValueError: there are no weights that could do the work of tokens."
         raise Problem(f'{type(self).__name__} cannot be merged: it changes no weights')
 
-    # num_virtual_tokens of them. ValueError if there is no text, or nothing in it
-    def token_ids(self) -> list[int]:
-        "The tokens of the text, repeated or cut to length."
-        text, n = self.text, self.num_virtual_tokens
-        if text is None:
-            raise Problem("init='text' needs `text`: a string together with `tokenizer`, or token ids", key='text')
-        if isinstance(text, str) and self.tokenizer is None:
-            raise Problem('text is a string, so `tokenizer` is needed', 'give it, or give token ids', key='tokenizer')
-        ids = list(self.tokenizer(text)['input_ids'] if isinstance(text, str) else text)
-        if not ids:
-            raise Problem(
-                f'text={text!r} has no tokens',
-                'write a few words, best what you would tell the model to do',
-                key='text',
-            )
-        return [int(ids[i % len(ids)]) for i in range(n)]
+# %% ../../nbs/inside/soft_methods.ipynb #533995fd
+@patch
+def token_ids(
+    self: SoftMethod,
+) -> list[int]:  # num_virtual_tokens of them. ValueError if there is no text, or nothing in it
+    "The tokens of the text, repeated or cut to length."
+    text, n = self.text, self.num_virtual_tokens
+    if text is None:
+        raise Problem("init='text' needs `text`: a string together with `tokenizer`, or token ids", key='text')
+    if isinstance(text, str) and self.tokenizer is None:
+        raise Problem('text is a string, so `tokenizer` is needed', 'give it, or give token ids', key='tokenizer')
+    ids = list(self.tokenizer(text)['input_ids'] if isinstance(text, str) else text)
+    if not ids:
+        raise Problem(
+            f'text={text!r} has no tokens',
+            'write a few words, best what you would tell the model to do',
+            key='text',
+        )
+    return [int(ids[i % len(ids)]) for i in range(n)]
 
 # %% ../../nbs/inside/soft_methods.ipynb #91afe05d
 CHILD = 'virtual_tokens'  # The module's name in the model
@@ -237,22 +241,10 @@ def cache_shape(
     )
 
 # %% ../../nbs/inside/soft_methods.ipynb #b14f2c2a
-TASKS = dict(
-    ForCausalLM='CAUSAL_LM',
-    LMHeadModel='CAUSAL_LM',
-    ForConditionalGeneration='SEQ_2_SEQ_LM',
-    ForSequenceClassification='SEQ_CLS',
-    # Ending of a model's class -> PEFT's name of what it does
-    ForTokenClassification='TOKEN_CLS',
-    ForQuestionAnswering='QUESTION_ANS',
-)
-
-
 def _about(method, model, heads, width):
     "What PEFT writes for every kind of virtual token. Without a task it would not use them at all."
-    task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), 'FEATURE_EXTRACTION')
     return dict(
-        task_type=task,
+        task_type=task_of(model) or 'FEATURE_EXTRACTION',
         num_virtual_tokens=method.num_virtual_tokens,
         token_dim=width,
         num_attention_heads=heads,

@@ -154,6 +154,19 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError) as e:
         raise Problem(f'{name} has no tokenizer that loads: {e}', key='name') from e
 
+# %% ../../nbs/inside/load.ipynb #6e3068d5
+def complete(
+    model: nn.Module,  # A causal language model
+    tokenizer,  # The model's
+    text: str,  # How it begins
+    max_new_tokens: int,  # Longest answer, in tokens
+) -> str:  # What the model adds
+    "Let the model go on with a text, greedily."
+    given = tokenizer(text, return_tensors='pt').to(model.device)
+    greedy = dict(do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    out = model.generate(**given, max_new_tokens=max_new_tokens, **greedy)
+    return tokenizer.decode(out[0, given.input_ids.shape[1] :])
+
 # %% ../../nbs/inside/load.ipynb #ead06374
 def _max_length(source, encoder, tokenizer):
     "Tokens that an encoder was trained to read."

@@ -8,41 +8,24 @@ Docs: https://ftbook.github.io/ftbook/inside/bench_curves.html.md"""
 __all__ = []
 
 # %% ../../nbs/inside/bench_curves.ipynb #bec0b505
-import json
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 from ..show.charts import Frame, plot
+import numpy as np
+from fastcore.basics import patch
+
+from .bench_runs import BenchRuns, mean_and_error
 
 # %% ../../nbs/inside/bench_curves.ipynb #bec0b508
 LEVELS = 'all raters', 'four raters', 'one rater', '10 % wrong', '20 % wrong', '30 % wrong', '40 % wrong'
 WAYS = 'as they came', 'as many by lot', 'audited', 'without the wrong ones'
 HOW = dict(smollm2='SmolLM2-135M, LoRA', minilm='MiniLM-L6, all weights', frozen='MiniLM-L6, frozen')
 
-
-def gap_and_error(
-    points: np.ndarray,  # (seeds,)
-) -> tuple:  # (mean, its standard error)
-    "The mean of a difference over seeds."
-    return float(points.mean()), float(points.std(ddof=1) / len(points) ** 0.5)
-
 # %% ../../nbs/inside/bench_curves.ipynb #bec0b509
 @dataclass
-class CurveBench:
+class CurveBench(BenchRuns):
     "What the bench measured about numbers of rows and the quality of their labels."
-
-    runs: list[dict]  # part, how, task, n, seed, detail, scores
-
-    @classmethod
-    def read(
-        cls,
-        path: str | Path,  # bench/results/curves.json
-    ):
-        "Read the bench's results."
-        return cls(json.loads(Path(path).read_text(encoding='utf-8'))['runs'])
 
     def part(
         self,
@@ -53,81 +36,95 @@ class CurveBench:
         "The runs of one experiment."
         return [r for r in self.runs if (r['part'], r['how'], r['task']) == (name, how, task)]
 
-    def scores(
-        self,
-        task: str,  # 'movie', 'products' or 'tweets'
-        level: str,  # One of `LEVELS`
-    ) -> dict[int, np.ndarray]:  # Rows -> accuracies (seeds,); rows are n, 2n or 4n of a run
-        "Accuracies of the probe on the frozen encoder."
-        found = defaultdict(dict)
-        for r in self.part('noise', 'frozen', task):
-            for times in (1, 2, 4):
-                found[times * r['n']][r['seed']] = r['scores'][f'{level} x {times}']
-        return {n: np.array(list(s.values())) for n, s in sorted(found.items())}
+# %% ../../nbs/inside/bench_curves.ipynb #a901271e
+@patch
+def scores(
+    self: CurveBench,
+    task: str,  # 'movie', 'products' or 'tweets'
+    level: str,  # One of `LEVELS`
+) -> dict[int, np.ndarray]:  # Rows -> accuracies (seeds,); rows are n, 2n or 4n of a run
+    "Accuracies of the probe on the frozen encoder."
+    found = defaultdict(dict)
+    for r in self.part('noise', 'frozen', task):
+        for times in (1, 2, 4):
+            found[times * r['n']][r['seed']] = r['scores'][f'{level} x {times}']
+    return {n: np.array(list(s.values())) for n, s in sorted(found.items())}
 
-    def means(
-        self,
-        task: str,  # As in `scores`
-        level: str,  # As in `scores`
-    ) -> dict[int, float]:  # Rows -> accuracy
-        "Mean accuracies over seeds."
-        return {n: float(s.mean()) for n, s in self.scores(task, level).items()}
 
-    def levels(
-        self,
-        task: str,  # As in `scores`
-    ) -> tuple[str, dict]:  # The task, and the means of each level
-        "One curve for each level of quality."
-        return task, {level: self.means(task, level) for level in LEVELS}
+@patch
+def means(
+    self: CurveBench,
+    task: str,  # As in `scores`
+    level: str,  # As in `scores`
+) -> dict[int, float]:  # Rows -> accuracy
+    "Mean accuracies over seeds."
+    return {n: float(s.mean()) for n, s in self.scores(task, level).items()}
 
-    def ahead(
-        self,
-        task: str,  # As in `scores`
-        n: int,  # Clean rows
-        level: str,  # Of the others
-        times: int,  # As many others as clean ones: 2 or 4
-    ) -> tuple:  # (points, standard error), on the same seeds
-        "Points that n clean rows are ahead of more, but noisier ones."
-        clean = self.scores(task, 'all raters')[n]
-        others = self.scores(task, level)[times * n]
-        return gap_and_error(100 * (clean - others))
 
-    def audited(
-        self,
-        task: str,  # As in `scores`
-        level: str,  # One of `LEVELS`
-        n: int = 1024,  # Rows
-    ) -> dict[str, float]:  # One of `WAYS` -> accuracy
-        "Accuracy when the audit's flagged rows are left out, and beside it."
-        runs = [r['scores'] for r in self.part('audit', 'frozen', task) if r['n'] == n]
-        return {way: float(np.mean([s[f'{level}: {way}'] for s in runs])) for way in WAYS}
+@patch
+def levels(
+    self: CurveBench,
+    task: str,  # As in `scores`
+) -> tuple[str, dict]:  # The task, and the means of each level
+    "One curve for each level of quality."
+    return task, {level: self.means(task, level) for level in LEVELS}
 
-    def ahead_tuned(
-        self,
-        n: int,  # Clean rows
-        level: str,  # Of the others
-        times: int,  # As many others as clean ones
-    ) -> tuple:  # (points, standard error, seeds)
-        "The same as `ahead` for SmolLM2 with LoRA on film reviews."
+# %% ../../nbs/inside/bench_curves.ipynb #8f07dc43
+@patch
+def ahead(
+    self: CurveBench,
+    task: str,  # As in `scores`
+    n: int,  # Clean rows
+    level: str,  # Of the others
+    times: int,  # As many others as clean ones: 2 or 4
+) -> tuple:  # (points, standard error), on the same seeds
+    "Points that n clean rows are ahead of more, but noisier ones."
+    clean = self.scores(task, 'all raters')[n]
+    others = self.scores(task, level)[times * n]
+    return tuple(map(float, mean_and_error(100 * (clean - others))))
 
-        def by_seed(part, level, n):
-            runs = [r for r in self.part(part, 'smollm2', 'movie') if (r['n'], r['detail']) == (n, level)]
-            return {r['seed']: next(iter(r['scores'].values())) for r in runs}
 
-        clean = by_seed('curve', 'all raters', n)
-        others = by_seed('noise', level, times * n)
-        gaps = np.array([clean[seed] - others[seed] for seed in clean if seed in others])
-        return *gap_and_error(100 * gaps), len(gaps)
+@patch
+def ahead_tuned(
+    self: CurveBench,
+    n: int,  # Clean rows
+    level: str,  # Of the others
+    times: int,  # As many others as clean ones
+) -> tuple:  # (points, standard error, seeds)
+    "The same as `ahead` for SmolLM2 with LoRA on film reviews."
 
-    def runs_of(
-        self,
-        how: str,  # A key of `HOW`
-        task: str,  # Such as 'movie'
-    ) -> list[dict]:  # n, seed, score: for `fit_curve`
-        "The runs of a learning curve, at sizes that have five seeds or more."
-        found = self.part('curve', how, task)
-        runs = [dict(n=int(n), seed=r['seed'], score=s) for r in found for n, s in r['scores'].items()]
-        return [r for r in runs if sum(o['n'] == r['n'] for o in runs) >= 5]
+    def by_seed(part, level, n):
+        runs = [r for r in self.part(part, 'smollm2', 'movie') if (r['n'], r['detail']) == (n, level)]
+        return {r['seed']: next(iter(r['scores'].values())) for r in runs}
+
+    clean = by_seed('curve', 'all raters', n)
+    others = by_seed('noise', level, times * n)
+    gaps = np.array([clean[seed] - others[seed] for seed in clean if seed in others])
+    return *map(float, mean_and_error(100 * gaps)), len(gaps)
+
+# %% ../../nbs/inside/bench_curves.ipynb #eb454492
+@patch
+def audited(
+    self: CurveBench,
+    task: str,  # As in `scores`
+    level: str,  # One of `LEVELS`
+    n: int = 1024,  # Rows
+) -> dict[str, float]:  # One of `WAYS` -> accuracy
+    "Accuracy when the audit's flagged rows are left out, and beside it."
+    runs = [r['scores'] for r in self.part('audit', 'frozen', task) if r['n'] == n]
+    return {way: float(np.mean([s[f'{level}: {way}'] for s in runs])) for way in WAYS}
+
+
+@patch
+def runs_of(
+    self: CurveBench,
+    how: str,  # A key of `HOW`
+    task: str,  # Such as 'movie'
+) -> list[dict]:  # n, seed, score: for `fit_curve`
+    "The runs of a learning curve, at sizes that have five seeds or more."
+    found = self.part('curve', how, task)
+    runs = [dict(n=int(n), seed=r['seed'], score=s) for r in found for n, s in r['scores'].items()]
+    return [r for r in runs if sum(o['n'] == r['n'] for o in runs) >= 5]
 
 # %% ../../nbs/inside/bench_curves.ipynb #bec0b511
 def draw_levels(

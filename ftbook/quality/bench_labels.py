@@ -8,23 +8,16 @@ Docs: https://ftbook.github.io/ftbook/inside/bench_labels.html.md"""
 __all__ = []
 
 # %% ../../nbs/inside/bench_labels.ipynb #be1ab005
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
+from .bench_runs import BenchRuns, mean_and_error
 from ..show.bar_chart import bars
 from ..show.charts import Frame, plot
 
 # %% ../../nbs/inside/bench_labels.ipynb #be1ab008
-def mean_and_error(
-    values: np.ndarray,  # (seeds, ...)
-) -> tuple:  # (mean, two standard errors), each without the first axis
-    "The mean over seeds, and how far it could be off."
-    return values.mean(0), 2 * values.std(0, ddof=1) / len(values) ** 0.5
-
-
 def with_error(
     found: tuple,  # (mean, error)
     digits: int = 1,  # Behind the point
@@ -66,18 +59,8 @@ TASKS = {
 
 # %% ../../nbs/inside/bench_labels.ipynb #be1ab012
 @dataclass
-class LabelBench:
+class LabelBench(BenchRuns):
     "What the bench measured about labels."
-
-    runs: list[dict]  # part, task, seed, scores
-
-    @classmethod
-    def read(
-        cls,
-        path: str | Path,  # bench/results/labels.json
-    ):
-        "Read the bench's results."
-        return cls(json.loads(Path(path).read_text(encoding='utf-8'))['runs'])
 
     def over_seeds(
         self,
@@ -91,95 +74,109 @@ class LabelBench:
             found = [f[key] for f in found]
         return np.array(found)
 
-    def flags(
-        self,
-        domain: str,  # One of `SURVEYS`
-    ) -> dict:  # The columns of `COLUMNS`, and the error of the precision
-        "How good the audit's flags are where one rater made the labels."
-        one = ('noise', domain, 'mean beyond .5: one rater')
-        learnt = ('C 1', 'confident_learning')
-        precision, error = map(float, mean_and_error(self.over_seeds(*one, *learnt, 'precision')))
-        rows, noise = (float(self.over_seeds(*one, k).mean()) for k in ('rows', 'noise'))
-        flagged, recall = (float(self.over_seeds(*one, *learnt, k).mean()) for k in ('flagged', 'recall'))
-        return dict(
-            rows=round(rows),
-            noise=noise,
-            flagged=flagged,
-            precision=precision,
-            times=precision / noise,
-            recall=recall,
-            first=float(self.over_seeds(*one, 'C 1', 'top', '0.01').mean()),
-            error=error,
-        )
+# %% ../../nbs/inside/bench_labels.ipynb #e2f41e90
+@patch
+def flags(
+    self: LabelBench,
+    domain: str,  # One of `SURVEYS`
+) -> dict:  # The columns of `COLUMNS`, and the error of the precision
+    "How good the audit's flags are where one rater made the labels."
+    one = ('noise', domain, 'mean beyond .5: one rater')
+    learnt = ('C 1', 'confident_learning')
+    precision, error = map(float, mean_and_error(self.over_seeds(*one, *learnt, 'precision'), 2))
+    rows, noise = (float(self.over_seeds(*one, k).mean()) for k in ('rows', 'noise'))
+    flagged, recall = (float(self.over_seeds(*one, *learnt, k).mean()) for k in ('flagged', 'recall'))
+    return dict(
+        rows=round(rows),
+        noise=noise,
+        flagged=flagged,
+        precision=precision,
+        times=precision / noise,
+        recall=recall,
+        first=float(self.over_seeds(*one, 'C 1', 'top', '0.01').mean()),
+        error=error,
+    )
 
-    def by_depth(
-        self,
-        domain: str,  # One of `SURVEYS`
-        labels: str,  # 'one rater', or a share that was turned over
-    ) -> dict:  # x (% of the rows), precision (mean, error), random, flagged (%)
-        "How the precision falls from the surest error on."
-        some = 'noise', domain, f'mean beyond .5: {labels}'
-        top = self.over_seeds(*some, 'C 1', 'top')
-        return dict(
-            x=[100 * float(d) for d in top[0]],
-            precision=mean_and_error(np.array([list(t.values()) for t in top])),
-            random=self.over_seeds(*some, 'noise').mean(),
-            flagged=100 * self.over_seeds(*some, 'C 1', 'confident_learning', 'flagged').mean(),
-        )
 
-    def accuracies(
-        self,
-        domain: str,  # One of `SURVEYS`
-        labels: str,  # As in `by_depth`
-        C: str,  # 'C 1' or 'C 10'
-        way: str,  # 'as they came', or a key of `DONE`
-    ) -> np.ndarray:  # (seeds,)
-        "Accuracy of a probe on 1,000 rows, judged by true labels."
-        return self.over_seeds('cleaning', domain, f'{labels}: 1000', C, way)
+@patch
+def by_depth(
+    self: LabelBench,
+    domain: str,  # One of `SURVEYS`
+    labels: str,  # 'one rater', or a share that was turned over
+) -> dict:  # x (% of the rows), precision (mean, error), random, flagged (%)
+    "How the precision falls from the surest error on."
+    some = 'noise', domain, f'mean beyond .5: {labels}'
+    top = self.over_seeds(*some, 'C 1', 'top')
+    return dict(
+        x=[100 * float(d) for d in top[0]],
+        precision=mean_and_error(np.array([list(t.values()) for t in top]), 2),
+        random=self.over_seeds(*some, 'noise').mean(),
+        flagged=100 * self.over_seeds(*some, 'C 1', 'confident_learning', 'flagged').mean(),
+    )
 
-    def gains(
-        self,
-        labels: str,  # As in `by_depth`
-        C: str,  # 'C 1' or 'C 10'
-    ) -> dict:  # {domain: {what was done: (points of accuracy, error)}}, seed by seed on the same rows
-        "What doing something about the flags brings."
-        domains = dict.fromkeys(r['task'] for r in self.runs if r['part'] == 'cleaning')
-        came = {d: self.accuracies(d, labels, C, 'as they came') for d in domains}
-        return {
-            d: {said: mean_and_error(100 * (self.accuracies(d, labels, C, w) - came[d])) for w, said in DONE.items()}
-            for d in domains
-        }
+# %% ../../nbs/inside/bench_labels.ipynb #bece411c
+@patch
+def accuracies(
+    self: LabelBench,
+    domain: str,  # One of `SURVEYS`
+    labels: str,  # As in `by_depth`
+    C: str,  # 'C 1' or 'C 10'
+    way: str,  # 'as they came', or a key of `DONE`
+) -> np.ndarray:  # (seeds,)
+    "Accuracy of a probe on 1,000 rows, judged by true labels."
+    return self.over_seeds('cleaning', domain, f'{labels}: 1000', C, way)
 
-    def stronger(
-        self,
-        domain: str,  # One of `SURVEYS`
-        labels: str,  # As in `by_depth`
-    ) -> float:  # Points of accuracy
-        "What the stronger penalty alone brings."
-        strong, weak = (self.accuracies(domain, labels, C, 'as they came').mean() for C in ('C 1', 'C 10'))
-        return float(100 * (strong - weak))
 
-    def imbalance(
-        self,
-        task: str,  # A key of `TASKS`
-        score: str,  # A key of `SCORES`
-    ) -> dict:  # {remedy: (means, errors)}, one entry for each of `RATIOS`
-        "What uneven classes cost, by remedy."
-        some = 'balance', TASKS[task]
-        return {
-            r: mean_and_error(np.stack([self.over_seeds(*some, str(k), r, SCORES[score]) for k in RATIOS], 1))
-            for r in REMEDIES
-        }
+@patch
+def gains(
+    self: LabelBench,
+    labels: str,  # As in `by_depth`
+    C: str,  # 'C 1' or 'C 10'
+) -> dict:  # {domain: {what was done: (points of accuracy, error)}}, seed by seed on the same rows
+    "What doing something about the flags brings."
+    domains = dict.fromkeys(r['task'] for r in self.runs if r['part'] == 'cleaning')
+    came = {d: self.accuracies(d, labels, C, 'as they came') for d in domains}
+    return {
+        d: {said: mean_and_error(100 * (self.accuracies(d, labels, C, w) - came[d]), 2) for w, said in DONE.items()}
+        for d in domains
+    }
 
-    def lost(
-        self,
-        task: str,  # A key of `TASKS`
-        remedy: str,  # One of `REMEDIES`
-        ratio: int,  # One of `RATIOS`
-    ) -> tuple:  # (points, error)
-        "Points of macro-F1 lost to imbalance."
-        even, uneven = (self.over_seeds('balance', TASKS[task], k, remedy, 'macro_f1') for k in ('1', str(ratio)))
-        return mean_and_error(100 * (uneven - even))
+
+@patch
+def stronger(
+    self: LabelBench,
+    domain: str,  # One of `SURVEYS`
+    labels: str,  # As in `by_depth`
+) -> float:  # Points of accuracy
+    "What the stronger penalty alone brings."
+    strong, weak = (self.accuracies(domain, labels, C, 'as they came').mean() for C in ('C 1', 'C 10'))
+    return float(100 * (strong - weak))
+
+# %% ../../nbs/inside/bench_labels.ipynb #179d2062
+@patch
+def imbalance(
+    self: LabelBench,
+    task: str,  # A key of `TASKS`
+    score: str,  # A key of `SCORES`
+) -> dict:  # {remedy: (means, errors)}, one entry for each of `RATIOS`
+    "What uneven classes cost, by remedy."
+    some = 'balance', TASKS[task]
+    return {
+        r: mean_and_error(np.stack([self.over_seeds(*some, str(k), r, SCORES[score]) for k in RATIOS], 1), 2)
+        for r in REMEDIES
+    }
+
+
+@patch
+def lost(
+    self: LabelBench,
+    task: str,  # A key of `TASKS`
+    remedy: str,  # One of `REMEDIES`
+    ratio: int,  # One of `RATIOS`
+) -> tuple:  # (points, error)
+    "Points of macro-F1 lost to imbalance."
+    even, uneven = (self.over_seeds('balance', TASKS[task], k, remedy, 'macro_f1') for k in ('1', str(ratio)))
+    return mean_and_error(100 * (uneven - even), 2)
 
 # %% ../../nbs/inside/bench_labels.ipynb #be1ab015
 def draw_depth(

@@ -53,6 +53,18 @@ class Result:
     def __repr__(self):
         return f"Result({self.stopped}: {summary_line(self.facts)})"
 
+# %% ../../nbs/24_recipe.ipynb #09673b8e
+def _train_and_save(job, p, model):
+    "The training, saved unless it was interrupted."
+    with job.stage('train', f'{len(p.train):,} rows'):
+        apply_method(p, model)
+        trained = train_model(job, p, model)
+    if trained.stopped != 'interrupted':
+        with job.stage('save', str(job.out)):
+            job.first(lambda: save_result(p, model))
+        job.first(lambda: note_training(job, p, trained))
+    return trained
+
 # %% ../../nbs/24_recipe.ipynb #6d8d62b6
 def run(
     # A recipe, its sections as a dict, a YAML file, a file of rows, or the folder of a run
@@ -79,14 +91,9 @@ def run(
     with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'):
         before = job.once('before.json', lambda: measure_together(job, p, model))
     if not trained:
-        with job.stage('train', f'{len(p.train):,} rows'):
-            apply_method(p, model)
-            trained = train_model(job, p, model)
-        if trained.stopped == 'interrupted':
-            return _interrupted(job, trained, model, p)
-        with job.stage('save', str(job.out)):
-            job.first(lambda: save_result(p, model))
-        job.first(lambda: note_training(job, p, trained))
+        trained = _train_and_save(job, p, model)
+    if trained.stopped == 'interrupted':
+        return _interrupted(job, trained, model, p)
     return _reported(job, p, trained, before, model)
 
 # %% ../../nbs/24_recipe.ipynb #16aa0007

@@ -33,7 +33,7 @@ def nats_and_gradient_(
 def _turn_rows(hidden):
     return 32 if runs_on(hidden) == 'cpu' else 256
 
-
+# %% ../../nbs/inside/chunked_loss.ipynb #42046730
 def _turn_(logits, targets, wide):
     "`nats_and_gradient_`, a few rows at a time in float32, so that they stay in the processor's cache."
     nats = wide.new_zeros(())

@@ -59,21 +59,25 @@ class Loop:
         self.step = 0
         self.best, self._order = None, (None, None)
 
-    @property
-    def params(self):
-        return list(self.named.values())
+# %% ../../nbs/05_training.ipynb #0b763c93
+@patch(as_prop=True)
+def params(self: Loop):
+    return list(self.named.values())
 
-    @property
-    def world(self):
-        return self.accelerator.num_processes, self.accelerator.process_index
 
-    @property
-    def sharded(self):
-        return getattr(self.accelerator, 'is_fsdp2', False)
+@patch(as_prop=True)
+def world(self: Loop):
+    return self.accelerator.num_processes, self.accelerator.process_index
 
-    @property
-    def deepspeed(self):
-        return getattr(self.accelerator.state, 'deepspeed_plugin', None)
+
+@patch(as_prop=True)
+def sharded(self: Loop):
+    return getattr(self.accelerator, 'is_fsdp2', False)
+
+
+@patch(as_prop=True)
+def deepspeed(self: Loop):
+    return getattr(self.accelerator.state, 'deepspeed_plugin', None)
 
 # %% ../../nbs/05_training.ipynb #635d0f4f
 @patch

@@ -10,6 +10,7 @@ __all__ = ['Objective']
 # %% ../../nbs/inside/objective.ipynb #6643417d
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..data.examples import IGNORE
@@ -22,7 +23,7 @@ def _agree(a, b, rtol=2e-2):
     "Are all of `a` within `rtol` of the largest entry of `b`'s? What is not a number agrees with nothing."
     return all((x.float() - y.float()).abs().max() <= rtol * y.float().abs().max() for x, y in zip(a, b))
 
-
+# %% ../../nbs/inside/objective.ipynb #dabf66e6
 def has_linear_head(
     model: nn.Module,  # A causal language model of transformers
 ) -> bool:  # True: logits = head weight times final hidden state, and nothing else
@@ -56,28 +57,6 @@ class Objective(nn.Module):
         self.linear = has_linear_head(model)
         self._no_split_modules = getattr(model, '_no_split_modules', None)  # where FSDP cuts
 
-    def at_targets(
-        self,
-        batch,  # A `Batch` (pack), or the dict that `pad` makes
-    ) -> tuple[Tensor, Tensor]:  # (n, d) hidden states, or (n, V) logits where the head is not linear; (n,) targets
-        "What stands in front of every target, and the target."
-        if not isinstance(batch, dict):
-            return self.at_targets_of(batch.kwargs(), batch.labels)
-        rows = getattr(self.model, 'ftbook_rows', None)  # how this model takes rows, inside of `isolated`
-        parts = laid(batch, rows.way if rows and not rows.packs else 'right')
-        found = [self.at_targets_of({k: v for k, v in part.items() if k != 'labels'}, part['labels']) for part in parts]
-        return found[0] if len(found) == 1 else tuple(torch.cat(of_rows) for of_rows in zip(*found))
-
-    def at_targets_of(
-        self,
-        inputs: dict,  # Of the model's forward
-        labels: Tensor,  # (B, T)
-    ) -> tuple[Tensor, Tensor]:  # As `at_targets`
-        "The same, of what one forward takes."
-        row, at = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        out = self.model.base_model(**inputs)[0] if self.linear else self.model(**inputs).logits
-        return out[row, at], labels[row, at + 1]
-
     def forward(
         self,
         batch,  # A `Batch` (pack), or the dict that `pad` makes
@@ -90,6 +69,32 @@ class Objective(nn.Module):
         if self.linear:
             return chunked_loss(states, self.model.get_output_embeddings().weight, targets)
         return F.cross_entropy(states.float(), targets, reduction='sum')
+
+# %% ../../nbs/inside/objective.ipynb #ed4120c0
+@patch
+def at_targets(
+    self: Objective,
+    batch,  # A `Batch` (pack), or the dict that `pad` makes
+) -> tuple[Tensor, Tensor]:  # (n, d) hidden states, or (n, V) logits where the head is not linear; (n,) targets
+    "What stands in front of every target, and the target."
+    if not isinstance(batch, dict):
+        return self.at_targets_of(batch.kwargs(), batch.labels)
+    rows = getattr(self.model, 'ftbook_rows', None)  # how this model takes rows, inside of `isolated`
+    parts = laid(batch, rows.way if rows and not rows.packs else 'right')
+    found = [self.at_targets_of({k: v for k, v in part.items() if k != 'labels'}, part['labels']) for part in parts]
+    return found[0] if len(found) == 1 else tuple(torch.cat(of_rows) for of_rows in zip(*found))
+
+
+@patch
+def at_targets_of(
+    self: Objective,
+    inputs: dict,  # Of the model's forward
+    labels: Tensor,  # (B, T)
+) -> tuple[Tensor, Tensor]:  # As `at_targets`
+    "The same, of what one forward takes."
+    row, at = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    out = self.model.base_model(**inputs)[0] if self.linear else self.model(**inputs).logits
+    return out[row, at], labels[row, at + 1]
 
 # %% ../../nbs/inside/objective.ipynb #956cfffb
 def target_nats(

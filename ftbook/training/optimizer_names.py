@@ -16,35 +16,27 @@ from ..problem import Problem
 from .optimizers import Adafactor, AdamW8bit, StepInBackward
 
 # %% ../../nbs/inside/optimizer_names.ipynb #894d1b551
-def _optimizer(params, settings, device):
-    """AdamW, or what the settings name; biases and the weights of norms do not decay, and a parameter's `lr_scale`
-    multiplies its learning rate."""
+def parameter_groups(
+    params: list,  # That are trained
+    lr: float = 1e-4,  # Times the `lr_scale` of a parameter that has one
+    weight_decay: float = 0.0,  # Of matrices
+) -> list[dict]:  # For an optimizer; matrices, then the rest
+    "Sort parameters into groups: by whether they decay, and by the scale of their learning rate."
     kinds = {}
     for p in params:
         kinds.setdefault((p.dim() <= 1, getattr(p, 'lr_scale', 1.0)), []).append(p)
-    groups = [
-        dict(
-            params=ps,
-            lr=settings.lr,
-            weight_decay=0.0 if flat else settings.weight_decay,
-            lr_scale=scale,
-        )
+    return [
+        dict(params=ps, lr=lr, weight_decay=0.0 if flat else weight_decay, lr_scale=scale)
         for (flat, scale), ps in sorted(kinds.items(), key=lambda o: o[0])
     ]
+
+
+def _optimizer(params, settings, device):
+    "AdamW over the groups of a run, or what the settings name."
+    groups = parameter_groups(params, settings.lr, settings.weight_decay)
     if settings.optimizer:
         return as_optimizer(settings.optimizer)(groups)
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type in ('cpu', 'cuda') else None)
-
-# %% ../../nbs/inside/optimizer_names.ipynb #91114e0c
-def parameter_groups(
-    params: list,  # That are trained
-) -> list[dict]:  # Matrices, then the rest
-    "Groups as `finetune` makes them."
-    return [
-        dict(params=ps, lr=1e-4, weight_decay=0.0)
-        for wide in (True, False)
-        if (ps := [p for p in params if (p.dim() > 1) == wide])
-    ]
 
 # %% ../../nbs/inside/optimizer_names.ipynb #15bca6d2
 class _Stand(AdamW8bit):

@@ -238,24 +238,26 @@ class LossScaler:
         self.good = 0
         self.skipped = 0
 
-    def step(
-        self,
-        optimizer,  # Its gradients are those of the scaled loss
-    ) -> bool:  # Was a step taken?
-        "Divide, step; or skip and halve where a gradient is not finite."
-        grads = [
-            p.grad for g in optimizer.param_groups for p in g['params'] if p.grad is not None
-        ]
-        finite = all(g.isfinite().all() for g in grads)
-        if finite:
-            for g in grads:
-                g.div_(self.scale)
-            optimizer.step()
-        self.good = (self.good + 1) * finite
-        self.skipped = self.skipped + (not finite)
-        if not finite:
-            self.scale /= 2
-        elif self.good % self.patience == 0:
-            self.scale *= 2
-        optimizer.zero_grad()
-        return bool(finite)
+# %% ../../nbs/17_optimizers.ipynb #8a807157
+@patch
+def step(
+    self: LossScaler,
+    optimizer,  # Its gradients are those of the scaled loss
+) -> bool:  # Was a step taken?
+    "Divide, step; or skip and halve where a gradient is not finite."
+    grads = [
+        p.grad for g in optimizer.param_groups for p in g['params'] if p.grad is not None
+    ]
+    finite = all(g.isfinite().all() for g in grads)
+    if finite:
+        for g in grads:
+            g.div_(self.scale)
+        optimizer.step()
+    self.good = (self.good + 1) * finite
+    self.skipped = self.skipped + (not finite)
+    if not finite:
+        self.scale /= 2
+    elif self.good % self.patience == 0:
+        self.scale *= 2
+    optimizer.zero_grad()
+    return bool(finite)

@@ -38,17 +38,20 @@ class Run:
     resumed_from: int | None = None  # The step of the checkpoint it went on from
     peak_memory_bytes: int = 0  # Of the process (CPU) or the device
 
-    @property
-    def tokens(self):
-        return sum(h['tokens'] for h in self.history)
+# %% ../../nbs/inside/watching.ipynb #89f78f30
+@patch(as_prop=True)
+def tokens(self: Run):
+    return sum(h['tokens'] for h in self.history)
 
-    @property
-    def seconds(self):
-        return sum(h['seconds'] for h in self.history)
 
-    @property
-    def tokens_per_second(self):
-        return self.tokens / max(self.seconds, 1e-9)
+@patch(as_prop=True)
+def seconds(self: Run):
+    return sum(h['seconds'] for h in self.history)
+
+
+@patch(as_prop=True)
+def tokens_per_second(self: Run):
+    return self.tokens / max(self.seconds, 1e-9)
 
 # %% ../../nbs/inside/watching.ipynb #3d520373
 @patch

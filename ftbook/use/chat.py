@@ -7,6 +7,7 @@ __all__ = ['Chat', 'chat']
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from fastcore.basics import patch
 from torch import nn
 
 from ..forgetting.answers import write_answers
@@ -70,17 +71,21 @@ class Chat:
             or 'nothing said yet'
         )
 
-    def _repr_html_(self):
-        names = dict(question='question', untuned='before', tuned='after')
-        nobody = dict.fromkeys(names, '')
-        return table([nobody | t for t in self.turns] or [nobody], columns=names).html
+# %% ../../nbs/27_using.ipynb #27679a44
+@patch
+def _repr_html_(self: Chat):
+    names = dict(question='question', untuned='before', tuned='after')
+    nobody = dict.fromkeys(names, '')
+    return table([nobody | t for t in self.turns] or [nobody], columns=names).html
 
-    def talk(self):
-        "Read questions from the terminal until an empty one."
-        while question := input('> ').strip():
-            for who, said in self.ask(question).items():
-                if who != 'question':
-                    print(f'{who}: {said}')
+# %% ../../nbs/27_using.ipynb #e78bb985
+@patch
+def talk(self: Chat):
+    "Read questions from the terminal until an empty one."
+    while question := input('> ').strip():
+        for who, said in self.ask(question).items():
+            if who != 'question':
+                print(f'{who}: {said}')
 
 # %% ../../nbs/27_using.ipynb #9e90ad61
 def chat(

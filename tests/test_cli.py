@@ -574,7 +574,7 @@ def test_an_audit_for_programs(desk):
     "args, says",
     [
         (("nowhere.csv",), "nowhere.csv"),
-        (("films.jsonl", "--text-column", "body"), "no column 'body'; there are 'label', 'text'"),
+        (("films.jsonl", "--text-column", "body"), "no column 'body'; there are 'text', 'label'"),
         (("films.jsonl", "--test", "gone.csv"), "gone.csv"),
         (("films.jsonl", "--benchmarks", "gone.txt"), "gone.txt"),
         (("films.jsonl", "--model", "gone"), "gone"),

@@ -125,13 +125,13 @@ broken = [
         [dict(prompt=f"q{i}", completion=i) for i in range(29)],
         {},
         "data.source",
-        r"none of 9 rows can be used; such as row \d+: .*must be strings",
+        r"row \d+: none of 9 rows can be used; this one: .*must be strings",
     ),
     (
         [dict(messages=f"q{i}") for i in range(29)],
         {},
         "data.source",
-        r"none of 9 rows can be used; such as row \d+: field 'messages' must be a list",
+        r"row \d+: none of 9 rows can be used; this one: field 'messages' must be a list",
     ),
     (
         [dict(prompt=f"q{i}", completion="" if i < 3 else "a") for i in range(29)],
@@ -149,7 +149,7 @@ broken = [
         [dict(prompt="word " * 300 + str(i), completion="a") for i in range(29)],
         {},
         "data.source",
-        r"row \d+ has \d+ tokens.*the model's limit is 256: set data.max_length to 256",
+        r"row \d+, max_length: .*\d+ tokens, the model's limit is 256: set data.max_length to 256",
     ),
     (
         good_rows(),

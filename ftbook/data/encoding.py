@@ -79,7 +79,7 @@ def _cut(example, max_length, tokenizer):
     limit = max_length or tokenizer.model_max_length
     if n > limit and max_length is None:
         raise Problem(
-            f"{n} tokens, the model's limit is {limit} and max_length is None",
+            f"{n} tokens, the model's limit is {limit}",
             f'give `max_length={limit}` to cut what is longer',
             key='max_length',
         )

@@ -354,7 +354,7 @@ def test_a_fault_of_ours_says_so(desk, monkeypatch):
     "args, says",
     [
         (("nowhere.csv",), "nowhere.csv"),
-        (("films.jsonl", "--text-column", "body"), "no column 'body'; there are 'label', 'text'"),
+        (("films.jsonl", "--text-column", "body"), "no column 'body'; there are 'text', 'label'"),
         (("films.jsonl", "--test", "gone.csv"), "gone.csv"),
         (("films.jsonl", "--benchmarks", "gone.txt"), "gone.txt"),
         (("films.jsonl", "--model", "gone"), "gone"),

@@ -25,9 +25,9 @@ def test_rows_that_are_refused_are_counted_and_named():
 
 
 def test_a_complaint_names_the_row_of_the_file():
-    problem = Problem('9 tokens, max_length is None', 'give `max_length=8`', row=2, key='max_length')
+    problem = Problem('9 tokens, the limit is 8', 'give `max_length=8`', row=2, key='max_length')
     said = str(_by_file(problem, 7, 8))
-    assert said == 'row 7: 9 tokens, max_length is None: set data.max_length to 8 to cut what is longer'
+    assert said == 'row 7, max_length: 9 tokens, the limit is 8: set data.max_length to 8 to cut what is longer'
 
 
 def test_the_text_behind_an_instruction_is_found():

@@ -168,6 +168,7 @@ def quickstart_recipe(
             'data': {
                 'source': 'movie',
                 'shape': 'classification',
+                'text_column': 'text',
                 'label_column': 'rating',
                 'labels': ['negative', None, 'positive'],
                 'cuts': [-1, 1],

@@ -60,7 +60,7 @@ def _described(hint):
     words = [o for o in get_args(hint)[1:] if isinstance(o, str)]
     return Annotated[hint, Field(description=words[0])] if words else hint
 
-
+# %% ../nbs/inside/keys.ipynb #abbb2515
 def _plain(hint):
     "A type as a person would write it: without its rules."
     if get_origin(hint) is Annotated:
@@ -231,7 +231,7 @@ def nearest_key(
     section = path.rpartition('.')[0]
     return ' or '.join(sorted(found, key=lambda key: key.rpartition('.')[0] != section))
 
-
+# %% ../nbs/inside/keys.ipynb #aeb6f54f
 def unknown_key(
     path: str,  # As it was written, dotted
     cls: type,  # Made by `checked`
@@ -248,7 +248,7 @@ def _has_switch(value):
     "Is there a true or false in it?"
     return any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value]))
 
-
+# %% ../nbs/inside/keys.ipynb #eb9882da
 def wrong_value(
     key: str,  # Dotted
     schema: dict,  # Of this key
@@ -280,7 +280,7 @@ def _key_at(loc, cls):
         return f'{name}.{loc[1]}'
     return name
 
-
+# %% ../nbs/inside/keys.ipynb #ec2dca12
 def _value_at(given, key):
     for name in key.split('.') if key else ():
         given = given[name] if name in given else next(v for k, v in given.items() if str(k) == name)

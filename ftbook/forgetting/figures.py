@@ -103,7 +103,7 @@ def draw_lost(
     changes = {k: (f['change'], f['low'], f['high']) for k, f in lost.items()}
     return draw_intervals(changes, marks={'no change': 0.0}, write=signed)
 
-
+# %% ../../nbs/inside/forgetting_report.ipynb #b3d1eaea
 def draw_battery(
     facts: dict,  # From `ForgettingReport.facts`
 ) -> list[Picture]:  # As many as there is something to draw

@@ -106,7 +106,7 @@ def _pick(samples, n):
 def _cut(text, n):
     return text[:n] + '...' * (len(text) > n)
 
-
+# %% ../../nbs/inside/run_report.ipynb #6b1ff9ec
 def answers_shown(
     samples: Sequence[dict],  # question, wanted, before, after, right_before, right_after
     n: int = 8,  # Show so many

@@ -79,13 +79,13 @@ def is_rows_file(
     "Is it a file of rows, and not a recipe?"
     return isinstance(source, (str, Path)) and Path(source).suffix in READERS and not Path(source).is_dir()
 
-
+# %% ../../nbs/inside/recipe_rows.ipynb #47b967f8
 def _merged(keys, changes):
     "Nested dicts with other values for some keys."
     both = {k: _merged(keys[k], v) for k, v in changes.items() if isinstance(keys.get(k), dict) and isinstance(v, dict)}
     return keys | changes | both
 
-
+# %% ../../nbs/inside/recipe_rows.ipynb #cbb7b778
 def read_recipe(
     source: Recipe | dict | str | Path,  # A recipe, its sections, a YAML file, a file of rows, or the folder of a run
     **changes,  # Sections and keys that are to differ: train={'epochs': 2}, seed=1
@@ -118,7 +118,7 @@ def run_folder(
         return Path(source) if Path(source).is_dir() else Path('ftbook-runs') / Path(source).stem
     return Path('ftbook-runs') / (Path(read_recipe(source).data.source).stem or 'run')
 
-
+# %% ../../nbs/inside/recipe_rows.ipynb #5afa6cc8
 def goes_on(
     source,  # What `read_recipe` takes
     out: str | Path | None = None,  # The folder, where it is named

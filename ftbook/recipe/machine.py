@@ -114,7 +114,7 @@ def _mixed(train, weights, by_itself):
         return wanted or half_precision('cpu')
     return None if wanted == weights and wanted != by_itself else wanted
 
-
+# %% ../../nbs/inside/machine_checks.ipynb #6096e4f9
 def choose_precision(
     recipe: Recipe,  # What is to be done
 ) -> tuple:  # (device, dtype of the weights, precision of the products where it is mixed, else None)
@@ -230,7 +230,7 @@ def _flat(tree, path=''):
         for k, v in (_flat(value, f'{path}{name}.') if isinstance(value, dict) else {path + name: value}).items()
     }
 
-
+# %% ../../nbs/inside/machine_checks.ipynb #f5e0378d
 def _check_resume(p):
     "Only the same recipe goes on."
     if not p.resume:

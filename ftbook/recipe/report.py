@@ -30,7 +30,7 @@ def _result(f):
     large = [write(f[f'{kind}_{when}']) for when in ('before', 'after')]
     return dict(large=large, said=summary_sentence(f), drawn=[draw_change(f)], cards=_cards(f))
 
-
+# %% ../../nbs/inside/run_report.ipynb #4f4c1c0c
 def _cards(f):
     "What it cost: {what it is: text}."
     where = 'process' if f['device'] == 'cpu' else 'device'
@@ -47,7 +47,7 @@ def _lacking(f, section):
     "A sentence for each part that a section lacks."
     return [f"Not measured: {m['what']}. {m['why']}" for m in f.get('missing', []) if m['section'] == section]
 
-
+# %% ../../nbs/inside/run_report.ipynb #823c3a2e
 def _how_chosen(f):
     "How the answers were chosen, and what counts as right."
     judged = (
@@ -60,7 +60,7 @@ def _how_chosen(f):
         f"An answer is cut after {f['recipe']['evaluate']['max_new_tokens']} tokens." + judged
     )
 
-
+# %% ../../nbs/inside/run_report.ipynb #be8fccc3
 def _answers(f):
     "Answers before and after."
     lacking = _lacking(f, HEADINGS['answers'])
@@ -101,14 +101,14 @@ def _learnt(f, mask, more):
         return dict(said=[said, *_lacking(f, HEADINGS['learnt'])], drawn=[], more=more)
     return dict(said=[said + ' One row as the model saw it:'], drawn=[mask], more=more)
 
-
+# %% ../../nbs/inside/run_report.ipynb #71964492
 def _cost(f, more):
     "Time, memory, and the device."
     threads = f" with {f['threads']} thread" + 's' * (f['threads'] > 1) if f['device'] == 'cpu' else ''
     device = f"{f['device']}{threads}, weights in {f['dtype']}. " + ' '.join(f['device_reasons'])
     return dict(drawn=draw_cost(f), device=device, more=more)
 
-
+# %% ../../nbs/inside/run_report.ipynb #9c82cb50
 def _configuration(f):
     "Versions, and every key."
     return dict(

@@ -34,7 +34,7 @@ class Prepared:
     rows: list = field(default_factory=list)  # The same rows as prompt and completion; empty if they came encoded
     labels: list = field(default_factory=list)  # Names of the classes; empty if the rows are no classification
 
-
+# %% ../../nbs/inside/your_rows.ipynb #ab59537f
 def _records(source):
     "Rows of a source; a DataFrame's first."
     if hasattr(source, 'to_dict') and hasattr(source, 'columns'):
@@ -56,7 +56,7 @@ def _first_refused(refused, keys):
         key=problem.where.key,
     )
 
-
+# %% ../../nbs/inside/your_rows.ipynb #ae49c902
 def shaped_rows(
     source,  # A file, a hub id, a `Dataset`, a `DataFrame` or a list of dicts
     keys: DataKeys | None = None,  # Names of the columns, labels, instruction; what is None is found
@@ -99,7 +99,7 @@ def _n_held_out(eval_rows, n):
         )
     return n_test
 
-
+# %% ../../nbs/inside/your_rows.ipynb #2fc09888
 def split_prepared(
     made: Prepared,  # All rows
     eval_rows: float,  # A share below 1, or a number of rows

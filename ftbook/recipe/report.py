@@ -38,7 +38,7 @@ from ..methods.summary import trainable_summary
 from ..models.device import peak_memory, probe_device
 from ..models.load import load_model
 from .checks import _answer, Prepared
-from .config import METHODS
+from .config import METHODS, recipe_keys
 from .job import Job
 from .machine import choose_precision
 from .judge import _empty, at_once, Attempts, judge, named_first
@@ -155,7 +155,7 @@ def collect(
         ended=time.strftime('%Y-%m-%d %H:%M:%S'),
         history=trained.history,
         samples=attempt('answers', lambda: _samples(p, before, after), []),
-        recipe=asdict(p.recipe),
+        recipe=recipe_keys(p.recipe),
         seed=seed,
         versions=_versions(),
         missing=list(getattr(attempt, 'missing', [])),

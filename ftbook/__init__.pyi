@@ -28,6 +28,7 @@ from .recipe.config import load_recipe as load_recipe
 from .recipe.preflight import check as check
 from .recipe.run import quickstart as quickstart
 from .recipe.run import run as run
+from .training.settings import Settings as Settings
 from .use.chat import chat as chat
 from .use.evaluate import evaluate as evaluate
 from .use.export import export as export

@@ -25,6 +25,7 @@ from ..methods.summary import trainable_summary
 from ..models.device import peak_memory, probe_device
 from ..models.load import load_model
 from .checks import _answer, Prepared
+from .config import recipe_keys
 from .job import Job
 from .judge import _empty, at_once, judge, named_first
 from .machine import choose_precision
@@ -155,7 +156,7 @@ def collect(
         findings=[asdict(f) for f in p.findings],
         ended=time.strftime('%Y-%m-%d %H:%M:%S'),
         samples=attempt('answers', lambda: _samples(p, before, after), []),
-        recipe=asdict(p.recipe),
+        recipe=recipe_keys(p.recipe),
         seed=seed,
         missing=list(getattr(attempt, 'missing', [])),
     )

@@ -100,4 +100,4 @@ def free_folder(
             return folder
         except FileExistsError:
             continue
-    raise Problem(f'{base} is full of runs called {name}', 'name another folder')
+    raise Problem(f'{base} is full of runs called {name}', 'name another folder', file=base)

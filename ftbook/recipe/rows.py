@@ -88,6 +88,7 @@ def find_labels(
                 f"{', '.join(map(repr, sorted(found)[:3]))}: a classification has few"
             ),
             'Name them in data.labels, cut numbers with data.cuts, or set data.shape',
+            key=keys.label_column,
         )
     return sorted(found)
 

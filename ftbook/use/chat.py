@@ -27,7 +27,9 @@ def untuned(
     "The model without its method, for the length of a block."
     method = method_of(model)
     if any(part.merged for part in parts_of(model).values()):
-        raise Problem('the method is merged into the weights', '`unmerge_(model)` first')
+        raise Problem(
+            'the method is merged into the weights', '`unmerge_(model)` first', key='model'
+        )
     tensors = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
     training = model.training
     remove_(model)

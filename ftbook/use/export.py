@@ -63,11 +63,9 @@ def export(
     out = Path(out)
     if format not in FORMATS:
         raise Problem(
-            (
-                f"format must be one of {', '.join(FORMATS)}, not {format!r}: for GGUF or "
-                "Ollama, export as 'safetensors' and give that folder to llama.cpp's "
-                "convert_hf_to_gguf.py"
-            ),
+            f"format must be one of {', '.join(FORMATS)}, not {format!r}",
+            "for GGUF or Ollama, export as 'safetensors' and give that folder to llama.cpp's "
+            'convert_hf_to_gguf.py',
             key='format',
         )
     if out.exists() and not overwrite:

@@ -82,7 +82,9 @@ def prepare_rows(
         return Prepared(list(source))
     if tokenizer is None:
         raise Problem(
-            'rows that are not encoded need the tokenizer', 'give tokenizer=tokenizer, as load_model returned it'
+            'rows that are not encoded need the tokenizer',
+            'give tokenizer=tokenizer, as load_model returned it',
+            key='tokenizer',
         )
     keys = keys or DataKeys()
     shaped, labels = shaped_rows(source, keys)
@@ -94,7 +96,8 @@ def _n_held_out(eval_rows, n):
     n_test = round(eval_rows * n) if eval_rows < 1 else int(eval_rows)
     if not 0 < n_test < n:
         raise Problem(
-            f'eval_rows={eval_rows} would hold out {n_test} of {n} rows: at least one must be left on each side',
+            f'eval_rows={eval_rows} would hold out {n_test} of {n} rows',
+            'leave at least one on each side',
             key='eval_rows',
         )
     return n_test

@@ -130,6 +130,8 @@ def test_slots_are_shown():
         bare_facts(), audit=["AUDIT"], plan=["PLAN"], preflight=["PREFLIGHT"], forgetting=["BATTERY"]
     ).html()
     assert all(word in html for word in ("AUDIT", "PLAN", "PREFLIGHT", "BATTERY"))
+    cost = recipe_report.Report(bare_facts()).cost()
+    assert "parameters trained" in cost.html and "AUDIT" not in cost.html
 
 
 # What the report says to do

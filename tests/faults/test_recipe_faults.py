@@ -137,7 +137,7 @@ def test_what_cannot_be_asked_is_said_before_anything_is_written(make, tmp_path,
             [dict(prompt="word " * 300 + str(i), completion="a") for i in range(9)],
             dict(data=dict(test_size=2)),
             "data.source",
-            "the model's limit is 256 and max_length is None: set data.max_length to 256",
+            "the model's limit is 256: set data.max_length to 256",
         ),
         (
             [dict(prompt="word " * 300 + str(i), completion="a") for i in range(9)],
@@ -190,7 +190,7 @@ def test_a_missing_chat_template(make, tiny, tmp_path):
     config.pop("chat_template", None)
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
     found = errors(make(model=dict(name=str(bare))))
-    assert [w for w, _ in found] == ["data.source"] and "has no chat template" in found[0][1]
+    assert [w for w, _ in found] == ["data.source"] and "need a chat template, and the tokenizer has none" in found[0][1]
 
 
 def test_faults_of_the_folder(make, tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_a_folder_that_cannot_be_written(make, tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(recipe_machine.tempfile, "NamedTemporaryFile", refuse)
-    assert errors(make(), tmp_path / "new") == [("out", f"{tmp_path} cannot be written: Read-only file system")]
+    assert errors(make(), tmp_path / "new") == [("out", f"{tmp_path} cannot be written: Read-only file system: choose another folder, or change its permissions")]
 
 
 def test_several_faults_are_found_at_once(make, tmp_path):

@@ -378,6 +378,7 @@ def test_plan_is_what_a_gpu_measured(r):
     from ftbook.methods.prefix_tuning import PrefixTuning
 
     method = dict(full=None, lora=LoRA(), prefix=PrefixTuning(num_virtual_tokens=20))[r["method"]]
+    mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(r["precision"])  # as the records name it
     p = plan(
         r["model"],
         method,
@@ -385,7 +386,8 @@ def test_plan_is_what_a_gpu_measured(r):
         seq_len=r["tokens"],
         batch_size=r["rows"],
         optimizer=r["optimizer"],
-        precision=r["precision"],
+        precision=mixed,
+        mixed=mixed is not None,
         gradient_checkpointing=r["checkpointing"],
         device="cuda",
     )

@@ -8,7 +8,7 @@ of tests that `tests/called.py` finds to check it run, the page that defines it 
 fails for is a survivor: put an assertion where it would have been noticed. Exit status 1 if there is one.
 """
 
-import argparse, ast, json, os, shutil, subprocess, sys, tempfile, time
+import argparse, ast, inspect, json, os, shutil, subprocess, sys, tempfile, textwrap, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -52,8 +52,9 @@ def parts_of(name: str) -> tuple[str, str]:
 def lines_for(name: str, thing) -> str:
     "The code that changes a function where it has just been defined."
     owner, label = parts_of(name)
-    doc = (thing.__doc__ or "").lower()
-    skip = label.endswith("_") or "return" not in thing.__annotations__ and "in place" in doc
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    gives = any(isinstance(o, (ast.Return, ast.Yield)) and o.value for o in ast.walk(tree))
+    skip = label.endswith("_") or not gives
     target = f"{owner}.{label}" if owner else label
     return f"{target} = _mutate({target}, {skip}, {int(bool(owner))})\n"
 
@@ -108,7 +109,6 @@ def main():
     ask.add_argument("--limit", type=int, default=120, help="seconds for each")
     given = ask.parse_args()
 
-    import inspect
     from book import modules, source_of
     from called import checked, public
 

@@ -37,3 +37,9 @@ def test_a_density_of_zero_is_refused(ties):
         plan_merge(with_parameters(ties, *[dict(weight=1, density=0)] * 2))
 
 
+def test_twice_the_threads_take_half_the_time(ties, monkeypatch):
+    plan = plan_merge(ties)
+    clock = iter(range(100))  # a second between two looks at it
+    monkeypatch.setattr("ftbook.merging.plan.time.perf_counter", lambda: next(clock))
+    alone, together = plan.seconds(1), plan.seconds(2)
+    assert alone == pytest.approx(2 * together) and alone >= 1

@@ -227,3 +227,8 @@ def test_a_configuration_is_named(tmp_path):
     check(lambda: read_config(path), path, key='models')
     path = write(tmp_path / 'launch.yaml', 'num_procs: 2\n')
     check(lambda: check_config(path), path)
+
+
+def test_a_problem_as_plain_values():
+    given = dict(file="rows.csv", row=3, key="text", why="it is empty", remedy="fill it")
+    assert Problem(given["why"], given["remedy"], file="rows.csv", row=3, key="text").as_dict() == given

@@ -28,8 +28,8 @@ def _other(o):
         return o + '?'
     if isinstance(o, (list, tuple)) and type(o) in (list, tuple):
         return o[:-1] if o else type(o)([None])
-    if isinstance(o, (dict, set)) and type(o) in (dict, set):
-        return type(o)(list(o.items() if isinstance(o, dict) else o)[:-1])
+    if type(o) in (dict, set):
+        return type(o)(list(o.items() if type(o) is dict else o)[:-1] or [('?', 0)])
     return None if o is not None else 'something'
 
 

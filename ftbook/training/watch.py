@@ -68,6 +68,18 @@ def plot(
     usual = dict(x_label='step', y_label='loss, nats per target token', frame=Frame(height=260))
     return plot(lines, **(usual | kwargs))
 
+# %% ../../nbs/inside/watching.ipynb #9e04b6aa
+@patch
+def __repr__(self: Run):
+    if not self.history:
+        return 'Run(no step yet)'
+    losses = [h['loss'] for h in self.history]
+    held_out = [h['eval_loss'] for h in self.history if h.get('eval_loss') is not None]
+    said = f'{len(losses):,} steps, {self.stopped or "not ended"}; loss {losses[0]:.3f} to {losses[-1]:.3f}'
+    if held_out:
+        said += f'; held out {held_out[0]:.3f} to {held_out[-1]:.3f}'
+    return f'Run({said}; {self.tokens:,} tokens in {self.seconds:.0f} s)'
+
 # %% ../../nbs/inside/watching.ipynb #039b82e2
 def judge_evaluation(
     loop,  # A `Loop`

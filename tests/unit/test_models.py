@@ -8,7 +8,7 @@ from ftbook.models.count import ROLES, count_parameters, role_of
 from ftbook.models.device import Facts, choose_device, probe_device, read_facts
 from ftbook.models.load import as_dtype, embed, load_encoder, load_model
 from ftbook.models.scale import skeleton, training_bytes
-from cases.models import families, llama, python
+from cases.models import families, llama, python, saved
 
 
 # The shipped chat model

@@ -1,0 +1,57 @@
+"""What the studies measure with: one copy of the model, precisions, peak memory, intervals."""
+
+import random, resource, statistics, threading
+from functools import cache
+
+
+@cache
+def loaded(dtype):
+    from ftbook.models.load import load_model
+
+    return load_model('smollm2-135m', dtype=dtype, device='cpu')
+
+
+def half():
+    from ftbook.models.device import probe_device
+
+    return str(probe_device('cpu').dtype).removeprefix('torch.')
+
+
+def unrelated(tokenizer, n=24):
+    "Explanations from the Jargon File as plain text: nothing that either task is about."
+    from ftbook.data.encoding import encode
+    from ftbook.data.corpora import load_corpus
+
+    texts = [r['definition'] for r in load_corpus('jargon') if 200 < len(r['definition']) < 500]
+    return encode([dict(text=t) for t in random.Random(0).sample(texts, n)], tokenizer)
+
+
+def interval(values):
+    "Mean, and half the width of its 95 % interval from Student's distribution."
+    from scipy.stats import t
+
+    n = len(values)
+    return statistics.mean(values), t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+
+
+class Memory(threading.Thread):
+    "The highest resident size while training, above that of the loaded weights."
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.done = threading.Event()
+        self.start_rss = self.peak = self.now()
+        self.start()
+
+    @staticmethod
+    def now():
+        return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+
+    def run(self):
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, self.now())
+
+    def stop(self):
+        self.done.set()
+        self.join()
+        return max(self.peak, self.now()) - self.start_rss

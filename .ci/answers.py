@@ -10,6 +10,8 @@ from statistics import mean as mean_of, median, stdev
 
 from scipy.stats import t
 
+from ftbook.results import read_results
+
 root = Path(__file__).resolve().parent.parent
 results = root / "nbs/bench/results"
 index = root / "nbs/index.ipynb"
@@ -18,11 +20,11 @@ HEAD = ["what was measured", "ftbook", "beside it", "ratio", "device, runs"]
 
 
 def read(
-    name: str,  # A file in nbs/bench/results, without .json
-) -> list[dict]:  # Its runs
+    name: str,  # A file in nbs/bench/results, without .jsonl
+) -> list[dict]:  # Its runs, each with the processor it ran on
     "Read the runs of one measurement."
-    found = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-    return found["runs"] if isinstance(found, dict) else found
+    found = read_results(results / f"{name}.jsonl")
+    return [r | dict(cpu=found["machines"][r["machine"]]["cpu"]) for r in found["runs"]]
 
 
 def times(

@@ -1,13 +1,18 @@
 """Draw nbs/images/quickstart.svg, the picture on the front page, from what the quickstart measured.
 
-The measurement is nbs/bench/results/quickstart.json: a report.json that `ftbook quickstart` wrote. Copy it there and run
-this script. Until there is one, the picture shows arithmetic instead: how few weights a LoRA trains.
+    python .ci/picture.py RUN/report.json
+
+keeps a report.json that `ftbook quickstart` wrote as nbs/bench/results/quickstart.jsonl and draws it; without a file, what is
+kept is drawn. Until there is one, the picture shows arithmetic instead: how few weights a LoRA trains.
 """
 
 import json
+import sys
 from math import sqrt
 from pathlib import Path
 
+from ftbook.files import write_text
+from ftbook.results import read_results, result_lines
 from ftbook.show.bar_chart import bars
 from ftbook.show.charts import Frame, plot
 
@@ -57,13 +62,10 @@ def draw_placeholder():  # A chart of trainable weights by rank
 
 
 if __name__ == "__main__":
-    measured, picture = nbs / "bench/results/quickstart.json", nbs / "images/quickstart.svg"
+    measured, picture = nbs / "bench/results/quickstart.jsonl", nbs / "images/quickstart.svg"
+    for report in sys.argv[1:]:
+        write_text(measured, "".join(result_lines(json.loads(Path(report).read_text(encoding="utf-8")))))
     picture.parent.mkdir(exist_ok=True)
-    chart = draw_report(json.loads(measured.read_text(encoding="utf-8"))) if measured.exists() else draw_placeholder()
+    chart = draw_report(read_results(measured)) if measured.exists() else draw_placeholder()
     chart.save(picture)
-    print(
-        (
-            f"{picture.name}: "
-            f"{'measured' if measured.exists() else 'a placeholder, until bench/results/quickstart.json is there'}"
-        )
-    )
+    print(f"{picture.name}: {'measured' if measured.exists() else 'a placeholder, until bench/results/quickstart.jsonl is there'}")

@@ -8,7 +8,6 @@ Docs: https://ftbook.github.io/ftbook/inside/bench_forgetting.html.md"""
 __all__ = []
 
 # %% ../../nbs/inside/bench_forgetting.ipynb #befo0005
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .figures import draw_pareto
+from ..results import read_results
 from ..show.bar_chart import bars
 from ..show.charts import plot
 from ..show.intervals import draw_intervals, signed
@@ -46,10 +46,10 @@ class ForgettingBench:
     @classmethod
     def read(
         cls,
-        path: str | Path,  # bench/results/forgetting_summary.json
+        path: str | Path,  # bench/results/forgetting_summary.jsonl
     ):
         "Read the bench's summary."
-        return cls(json.loads(Path(path).read_text(encoding='utf-8')))
+        return cls(read_results(path))
 
     def machines(self) -> list[str]:  # Processor, cores and version of PyTorch
         "Where the runs were made."

@@ -4,11 +4,12 @@
 __all__ = []
 
 # %% ../../nbs/inside/bench_curves.ipynb #ec626daf
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from ..results import read_results
 
 # %% ../../nbs/inside/bench_curves.ipynb #c97d84e9
 @dataclass
@@ -23,7 +24,7 @@ class BenchRuns:
         path: str | Path,  # A file of bench/results
     ):
         "Read the bench's results."
-        return cls(json.loads(Path(path).read_text(encoding='utf-8'))['runs'])
+        return cls(read_results(path)['runs'])
 
 
 def mean_and_error(

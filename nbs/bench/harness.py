@@ -128,7 +128,8 @@ class Study:
         "Machines and runs, empty before the first run."
         if not self.path.exists():
             return dict(machines=[], runs=[])
-        return dict(machines=[], runs=[]) | read_results(self.path)
+        with taking_turns(self.path):
+            return dict(machines=[], runs=[]) | read_results(mend(self.path))
 
     def key(self, run):
         "What names a run, so that it can be counted."
@@ -182,30 +183,38 @@ def studies():
 # Files of results
 
 
-def append(path, runs, here):
-    """Append runs, one a line. Two writers take turns. Half a line at the end, which a killed writer left, is taken
-    away."""
+def taking_turns(path):
+    "A lock on a file of results, held by whoever reads or writes it."
     from filelock import FileLock
     from ftbook.files import cache_dir
 
+    locks = cache_dir() / 'locks'
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / f'{crc32(str(path.resolve()).encode()):08x}-{path.name}.lock')
+
+
+def append(path, runs, here):
+    """Append runs, one a line. Two writers take turns. Half a line at the end, which a killed writer left, is taken
+    away."""
     path.parent.mkdir(exist_ok=True)
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir() / f'{path.name}.lock'), open(path, 'a+b') as file:
-        mend(file)
-        machines = read_results(path).get('machines', [])
+    with taking_turns(path), open(path, 'ab') as file:
+        machines = read_results(mend(path)).get('machines', [])
         new = [] if here in machines else [here]
         number = (machines + new).index(here)
         rows = [row | dict(machine=number) for row in runs]
-        file.write(''.join(result_lines(dict(machines=new, runs=rows))).encode())
+        file.write(''.join(result_lines((dict(machines=new) if new else {}) | dict(runs=rows))).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def mend(file):
-    "Cut a file of lines after its last whole line."
-    file.seek(0)
-    text = file.read()
-    file.truncate(text.rfind(b'\n') + 1)
+def mend(path):
+    "Cut a file after its last whole line, where a writer was killed within one; gives the path."
+    with open(path, 'r+b') as file:
+        text = file.read()
+        whole = text.rfind(b'\n') + 1
+        if whole < len(text):
+            file.truncate(whole)
+    return path
 
 
 def write_results(path, results):

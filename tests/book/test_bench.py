@@ -8,7 +8,7 @@ import pytest
 from book import nbs, notebooks, read_cells, root
 
 bench = nbs / "bench"
-workers = sorted(bench.glob("*.py"))
+workers = sorted({*bench.glob("*.py"), *bench.glob("studies/*.py")})
 magic = re.compile(r"^(\s*)[!%].*", re.M)
 # A word that begins with the library's name and goes on with dots: a module, or a name in one
 dotted = re.compile(r"`(ftbook(?:\.\w+)+)")
@@ -154,9 +154,14 @@ def test_pages_are_called_by_their_titles(path):
     assert not [text[max(0, m.start() - 40) : m.end() + 20] for m in re.finditer(r"\b[Cc]hapter \d", text)]
 
 
+def module_of(path):
+    "The name under which a page or a study imports a script of the bench."
+    return ".".join(path.relative_to(bench).with_suffix("").parts)
+
+
 def taken_from_each_other(path):
-    "(worker, name) of every `from x_worker import name` in a worker or a page of the bench."
-    here = {p.stem for p in workers}
+    "(module, name) of every `from studies.x import name` in a script or a page of the bench."
+    here = {module_of(p) for p in workers}
     for o in ast.walk(ast.parse(code_of(path))):
         if isinstance(o, ast.ImportFrom) and o.module in here:
             yield from ((o.module, a.name) for a in o.names)
@@ -175,14 +180,14 @@ def defined(path):
     return found
 
 
-@pytest.mark.parametrize("path", workers + sorted(bench.glob("*.ipynb")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", workers + sorted(bench.glob("*.ipynb")), ids=name_of)
 def test_what_a_bench_takes_from_another_is_there(path):
-    there = cache(lambda name: defined(bench / f"{name}.py"))
-    assert not [f"{worker}.{name}" for worker, name in taken_from_each_other(path) if name not in there(worker)]
+    there = cache(lambda name: defined(bench / f"{name.replace('.', '/')}.py"))
+    assert not [f"{module}.{name}" for module, name in taken_from_each_other(path) if name not in there(module)]
 
 
 def test_the_methods_of_the_bench_are_found(monkeypatch):
     monkeypatch.syspath_prepend(str(bench))
-    methods = importlib.import_module("methods_worker")
+    methods = importlib.import_module("studies.methods")
     named = {tuple(v[:2]) for v in methods.VARIANTS.values() if v is not None}
     assert len(named) > 5 and not [f"ftbook.methods.{m}.{n}" for m, n in named if not has(f"ftbook.methods.{m}", n)]

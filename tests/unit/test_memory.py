@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from book import nbs
+from ftbook.results import read_results
 from ftbook import ghost
 from ftbook.data import attention as data_attention
 from ftbook.memory import account as memory_account, configs as memory_configs
@@ -364,7 +365,7 @@ def test_unpacking_is_followed_once_and_noted_again():
 
 
 ON_GPU = [
-    r for r in json.loads((nbs / "bench" / "results" / "gpu_memory.json").read_text())["runs"] if r["tokens"] != 8192
+    r for r in read_results(nbs / "bench" / "results" / "gpu_memory.jsonl")["runs"] if r["tokens"] != 8192
 ]
 
 

@@ -1,6 +1,7 @@
 """Merges as whole processes: the models, the configurations, and what a process took.
 
-Three models that differ from SmolLM2-135M by noise, in bfloat16, lie in the cache of ftbook. `sides/merging.py` is what a process runs.
+Three models that differ from SmolLM2-135M by noise, in bfloat16, lie in the cache of ftbook. `sides/merging.py` is
+what a process runs.
 """
 
 import os, shutil, subprocess, sys, time

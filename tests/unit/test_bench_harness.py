@@ -163,7 +163,8 @@ def test_a_disturbed_run_is_not_kept(study, monkeypatch):
 
 
 def options(**given):
-    return types.SimpleNamespace(**dict(only=[], share=(0, 1), most=None, this_machine=False, here=False, tries=1) | given)
+    usual = dict(only=[], share=(0, 1), most=None, this_machine=False, here=False, tries=1)
+    return types.SimpleNamespace(**usual | given)
 
 
 @pytest.mark.parametrize("most, tries", [(1, harness.TRIES), (8, 1)])

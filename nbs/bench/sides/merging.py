@@ -1,10 +1,11 @@
 """One merge as a whole process, and the same merges by mergekit.
 
-    python sides/merging.py SIDE CONFIG OUT    one merge; prints its processor time, its time once it was up, and its peak memory
+    python sides/merging.py SIDE CONFIG OUT    one merge; prints processor time, time once it was up, peak memory
     python sides/merging.py answer FOLDER      mergekit merges every configuration in FOLDER
 
-A side is 'ours', 'unhashed' (ours without the SHA-256 of every file), 'limited' (the same with no more than LIMIT bytes of data), one
-of TRIED, 'copy' (read the inputs and write the output's bytes) or 'theirs' (mergekit; run by its interpreter, needs no ftbook).
+A side is 'ours', 'unhashed' (ours without the SHA-256 of every file), 'limited' (the same with no more than LIMIT
+bytes of data), one of TRIED, 'copy' (read the inputs and write the output's bytes) or 'theirs' (mergekit; run by its
+interpreter, needs no ftbook).
 """
 
 import json, os, resource, sys, time

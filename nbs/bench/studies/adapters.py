@@ -1,8 +1,8 @@
 """Bottleneck adapters against the `adapters` package: the same weights, the same adapter, the same batches.
 
-Both sides get the same weights, the same adapter (written by `save_for_adapters`, read by the package) and the same ten batches, and
-give logits, gradients, the weights after ten steps of AdamW and the logits after that. The package saves what it has trained, and one
-more adapter with its own default configuration; `load_from_adapters` reads both.
+Both sides get the same weights, the same adapter (written by `save_for_adapters`, read by the package) and the same
+ten batches, and give logits, gradients, the weights after ten steps of AdamW and the logits after that. The package
+saves what it has trained, and one more adapter with its own default configuration; `load_from_adapters` reads both.
 """
 
 import json, tempfile

@@ -1,7 +1,7 @@
 """100,000 real rows with planted faults, and how many of these `ftbook audit` finds.
 
-Rows are WordNet's words with their glosses; the label is the lexicographer's file (noun.animal, verb.motion, adj.all, ...), which
-experts chose by hand. Needs `apt-get`, for WordNet, and `npm`, for the Declaration of Human Rights.
+Rows are WordNet's words with their glosses; the label is the lexicographer's file (noun.animal, verb.motion, adj.all,
+...), which experts chose by hand. Needs `apt-get`, for WordNet, and `npm`, for the Declaration of Human Rights.
 """
 
 import csv, random, re, resource, subprocess, sys, tarfile, tempfile, time

@@ -1,6 +1,7 @@
 """Near duplicates: ftbook against datasketch, rensa and SemHash, ten thousand to a million short texts, one core.
 
-Every library gets the same texts and looks for pairs whose sets of two-word shingles have a Jaccard similarity of 0.8 or more.
+Every library gets the same texts and looks for pairs whose sets of two-word shingles have a Jaccard similarity of 0.8
+or more.
 """
 
 import os, random, re, resource, sys, time

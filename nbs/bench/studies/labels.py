@@ -1,9 +1,10 @@
 """What an audit of labels finds, whether leaving it out helps, and what imbalance costs.
 
 Everything is logistic regression (`fit_probe`) over MiniLM-L6 as it is. The `scores` of a run are, by its part,
-noise     what was flagged, by truth (which rows are used) and noise (whose labels); depth: share of the rows that are read, the
-          surest error first
-cleaning  accuracy on held-out rows with true labels, by noise, rows trained on, and what was done about the flagged ones
+noise     what was flagged, by truth (which rows are used) and noise (whose labels); depth: share of the rows that are
+          read, the surest error first
+cleaning  accuracy on held-out rows with true labels, by noise, rows trained on, and what was done about the flagged
+          ones
 balance   by imbalance ratio and remedy, on a test set in which all classes are equally common
 """
 

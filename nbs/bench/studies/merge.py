@@ -1,7 +1,7 @@
 """Merges against mergekit, whole processes against the clock.
 
-'theirs' is mergekit, 'ours' ftbook, 'unhashed' ours without the SHA-256 of every file, 'copy' a process that reads the same inputs and
-writes as many bytes. All four take turns.
+'theirs' is mergekit, 'ours' ftbook, 'unhashed' ours without the SHA-256 of every file, 'copy' a process that reads
+the same inputs and writes as many bytes. All four take turns.
 """
 
 from merges import METHODS, ROUNDS, turn

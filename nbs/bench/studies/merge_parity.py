@@ -1,7 +1,8 @@
 """Every method of merging against mergekit, tensor by tensor.
 
-Both sides get the same files and the same YAML, and what is compared are the files that they write. Where a method draws at random, the
-question comes with the random numbers, and mergekit's call of `torch.bernoulli` reads them instead.
+Both sides get the same files and the same YAML, and what is compared are the files that they write. Where a method
+draws at random, the question comes with the random numbers, and mergekit's call of `torch.bernoulli` reads them
+instead.
 """
 
 import json, os, tempfile

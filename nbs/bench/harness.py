@@ -16,12 +16,15 @@ A study is a module in `studies`. It says what is to be measured and measures on
     KEY = 'task', 'lr', 'seed'      the fields that name a run
     plan(runs)                      yields the runs to make, as dicts of KEY, in order; `runs` are those that are there. A run that is
                                     yielded three times is made three times
-    run(job)                        makes one run and returns what it found, a dict, or a list of dicts
+    run(job)                        makes one run and returns what it found, a dict, or a list of dicts. `others`, the share of its time
+                                    that other processes took, is added unless it is there
 
 and, where it needs them:
 
     PACKAGES = 'torch',             versions that are noted with every run
-    ALONE = 0.05                    the largest share of the time that other processes may take; a disturbed run is made again
+    ALONE = 0.05                    the largest share of the time that other processes may take; a disturbed run is made again, in a
+                                    new process where PER_PROCESS is 1
+    RESERVE = 1.5e9                 bytes of memory that stay free; a process that leaves less is ended
     PER_PROCESS = 8                 runs in one process, 1 if not said; 0 makes all in this one
     THREADS = 1                     threads of a run, for the libraries that read it when they are imported
     summarize(results)              a dict, written to `results/NAME_summary.jsonl`
@@ -29,7 +32,7 @@ and, where it needs them:
 Results are `results/NAME.jsonl`, one run a line, as `ftbook.results.read_results` reads them.
 """
 
-import argparse, importlib, json, os, platform, resource, subprocess, sys, time
+import argparse, importlib, json, math, os, platform, resource, subprocess, sys, time
 from collections import Counter
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +45,8 @@ from ftbook.results import read_results, result_lines
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / 'results'
 TRIES, WAIT = 4, 20  # of a run that others disturb; seconds before it is tried again
+DISTURBED = 75  # what a process says that was disturbed
+THREAD_NAMES = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'RAYON_NUM_THREADS'
 
 
 # The machine
@@ -102,7 +107,18 @@ def undisturbed(action, limit=0.05, tries=TRIES, wait=WAIT):
         print(f'others took {others:.0%} of the time', file=sys.stderr)
 
 
+def free_memory():
+    "Bytes that can still be had, where that is told."
+    info = Path('/proc/meminfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(o.split()[1]) * 1024 for o in lines if o.startswith('MemAvailable')), math.inf)
+
+
 # A study
+
+
+class Disturbed(Problem):
+    "Other processes never left a run alone."
 
 
 class Study:
@@ -157,18 +173,18 @@ class Study:
         "Add finished runs and the machine that made them."
         append(self.path, runs, machine(self.setting('PACKAGES', ())))
 
-    def measure(self, job):
-        "Make one run and append it; Problem where other processes never left it alone."
+    def measure(self, job, tries=TRIES):
+        "Make one run and append it; Disturbed where other processes never left it alone."
         limit, action = self.setting('ALONE'), lambda: self.module.run(job)
-        found = disturbed(action) if limit is None else undisturbed(action, limit)
+        found = disturbed(action) if limit is None else undisturbed(action, limit, tries)
         if found is None:
-            raise Problem(
-                f'other processes disturbed {self.name} {job} in {TRIES} tries',
+            raise Disturbed(
+                f'other processes disturbed {self.name} {job} in {tries} tries',
                 'stop them, or try later; finished runs are kept',
             )
         result, others = found
         rows = result if isinstance(result, list) else [result]
-        self.append([job | row | dict(others=round(others, 3)) for row in rows])
+        self.append([job | dict(others=round(others, 3)) | row for row in rows])
 
     def summarize(self):
         "Write what lessons read, whole or not at all."
@@ -238,7 +254,7 @@ def run(study, args):
     print(f'{study.name}: {len(jobs)} runs to make, {sum(study.made(args.this_machine).values())} made')
     while jobs:
         if args.here or not per_process:
-            one(study, jobs[0])
+            one(study, jobs[0], args.tries)
             finished = 1
         else:
             finished = min(per_process, len(jobs))
@@ -247,24 +263,44 @@ def run(study, args):
         jobs = missing()
 
 
-def one(study, job):
+def one(study, job, tries):
     "One run, and a line about it."
     start = time.perf_counter()
-    study.measure(job)
+    study.measure(job, tries)
     print(', '.join(map(str, job.values())), f'{time.perf_counter() - start:.1f} s', sep=': ', flush=True)
 
 
 def child(study, args, most):
-    "Some runs in a process of its own."
+    "Some runs in a process of its own; one that others disturbed is made again in a new one."
     given = [f'--only={k}={v}' for k, v in args.only] + [f'--share={args.share[0]}/{args.share[1]}']
-    given += ['--this-machine'] * args.this_machine
+    tries = TRIES if most == 1 else 1  # new processes; a process of several runs tries again itself
+    given += ['--this-machine'] * args.this_machine + [f'--tries={1 if most == 1 else TRIES}']
     threads = study.setting('THREADS')
     env = dict(os.environ, HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
     if threads:
-        env |= {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+        env |= {name: str(threads) for name in THREAD_NAMES}
     command = [sys.executable, str(HERE), 'run', study.name, '--here', f'--most={most}', *given]
-    if subprocess.run(command, env=env).returncode:
+    for again in range(tries):
+        if again:
+            time.sleep(WAIT)
+        failed = watched(command, env, study.setting('RESERVE'))
+        if failed != DISTURBED:
+            break
+    if failed:
         raise Problem(f'a run of {study.name} failed', 'its error is above; finished runs are kept')
+
+
+def watched(command, env, reserve=None):
+    "Run a process, and end it before it takes the last of the memory: its exit status."
+    if reserve is None:
+        return subprocess.run(command, env=env).returncode
+    with subprocess.Popen(command, env=env) as process:
+        while process.poll() is None:
+            if free_memory() < reserve:
+                process.kill()
+                print(f'less than {reserve / 1e9:g} GB of memory were left', file=sys.stderr)
+            time.sleep(0.1)
+        return process.returncode
 
 
 def show(names):
@@ -314,6 +350,7 @@ def parser():
             command.add_argument('--most', type=int)
             command.add_argument('--this-machine', action='store_true')
             command.add_argument('--here', action='store_true', help='all runs in this process')
+            command.add_argument('--tries', type=int, default=TRIES, help='of a run that others disturb')
     commands.add_parser('rival').add_argument('name')
     commands.add_parser('check')
     return whole
@@ -338,6 +375,9 @@ def main(given=None):
             print(build(args.name))
         else:
             check()
+    except Disturbed as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(DISTURBED)
     except Problem as problem:
         sys.exit(f'{problem}')
     except KeyboardInterrupt:

@@ -156,10 +156,47 @@ def test_who_else_works_is_seen():
 
 def test_a_disturbed_run_is_not_kept(study, monkeypatch):
     study.module.ALONE = 0.05
-    monkeypatch.setattr(harness, "undisturbed", lambda action, limit: None)
+    monkeypatch.setattr(harness, "undisturbed", lambda *given: None)
     with pytest.raises(Problem) as caught:
         study.measure(dict(task="movie", seed=0))
     assert "disturbed" in caught.value.why and not study.path.exists()
+
+
+def options(**given):
+    usual = dict(only=[], share=(0, 1), most=None, this_machine=False, here=False, tries=1)
+    return types.SimpleNamespace(**usual | given)
+
+
+@pytest.mark.parametrize("most, tries", [(1, harness.TRIES), (8, 1)])
+def test_a_disturbed_run_is_made_again_in_a_new_process(study, monkeypatch, most, tries):
+    "A process of several runs tries again itself; what else goes wrong is not tried again."
+    commands, ends = [], [harness.DISTURBED] * 9
+    monkeypatch.setattr(harness, "watched", lambda command, env, reserve: commands.append(command) or ends.pop(0))
+    monkeypatch.setattr(harness.time, "sleep", lambda seconds: None)
+    with pytest.raises(Problem):
+        harness.child(study, options(), most)
+    assert len(commands) == tries and f"--tries={harness.TRIES // tries}" in commands[0]
+    commands, ends = [], [harness.DISTURBED, 0]
+    if most == 1:
+        harness.child(study, options(), most)
+        assert len(commands) == 2
+    commands, ends = [], [1, 0]
+    with pytest.raises(Problem):
+        harness.child(study, options(), most)
+    assert len(commands) == 1
+
+
+def test_a_process_that_takes_the_last_memory_is_ended(monkeypatch):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(harness, "free_memory", lambda: 1e9)
+    assert harness.watched(sleeps, None, reserve=2e9) < 0
+    assert harness.watched([sys.executable, "-c", "raise SystemExit(3)"], None, reserve=1) == 3
+
+
+def test_a_study_may_say_itself_what_others_took(study):
+    study.module.run = lambda job: dict(others=0.25)
+    study.measure(dict(task="movie", seed=0))
+    assert study.read()["runs"][0]["others"] == 0.25
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/2", "-1/2", ""])

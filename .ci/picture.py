@@ -62,8 +62,8 @@ if __name__ == "__main__":
     chart = draw_report(json.loads(measured.read_text(encoding="utf-8"))) if measured.exists() else draw_placeholder()
     chart.save(picture)
     print(
-        (
+        
             f"{picture.name}: "
             f"{'measured' if measured.exists() else 'a placeholder, until bench/results/quickstart.json is there'}"
-        )
+        
     )

@@ -126,7 +126,7 @@ def read_facts(
     if not _is_there(kind):
         raise Problem(
             f"no {kind} device here: PyTorch {torch.__version__} sees "
-            f"{', '.join((k for k in ('cuda', 'xpu', 'mps', 'cpu') if _is_there(k)))}",
+            f"{', '.join(k for k in ('cuda', 'xpu', 'mps', 'cpu') if _is_there(k))}",
             key='device',
         )
     if kind == 'cuda':

@@ -30,7 +30,6 @@ from ..models.load import as_dtype, load_tokenizer
 from ..models.scale import skeleton, training_bytes
 from ..models.shipped import SHIPPED
 from ..problem import Problem
-from .checks import Prepared
 from .config import given_keys, load_recipe, METHODS, Recipe, recipe_keys
 
 # %% ../../nbs/inside/machine_checks.ipynb #db7010c5

@@ -157,7 +157,7 @@ def step(
 ):
     "Update every parameter that has a gradient, a piece at a time."
     for group, p in [
-        (group, p) for group in self.param_groups for p in group['params'] if p.grad is not None
+        (g, p) for g in self.param_groups for p in g['params'] if p.grad is not None
     ]:
         state = self.state[p]
         w = p.view(-1)

@@ -220,7 +220,7 @@ def test_an_unfitted_one_is_not_saved(tiny, tmp_path):
         (
             [("text", "label"), ("a", "x"), ("", "y")],
             {},
-            r"rows\.csv, row 1: it has the label 'y' but its text",
+            r"rows\.csv, row 1: the text is empty, and the label is 'y'",
         ),
         ([("text", "label"), ("a", "x"), ("b", "y")], dict(shots=0), "shots must be 1 or more"),
         ([("text", "label"), ("a", "x"), ("b", "y")], {}, "no row can be held out"),

@@ -12,7 +12,21 @@ from urllib.parse import unquote, urlsplit
 
 root = Path(__file__).resolve().parent.parent
 headings = {"h1", "h2", "h3", "h4", "h5", "h6"}
-blocks = {"p", "pre", "table", "ul", "ol", "figure", "svg", "img", "details", "blockquote", "math", "iframe", "form"} | headings
+blocks = {
+    "p",
+    "pre",
+    "table",
+    "ul",
+    "ol",
+    "figure",
+    "svg",
+    "img",
+    "details",
+    "blockquote",
+    "math",
+    "iframe",
+    "form",
+} | headings
 chapter = re.compile(r"\b[Cc]hapter \d+\b")
 
 

@@ -51,7 +51,9 @@ def lines(name):
 def test_the_site_that_is_published_is_the_one_that_is_checked():
     "The workflow and .ci/run leave every step between the notebooks and the packed site to one script."
     builder, own = lines("build-site"), ("site.py", "whole.py", "pages.py", "nbdev-docs", "quarto", "smalldocs", "tar ")
-    steps = [next(i for i, o in enumerate(builder) if name in o) for name in ("site.py", "whole.py", "pages.py", "tar ")]
+    steps = [
+        next(i for i, o in enumerate(builder) if name in o) for name in ("site.py", "whole.py", "pages.py", "tar ")
+    ]
     assert steps == sorted(steps)
     for other in (lines("run"), commands(root / ".github/workflows/docs.yml")):
         assert other.count(".ci/build-site") == 1

@@ -22,10 +22,10 @@ def test_the_parity_table(capsys):
     found, wide = {}, 110
     with capsys.disabled():
         print(
-            (
+            
                 "\nLargest absolute difference in float32, with the same weights and inputs; weights: after ten "
                 f"steps of AdamW\n{'':{wide}} {' '.join(f'{c:>9}' for c in COLUMNS)}"
-            )
+            
         )
         for title, rows in TABLE.items():
             print(title)

@@ -39,8 +39,11 @@ def start(
     own = {f"JUPYTER_{o}_DIR": str(folder / f".{o.lower()}") for o in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{o}_DIR": str(folder / f".{o.lower()}") for o in ("SETTINGS", "WORKSPACES")}
     env = os.environ | own
+    quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+    (folder / ".config/labconfig").mkdir(parents=True)
+    (folder / ".config/labconfig/default_setting_overrides.json").write_text(json.dumps(quiet))
     options = f"--no-browser --allow-root --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0".split()
-    options += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None"]
+    options += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
     log = open(folder / ".log", "w")
     process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
     home = f"http://127.0.0.1:{port}"
@@ -63,7 +66,8 @@ def open_notebook(
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(url, wait_until="load")
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=60_000)
-    page.wait_for_timeout(1000)
+    page.locator(".jp-OutputArea-output").first.wait_for(timeout=60_000)
+    page.wait_for_timeout(500)
     box = page.locator(".jp-WindowedPanel-outer").first
     before = -1
     while (at := box.evaluate("o => o.scrollTop")) != before:

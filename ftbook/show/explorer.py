@@ -195,6 +195,7 @@ for(const box of document.querySelectorAll('[data-ftbook-explorer]')){
   box.querySelector('.ftbook-still').remove();
   box.querySelector('.ftbook-controls').innerHTML=box.dataset.controls;
   const inputs=[...box.querySelectorAll('.ftbook-controls input,.ftbook-controls select')];
+  for(const input of inputs)input.dataset.lmSuppressShortcuts='';
   const figure=box.querySelector('.ftbook-figure'),status=box.querySelector('[role=status]');
   const options=JSON.parse(box.dataset.options);
   let data,timer;
@@ -231,8 +232,8 @@ def _whole(
     "Put the pieces together."
     return (
         f'{_explorer_css}<div data-ftbook-explorer data-options="{escape(options)}" '
-        f'data-frames="{packed}" data-controls="{escape(inputs)}" role="group" aria-label="Explorer" '
-        'data-lm-suppress-shortcuts="true"><div class="ftbook-controls"></div>'
+        f'data-frames="{packed}" data-controls="{escape(inputs)}" role="group" aria-label="Explorer">'
+        '<div class="ftbook-controls"></div>'
         f'<div class="ftbook-figure" data-ftbook-figure>{as_images(figure)}</div>'
         f'<div role="status"></div>{STILL}</div>{_script}'
     )

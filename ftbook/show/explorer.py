@@ -214,7 +214,7 @@ for(const box of document.querySelectorAll('[data-ftbook-explorer]')){
     clearTimeout(timer);
     timer=setTimeout(()=>{status.textContent=[...figure.querySelectorAll('svg[aria-label]')].map(s=>s.getAttribute(\
 'aria-label')).join('. ')},500)};
-  unpack(box.dataset.frames).then(d=>{data=d;show()},e=>box.append(\
+  unpack(box.dataset.frames).then(d=>{data=d;show();box.ftbook='alive'},e=>box.append(\
 'The controls are still: this browser could not unpack their figures ('+e+').'));
   box.addEventListener('input',tell)}
 })()</script>"""

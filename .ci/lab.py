@@ -1,8 +1,8 @@
 """Open notebooks in a real JupyterLab as a reader does who has just downloaded them, and again after trusting them.
 
-Not trusted: every figure that the notebook holds must be seen as an image, and every explorer must say where its controls
-are alive. Trusted, and not run: every explorer must have its controls, each must move its picture, and no widget may be
-looked for. JupyterLab starts without settings and without signatures of its own, on a free port of the loopback.
+Not trusted: every figure that the notebook holds must be seen as an image, and every explorer must say where its
+controls are alive. Trusted, and not run: every explorer must have its controls, each must move its picture, and no widget
+may be looked for. JupyterLab starts without settings and without signatures of its own, on a free port of the loopback.
 """
 
 import argparse, json, os, re, shutil, socket, subprocess, sys, tempfile, time, urllib.error, urllib.request
@@ -146,7 +146,9 @@ def shoot(
 ) -> None:
     "Take a picture of the first figure, or explorer, with what is around it."
     if folder:
-        output = page.locator(".jp-OutputArea-output:has([data-ftbook-explorer]), .jp-OutputArea-output:has(.ftbook-still)")
+        output = page.locator(
+            ".jp-OutputArea-output:has([data-ftbook-explorer]), .jp-OutputArea-output:has(.ftbook-still)"
+        )
         target = output.first if output.count() else page.locator(".jp-OutputArea-output:has(img)").first
         target.scroll_into_view_if_needed()
         page.wait_for_timeout(300)
@@ -157,7 +159,9 @@ def main() -> None:
     "Open each notebook twice; exit 1 when a reader would miss something."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", help=f"default: {' '.join(usual)}")
-    parser.add_argument("--shots", type=Path, help="save a picture of each notebook, untrusted and trusted, in this folder")
+    parser.add_argument(
+        "--shots", type=Path, help="save a picture of each notebook, untrusted and trusted, in this folder"
+    )
     args = parser.parse_args()
     paths = [Path(o).resolve() for o in args.notebooks] or [root / o for o in usual]
     if args.shots:
@@ -176,7 +180,12 @@ def main() -> None:
                 faults = [f"untrusted: {o}" for o in look_untrusted(page, held)]
                 shoot(page, args.shots, f"{path.stem}-untrusted")
                 page.close()
-                subprocess.run([sys.executable, "-m", "jupyter", "trust", folder / path.name], env=env, check=True, capture_output=True)
+                subprocess.run(
+                    [sys.executable, "-m", "jupyter", "trust", folder / path.name],
+                    env=env,
+                    check=True,
+                    capture_output=True,
+                )
                 page = open_notebook(browser, url)
                 found, moved = look_trusted(page, held)
                 found += ["an arrow key leaves the slider"] * (not arrow_moves_slider(page))
@@ -185,7 +194,10 @@ def main() -> None:
                 page.close()
                 bad += bool(faults)
                 told = f"{held['figures']} figures, {held['explorers']} explorers, {moved} controls"
-                print(f"{'FAIL' if faults else 'ok  '} {path.name}: {told}" + "".join(f"\n     {o}" for o in faults), flush=True)
+                print(
+                    f"{'FAIL' if faults else 'ok  '} {path.name}: {told}" + "".join(f"\n     {o}" for o in faults),
+                    flush=True,
+                )
         finally:
             browser.close()
             process.terminate()

@@ -1,8 +1,8 @@
 """Open every page of the built site in headless Chromium, and fail on anything a reader would call broken.
 
 A page must log no error and load nothing that is missing. Hosts outside are blocked, so a page that needs one shows it.
-Every control of every explorer is moved, and its figure must follow. Pictures must be readable when the page's own button
-makes it dark on a light system, and light on a dark one.
+Every control of every explorer is moved, and its figure must follow. Pictures must be readable when the page's own
+button makes it dark on a light system, and light on a dark one.
 """
 
 import argparse, base64, functools, http.server, shutil, sys, tempfile, threading
@@ -41,7 +41,8 @@ move = """async control => {
 # What the two checks of contrast share: the luminance of a colour, and the contrast of two.
 light = """
   const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
-  const rgb = c => { canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const rgb = c => { canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data]; };
   const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
     return .2126 * r + .7152 * g + .0722 * b; };
   const contrast = (a, b) => (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
@@ -51,7 +52,9 @@ is_dark = "() => {" + light + "return light(rgb(getComputedStyle(document.body).
 
 # The texts of inline drawings that are hard to tell from what the page has behind them.
 faint_texts = (
-    "() => {" + light + """
+    "() => {"
+    + light
+    + """
   const paper = e => { for (; e; e = e.parentElement) {
     const c = getComputedStyle(e).backgroundColor; if (c !== 'rgba(0, 0, 0, 0)' && c !== 'transparent') return c; }
     return '#fff'; };
@@ -62,7 +65,9 @@ faint_texts = (
 
 # The most that any pixel of a picture stands out from the colour that most of its pixels have.
 most_contrast = (
-    "async png => {" + light + """
+    "async png => {"
+    + light
+    + """
   const bitmap = await createImageBitmap(await (await fetch('data:image/png;base64,' + png)).blob());
   const sheet = new OffscreenCanvas(bitmap.width, bitmap.height).getContext('2d');
   sheet.drawImage(bitmap, 0, 0);

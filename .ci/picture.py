@@ -38,6 +38,7 @@ def draw_report(
         x_range=(0, 1),
         marks={"chance": 0.5},
         title="SmolLM2-135M reads movie reviews",
+        width=560,
         x_label=about,
     )
 

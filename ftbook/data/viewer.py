@@ -15,7 +15,8 @@ from ..show.page import escape, Picture
 _mask_css = (
     '<style>.ftbook-mask{font:13px/1.9 ui-monospace,monospace;margin:.5em 0 1em;max-width:56em;'
     'overflow-wrap:anywhere}\n'
-    '.ftbook-mask :is(i,mark){font-style:normal;color:inherit;background:none;padding:.15em .1em;border-radius:3px;margin-right:1px;'
+    '.ftbook-mask :is(i,mark){font-style:normal;color:inherit;background:none;padding:.15em .1em;'
+    'border-radius:3px;margin-right:1px;'
     'white-space:pre-wrap;opacity:.62}\n'
     '.ftbook-mask .t{background:rgba(0,114,178,.28);border-bottom:2px solid rgb(0,114,178);opacity:1}'
     '\n'
@@ -24,7 +25,8 @@ _mask_css = (
     '.ftbook-mask .p{background:repeating-linear-gradient(45deg,transparent 0 3px,rgba(128,128,128,'
     '.35) 3px 5px)}\n'
     '.ftbook-mask p{font:13px/1.5 system-ui,sans-serif;margin:0 0 .5em}'
-    '.ftbook-mask p :is(i,mark){margin:0 .35em 0 0;white-space:nowrap}.ftbook-mask p b{font-weight:400;margin-right:1.4em;'
+    '.ftbook-mask p :is(i,mark){margin:0 .35em 0 0;white-space:nowrap}'
+    '.ftbook-mask p b{font-weight:400;margin-right:1.4em;'
     'white-space:nowrap}</style>'
 )
 _kinds = dict(t='trained', e='end of turn, trained', u='end of turn, ignored', n='ignored', p='padding')

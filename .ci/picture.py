@@ -34,16 +34,14 @@ def draw_report(
 ):  # A chart of accuracy before and after
     "Draw what fine-tuning did to the accuracy."
     names = {"before": report["accuracy_before"], "after fine-tuning": report["accuracy_after"]}
-    about = (
-        f"accuracy on {report['n_eval']:,} unseen reviews, 95 % intervals; {report['seconds'] / 60:.1f} minutes in all"
-    )
     return bars(
         names,
         errors={k: interval(v, report["n_eval"]) for k, v in names.items()},
         x_range=(0, 1),
         marks={"chance": 0.5},
-        title="SmolLM2-135M reads movie reviews",
-        x_label=about,
+        title=f"SmolLM2-135M reads movie reviews: {report['seconds'] / 60:.1f} minutes in all",
+        x_label=f"accuracy on {report['n_eval']:,} unseen reviews, 95 % intervals",
+        width=560,
     )
 
 

@@ -130,7 +130,7 @@ def facts(self: Recommendation) -> dict:  # As JSON can hold it
 def _repr_html_(self: Recommendation):
     rows = [dict(key=k, value=_inline(v), reason=why, source=s) for k, (v, why, s) in self.reasons.items()]
     said = dict(broken=list(map(str, self.broken)), decision=repr(self.decision), drawn=[table(rows)])
-    return inline('recommendation.html', dict(advice=Section('', said))).html
+    return inline('recommendation.html', dict(advice=Section('', said)))._repr_html_()
 
 # %% ../../nbs/inside/recommend.ipynb #31a0764d
 def _inline(value):

@@ -210,11 +210,11 @@ def module_names(
 
 # %% ../../nbs/inside/surface.ipynb #e5480417
 class TrainButton:
-    "In Jupyter, a button that acts on what an explorer shows; on a page, a sentence."
+    "In Jupyter, an explorer's controls with a button that acts on where they stand; on a page, a sentence."
 
     def __init__(
         self,
-        explorer,  # Its `.value` is handed on
+        explorer,  # Its `.value` is handed on, its `.widget` stands above the button
         act: Callable,  # Takes it and gives something with `_repr_html_`
         label: str = 'Train this point',  # On the button
     ):
@@ -259,4 +259,6 @@ class TrainButton:
                 out.value = f'<pre>{escape(str(e))}</pre>'
 
         button.on_click(pressed)
-        return W.VBox([button, out], model_id=f'ftbook-train-{zlib.crc32(self.label.encode()):08x}')
+        return W.VBox(
+            [self.explorer.widget, button, out], model_id=f'ftbook-train-{zlib.crc32(self.label.encode()):08x}'
+        )

@@ -15,7 +15,8 @@ from ..show.page import escape, Picture
 _mask_css = (
     '<style>.ftbook-mask{font:13px/1.9 ui-monospace,monospace;margin:.5em 0 1em;max-width:56em;'
     'overflow-wrap:anywhere}\n'
-    '.ftbook-mask i{font-style:normal;padding:.15em .1em;border-radius:3px;margin-right:1px;'
+    '.ftbook-mask :is(i,mark){font-style:normal;color:inherit;background:none;padding:.15em .1em;'
+    'border-radius:3px;margin-right:1px;'
     'white-space:pre-wrap;opacity:.62}\n'
     '.ftbook-mask .t{background:rgba(0,114,178,.28);border-bottom:2px solid rgb(0,114,178);opacity:1}'
     '\n'
@@ -24,7 +25,8 @@ _mask_css = (
     '.ftbook-mask .p{background:repeating-linear-gradient(45deg,transparent 0 3px,rgba(128,128,128,'
     '.35) 3px 5px)}\n'
     '.ftbook-mask p{font:13px/1.5 system-ui,sans-serif;margin:0 0 .5em}'
-    '.ftbook-mask p i{margin:0 .35em 0 0;white-space:nowrap}.ftbook-mask p b{font-weight:400;margin-right:1.4em;'
+    '.ftbook-mask p :is(i,mark){margin:0 .35em 0 0;white-space:nowrap}'
+    '.ftbook-mask p b{font-weight:400;margin-right:1.4em;'
     'white-space:nowrap}</style>'
 )
 _kinds = dict(t='trained', e='end of turn, trained', u='end of turn, ignored', n='ignored', p='padding')
@@ -34,6 +36,13 @@ def _kind(token, on, special):
     if token == '':
         return 'p'
     return ('e' if on else 'u') if special else 't' if on else 'n'
+
+# %% ../../nbs/inside/mask_viewer.ipynb #3e5a113e
+def _marked(kind, text, title=''):
+    "A token; what is trained is a `<mark>`, which is still seen where a sanitizer has taken the style."
+    tag = 'mark' if kind in 'te' else 'i'
+    said = f' title="{title}"' if title else ''
+    return f'<{tag} class={kind}{said}>{text}</{tag}>'
 
 # %% ../../nbs/inside/mask_viewer.ipynb #a785371b
 def show_mask(
@@ -52,11 +61,11 @@ def show_mask(
     gap = max(0, pad_to - len(example))
     counts = {name: kinds.count(k) + gap * (k == 'p') for k, name in _kinds.items()}
     legend = ''.join(
-        f'<b><i class={k}>&nbsp;a&nbsp;</i>{n} {name}</b>' for (k, name), n in zip(_kinds.items(), counts.values()) if n
+        f'<b>{_marked(k, "&nbsp;a&nbsp;")}{n} {name}</b>' for (k, name), n in zip(_kinds.items(), counts.values()) if n
     )
     spans = [
-        f'<i class={k} title="{i}: {t}">{escape(text).replace(chr(10), "↵" + chr(10))}</i>'
+        _marked(k, escape(text).replace(chr(10), '↵' + chr(10)), f'{i}: {t}')
         for i, (k, text, t) in enumerate(zip(kinds, texts, example.input_ids))
-    ] + ['<i class=p title="padding">&nbsp;</i>'] * gap
+    ] + [_marked('p', '&nbsp;', 'padding')] * gap
     more = f'<p>and {len(spans) - max_tokens} more tokens</p>' if len(spans) > max_tokens else ''
     return Picture(f'{_mask_css}<div class="ftbook-mask"><p>{legend}</p>{"".join(spans[:max_tokens])}{more}</div>')

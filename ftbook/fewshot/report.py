@@ -94,7 +94,7 @@ class FewShotReport(HtmlReport):
     def _repr_html_(self):
         sections = {k: v for k, v in _sections(self).items() if k in ('result', 'confusion')}
         sections['result'].heading = ''
-        return inline('fewshot.html', sections).html
+        return inline('fewshot.html', sections)._repr_html_()
 
 # %% ../../nbs/inside/fewshot_report.ipynb #285474bb
 USE = """from ftbook.fewshot.exchange import load_classifier

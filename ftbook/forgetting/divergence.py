@@ -91,10 +91,7 @@ def draw_divergence(
     values, most = iter(nats), most or max(nats) or 1
     shades = [min(next(values) / most, 1) if on else 0 for on in example.trained]
     tokens = ''.join(
-        (
-            '<span style="background:color-mix(in srgb,#D55E00 '
-            f'{70 * s:.0f}%,transparent)">{escape(tokenizer.decode([i]))}</span>'
-        )
+        (f'<span style="background:rgba(213,94,0,{70 * s / 100:.2f})">{escape(tokenizer.decode([i]))}</span>')
         for i, s in zip(example.input_ids, shades)
     )
     return Picture(

@@ -57,7 +57,7 @@ class ForgettingReport(HtmlReport):
         write_text(folder / 'report.json', json.dumps(self.facts(), indent=1))
 
     def _repr_html_(self):
-        return draw_report(self.facts()).html
+        return draw_report(self.facts())._repr_html_()
 
 # %% ../../nbs/inside/forgetting_report.ipynb #3493ad58
 def draw_report(

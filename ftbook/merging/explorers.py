@@ -183,7 +183,7 @@ def job_of(
 
 # %% ../../nbs/inside/merge_explorers.ipynb #8c5f02d9
 class MergeButton:
-    "A button in Jupyter, a sentence elsewhere."
+    "In Jupyter, an explorer's controls with a button that merges where they stand; elsewhere, a sentence."
 
     def __init__(
         self,
@@ -231,6 +231,6 @@ def _repr_mimebundle_(self: MergeButton, include=None, exclude=None):
     self.button = widgets.Button(description='merge and evaluate', layout=dict(width='auto'))
     self.button.on_click(self.press)
     name = f'ftbook-merge-{len(self.explorer.value["tasks"])}-{self.shown}'
-    box = widgets.VBox([self.button, self.said], model_id=name)
+    box = widgets.VBox([self.explorer.widget, self.button, self.said], model_id=name)
     view = dict(version_major=2, version_minor=0, model_id=box.model_id)
     return found | {'application/vnd.jupyter.widget-view+json': view}

@@ -37,7 +37,7 @@ class Summary:
 
     def _repr_html_(self):
         rows = [{'module': k, 'trained': n} for k, n in self.by_module.items()] or [{'module': 'nothing', 'trained': 0}]
-        return table(rows, title=str(self).partition(':')[0]).html
+        return table(rows, title=str(self).partition(':')[0])._repr_html_()
 
 # %% ../../nbs/inside/parts.ipynb #1bf0d2a9
 def trainable_summary(

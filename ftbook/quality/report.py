@@ -134,7 +134,7 @@ class AuditReport(HtmlReport):
         return f'AuditReport({self.audit.sentence()})'
 
     def _repr_html_(self):
-        return inline('audit.html', dict(found=Section('', _summary(self.audit)))).html
+        return inline('audit.html', dict(found=Section('', _summary(self.audit))))._repr_html_()
 
 
 def audit_report(

@@ -221,4 +221,4 @@ class Report(HtmlReport):
         return f'Report({summary_line(self.facts)})'
 
     def _repr_html_(self):
-        return inline('run.html', dict(result=Section('', self.made['result']())), missing=self.missing()).html
+        return inline('run.html', dict(result=Section('', self.made['result']())), missing=self.missing())._repr_html_()

@@ -14,11 +14,11 @@ import itertools
 import json
 import math
 import zlib
-from collections import Counter
 from collections.abc import Callable
 
 from ..problem import Problem
 from .controls import _option, Controls
+from .images import as_images
 from .page import escape, Picture
 
 # %% ../../nbs/inside/explorer.ipynb #e0fb8dac
@@ -107,7 +107,7 @@ def explore(
     max_frames: int = 2000,  # ValueError where the controls have more combinations
     max_bytes: int = 1_000_000,  # ValueError where the packed frames take more
     **controls,  # Options, a bool or a `Control` under each name; the first option is the default
-) -> Explorer:  # Live in Jupyter and Colab, and on a page without a kernel
+) -> Explorer:  # Live in Jupyter, VS Code and Colab, and on a page without a kernel
     "Let a reader move what `compute` depends on."
     if not controls:
         raise Problem('an explorer needs at least one control')
@@ -192,13 +192,15 @@ const unpack=async text=>{
 for(const box of document.querySelectorAll('[data-ftbook-explorer]')){
   if(box.ftbook)continue;
   box.ftbook=true;
+  box.querySelector('.ftbook-still').remove();
+  box.querySelector('.ftbook-controls').innerHTML=box.dataset.controls;
   const inputs=[...box.querySelectorAll('.ftbook-controls input,.ftbook-controls select')];
+  for(const input of inputs)input.dataset.lmSuppressShortcuts='';
   const figure=box.querySelector('.ftbook-figure'),status=box.querySelector('[role=status]');
   const options=JSON.parse(box.dataset.options);
-  let data,moved,timer;
+  let data,timer;
   const place=input=>input.type=='checkbox'?+input.checked:+input.value;
   const show=()=>{
-    moved=true;
     inputs.forEach((input,i)=>{
       if(input.type!='range')return;
       const text=options[i][place(input)];
@@ -206,28 +208,50 @@ for(const box of document.querySelectorAll('[data-ftbook-explorer]')){
       input.style.setProperty('--at',input.max>0?input.value/input.max:0);
       input.parentNode.querySelector('output').textContent=text});
     if(!data)return;
-    figure.innerHTML=data.frames[data.index[inputs.reduce((k,input,i)=>k*options[i].length+place(input),0)]];
+    figure.innerHTML=data.frames[data.index[inputs.reduce((k,input,i)=>k*options[i].length+place(input),0)]]};
+  const tell=()=>{
+    show();
     clearTimeout(timer);
     timer=setTimeout(()=>{status.textContent=[...figure.querySelectorAll('svg[aria-label]')].map(s=>s.getAttribute(\
 'aria-label')).join('. ')},500)};
-  unpack(box.dataset.frames).then(d=>{data=d;if(moved)show()},e=>box.append(\
+  unpack(box.dataset.frames).then(d=>{data=d;show();box.ftbook='alive'},e=>box.append(\
 'The controls are still: this browser could not unpack their figures ('+e+').'));
-  box.addEventListener('input',show)}
+  box.addEventListener('input',tell)}
 })()</script>"""
 
 # %% ../../nbs/inside/explorer.ipynb #f3688bcf
-def _static(explorer):
-    options = json.dumps([[_option(o) for o in c.options] for c in explorer.controls], ensure_ascii=False)
-    inputs = ''.join(map(_input, explorer.controls))
+STILL = '<p class="ftbook-still">The controls of this picture are alive once the notebook is trusted or run.</p>'
+
+
+def _whole(
+    options: str,  # JSON: a list of texts for each control
+    packed: str,  # All frames
+    inputs: str,  # HTML of the controls
+    figure: str,  # HTML of the picture that is seen first
+) -> str:
+    "Put the pieces together."
     return (
         f'{_explorer_css}<div data-ftbook-explorer data-options="{escape(options)}" '
-        f'data-frames="{_pack(explorer)}" role="group" aria-label="Explorer">'
-        f'<div class="ftbook-controls">{inputs}</div><div class="ftbook-figure" '
-        f'data-ftbook-figure>{explorer.picture.html}</div>'
-        f'<div role="status"></div><noscript>The controls need JavaScript.</noscript></div>{_script}'
+        f'data-frames="{packed}" data-controls="{escape(inputs)}" role="group" aria-label="Explorer">'
+        '<div class="ftbook-controls"></div>'
+        f'<div class="ftbook-figure" data-ftbook-figure>{as_images(figure)}</div>'
+        f'<div role="status"></div>{STILL}</div>{_script}'
     )
 
+
+def _static(explorer):
+    options = json.dumps([[_option(o) for o in c.options] for c in explorer.controls], ensure_ascii=False)
+    return _whole(options, _pack(explorer), ''.join(map(_input, explorer.controls)), explorer.picture.html)
+
 # %% ../../nbs/inside/explorer.ipynb #155f244a
+def _mimebundle(self, include=None, exclude=None):
+    return {'text/plain': repr(self), 'text/html': _static(self)}
+
+
+Explorer._repr_mimebundle_ = _mimebundle
+Explorer.html = property(_static, doc="A string of HTML with all frames, which needs no kernel.")
+
+# %% ../../nbs/inside/explorer.ipynb #f6e81b31
 def _widget(c):
     import ipywidgets as W
 
@@ -251,10 +275,7 @@ def _widget(c):
     return w
 
 
-_shown = Counter()
-
-
-def _live(explorer, content):
+def _followed(explorer):
     import ipywidgets as W
 
     figure = W.HTML(explorer.picture.html)
@@ -265,38 +286,7 @@ def _live(explorer, content):
     boxes = [_widget(c) for c in explorer.controls]
     for c in explorer.controls:
         c._watchers.append(redraw)
-    name = f'ftbook{zlib.crc32(content.encode()):08x}'
-    _shown[name] += 1
-    return W.VBox([*boxes, figure], model_id=f'{name}-{_shown[name]}')
-
-# %% ../../nbs/inside/explorer.ipynb #ef38b9c1
-_view = 'application/vnd.jupyter.widget-view+json'
+    return W.VBox([*boxes, figure])
 
 
-def _mimebundle(explorer):
-    page = _static(explorer)
-    bundle = {'text/plain': repr(explorer), 'text/html': page}
-    try:
-        widget = _live(explorer, page)
-    except ImportError:
-        return bundle  # without ipywidgets the page's half works in Jupyter too
-    explorer.widget = widget
-    return bundle | {_view: dict(version_major=2, version_minor=0, model_id=widget.model_id)}
-
-
-def _repr_mimebundle_(self, include=None, exclude=None):
-    return _mimebundle(self)
-
-
-Explorer._repr_mimebundle_ = _repr_mimebundle_
-Explorer.html = property(_static, doc="The page's half: a string of HTML with all frames, which needs no kernel.")
-
-# %% ../../nbs/inside/explorer.ipynb #4f88dc81
-def drop_widget_views(
-    cell,  # A notebook cell on its way to the site; changed in place
-):
-    "Drop the widget view from outputs that also carry HTML."
-    for output in cell.get('outputs', []):
-        data = output.get('data', {})
-        if 'text/html' in data:
-            data.pop(_view, None)
+Explorer.widget = property(_followed, doc="A new ipywidgets box, whose controls move these and are moved by them.")

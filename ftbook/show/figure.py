@@ -6,6 +6,7 @@ __all__ = []
 # %% ../../nbs/inside/charts.ipynb #d47e2a79
 import math
 
+from .images import PLATE
 from .page import escape, Picture
 
 # %% ../../nbs/inside/charts.ipynb #1f39c424
@@ -66,9 +67,6 @@ class _Chart:
         )
 
 # %% ../../nbs/inside/charts.ipynb #86d77d93
-_scheme = '<style>svg{color:#1b1b1b}@media(prefers-color-scheme:dark){svg{color:#e8e8e8}}</style>'
-
-
 def _wrapped(pieces, room):
     lines, left = [], 0
     for width, markup in pieces:
@@ -105,8 +103,8 @@ def _svg_document(chart):
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'font-family="system-ui,sans-serif" font-size="13" '
-        f'fill="currentColor">{_scheme}<desc>{escape(chart.alt)}</desc>{text(above, 18)}'
+        f'font-family="system-ui,sans-serif" font-size="13" fill="currentColor" role="img" '
+        f'aria-label="{escape(chart.alt)}">{PLATE}{text(above, 18)}'
         f'<svg x="{l}" y="{top}" width="{width - l - r}" height="{chart.height}" overflow="visible" '
         f'font-size="12">{chart.body}</svg>'
         f'{text(below, end + 10, l)}</svg>'

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..files import _beside, write_text
 from ..problem import Problem
+from .images import as_images
 from .templates import fill
 
 # %% ../../nbs/inside/page.ipynb #5e1ba2ef
@@ -53,7 +54,7 @@ class Picture:
         self.html, self.svg = html, svg
 
     def _repr_html_(self):
-        return self.html
+        return as_images(self.html)
 
     def __repr__(self):
         return f'Picture({len(self.html) / 1000:.1f} KB)'
@@ -84,7 +85,7 @@ def row(
     "Put pictures side by side."
     if not pictures:
         raise Problem('a row needs at least one picture')
-    cells = ''.join(f'<div style="flex:1 1 260px;min-width:0">{p._repr_html_()}</div>' for p in pictures)
+    cells = ''.join(f'<div style="flex:1 1 260px;min-width:0">{p.html}</div>' for p in pictures)
     return Picture(f'<div style="display:flex;flex-wrap:wrap;gap:0 2em;align-items:flex-start">{cells}</div>')
 
 # %% ../../nbs/inside/page.ipynb #b33bc3ee

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from ..problem import Problem
 from .axes import _sign, tidy
+from .images import as_drawings
 from .page import escape, Picture
 
 # %% ../../nbs/inside/charts.ipynb #ebe2b528
@@ -39,7 +40,7 @@ def _cells(tag, texts, numeric):
 # %% ../../nbs/inside/charts.ipynb #7017b342
 def _cell(v):
     if hasattr(v, '_repr_html_') or v is None:
-        return v._repr_html_() if v is not None else ''
+        return as_drawings(v._repr_html_()) if v is not None else ''
     return f'<div style="min-width:13em">{escape(v)}</div>' if len(str(v)) > 36 else escape(v)
 
 # %% ../../nbs/inside/charts.ipynb #ec28bf8c

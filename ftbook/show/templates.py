@@ -6,6 +6,8 @@ __all__ = []
 # %% ../../nbs/inside/page.ipynb #c383f318
 from functools import cache
 
+from .images import as_drawings
+
 # %% ../../nbs/inside/page.ipynb #457f1a83
 @cache
 def _templates():
@@ -19,7 +21,7 @@ def _templates():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters['shown'] = lambda thing: thing._repr_html_()
+    found.filters['shown'] = lambda thing: as_drawings(thing._repr_html_())
     return found
 
 

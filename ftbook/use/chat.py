@@ -78,7 +78,7 @@ class Chat:
 def _repr_html_(self: Chat):
     names = dict(question='question', untuned='before', tuned='after')
     nobody = dict.fromkeys(names, '')
-    return table([nobody | t for t in self.turns] or [nobody], columns=names).html
+    return table([nobody | t for t in self.turns] or [nobody], columns=names)._repr_html_()
 
 # %% ../../nbs/27_using.ipynb #e78bb985
 @patch

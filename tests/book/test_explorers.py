@@ -11,7 +11,7 @@ from ftbook.show.controls import Control
 from ftbook.show.explorer import _unpack, explore
 from ftbook.show.page import page, Picture
 from ftbook.show.tables import table
-from cases.explore import gallery, two_kinds, VIEW
+from cases.explore import gallery, two_kinds
 
 NOTEBOOK = nbs / 'inside/explorer.ipynb'
 FLAGS = [
@@ -74,6 +74,11 @@ def figure(tab, n=0):
     return tab.locator('.ftbook-figure').nth(n).inner_html()
 
 
+def alive(tab):
+    "Wait until every explorer has unpacked its frames and shown one."
+    tab.wait_for_function("[...document.querySelectorAll('[data-ftbook-explorer]')].every(e => e.ftbook == 'alive')", timeout=5000)
+
+
 def move(tab, n, k, place):
     "Move control `k` of explorer `n` the way a reader would."
     control = tab.locator('[data-ftbook-explorer]').nth(n).locator('input,select').nth(k)
@@ -115,9 +120,11 @@ def test_explorers_of_the_notebook_are_alive(show):
     outputs = [
         o['data'] for c in json.loads(NOTEBOOK.read_text())['cells'] for o in c.get('outputs', []) if 'data' in o
     ]
-    explorers = [''.join(d['text/html']) for d in outputs if VIEW in d and 'text/html' in d]
-    assert len(explorers) >= 3, 'the chapter shows explorers, each with both halves'
+    saved = [''.join(d.get('text/html', '')) for d in outputs]
+    explorers = [html for html in saved if 'data-ftbook-explorer ' in html]
+    assert len(explorers) >= 3, 'the chapter shows explorers'
     tab = show(''.join(explorers))
+    alive(tab)
     for n, html in enumerate(explorers):
         frames = _unpack(re.search(r'data-frames="([^"]+)"', html)[1])
         options = json.loads(unescape(re.search(r'data-options="([^"]+)"', html)[1]))
@@ -143,6 +150,7 @@ def test_explorers_of_the_notebook_are_alive(show):
 def test_two_on_a_page_do_not_clash(show):
     a, b = two_kinds(), one_line()
     tab = show(a.html + b.html + a.html)
+    alive(tab)
     first, second, third = (figure(tab, n) for n in range(3))
     assert first == third
     move(tab, 1, 0, 9)
@@ -159,6 +167,7 @@ def test_keyboard_and_screen_reader(show):
     slider = tab.get_by_role('slider', name='<slope> & "more"')
     slider.focus()
     assert slider.get_attribute('aria-valuetext') == '3'
+    alive(tab)
     tab.keyboard.press('ArrowRight')
     same(tab, 0, ex.frame((4,)).html)
     assert slider.get_attribute('aria-valuetext') == '4' == tab.locator('output').inner_text()
@@ -170,7 +179,15 @@ def test_keyboard_and_screen_reader(show):
 def test_without_javascript_the_first_frame_stands(show):
     ex = two_kinds()
     tab = show(ex.html, java_script_enabled=False)
-    assert tab.locator('.ftbook-figure svg').is_visible() and tab.locator('noscript').is_visible()
+    assert tab.locator('.ftbook-figure svg').is_visible()
+    assert tab.get_by_text('once the notebook is trusted or run').is_visible()
+    assert not tab.locator('.ftbook-controls *').count()
+
+
+def test_with_javascript_the_line_about_it_is_gone(show):
+    tab = show(two_kinds().html)
+    alive(tab)
+    assert not tab.locator('.ftbook-still').count() and tab.locator('.ftbook-controls label').count() == 3
 
 
 def test_a_browser_that_cannot_unpack_says_so(show):

@@ -8,8 +8,6 @@ from ftbook.show.controls import Control
 from ftbook.show.explorer import explore
 from ftbook.show.stacks import stacked_bars
 
-VIEW = 'application/vnd.jupyter.widget-view+json'
-
 
 def trained(rank, kind, bias):
     return {'trained': rank * {'square': 1152, 'wide': 2112}[kind] + 576 * bias, 'all': 331776}

@@ -296,8 +296,11 @@ def test_other_methods_as_recipes(method, given, key, value):
 
 
 def test_a_button_says_on_a_page_what_it_does():
+    widgets = pytest.importorskip("ipywidgets")
+
     class Explorer:
-        value = 3
+        value, widget = 3, widgets.HTML("sliders")
 
     button = choose_surface.TrainButton(Explorer(), lambda v: Picture(f"<p>{v + 1}</p>"))
     assert button.press()._repr_html_() == "<p>4</p>" and "Jupyter" in button._repr_mimebundle_()["text/html"]
+    assert button.widget.children[0] is Explorer.widget, "the sliders that a kernel follows stand above the button"

@@ -9,27 +9,28 @@ from ftbook.show.bar_chart import bars
 from ftbook.show.charts import Frame, plot
 from ftbook.show.controls import Control
 from ftbook.show.drawing import drawing, label, tile
-from ftbook.show.explorer import drop_widget_views, explore
+from ftbook.show.explorer import explore
 from ftbook.show.page import escape, page, Picture
 from ftbook.show.stacks import stacked_bars
 from ftbook.show.tables import table
-from cases.explore import gallery, trained, two_kinds, VIEW
+from cases.explore import gallery, trained, two_kinds
 
 
-# ---- one output, two halves
+# ---- an explorer's output, and the widget that a kernel follows
 
 
-def test_one_bundle_carries_both():
+def test_an_output_is_html_that_a_sanitizer_leaves_a_picture_of():
     ex = two_kinds()
     bundle = ex._repr_mimebundle_()
-    assert set(bundle) == {'text/plain', 'text/html', VIEW}
-    assert bundle[VIEW]['model_id'] == ex.widget.model_id and 'DecompressionStream' in bundle['text/html']
+    assert set(bundle) == {'text/plain', 'text/html'} and bundle['text/html'] == ex.html
+    assert 'DecompressionStream' in ex.html
+    assert '<svg' not in ex.html and ex.html.count('src="data:image/svg+xml;base64,') == 1
+    assert not re.search('<(input|select|label|output)', ex.html), 'dead controls, or only their labels'
     json.dumps(bundle)
 
 
 def test_widget_and_controls_follow_each_other():
     ex = two_kinds()
-    ex._repr_mimebundle_()
     slider, menu, check, shown = ex.widget.children
     slider.value, menu.value, check.value = 3, 0, True
     assert (ex.controls.rank.value, ex.controls.kind.value, ex.controls.bias.value) == (64, 'square', True)
@@ -41,13 +42,10 @@ def test_widget_and_controls_follow_each_other():
 
 def test_the_same_cell_saves_the_same_output():
     a, b = two_kinds(), two_kinds()
-    assert a.html == b.html
-    A, B = a._repr_mimebundle_(), b._repr_mimebundle_()
-    assert A[VIEW]['model_id'] != B[VIEW]['model_id'], 'two views in one kernel need two names'
-    assert re.fullmatch(r'ftbook[0-9a-f]{8}-\d+', A[VIEW]['model_id'])
+    assert a._repr_mimebundle_() == b._repr_mimebundle_()
 
 
-def test_without_ipywidgets_the_page_half_remains(monkeypatch):
+def test_without_ipywidgets_an_explorer_is_shown(monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
     assert set(two_kinds()._repr_mimebundle_()) == {'text/plain', 'text/html'}
 
@@ -65,27 +63,6 @@ def test_compute_runs_once_per_combination():
     ex.html
     ex.value
     assert sorted(calls) == [1, 2, 3]
-
-
-def test_staging_drops_the_widget_only_beside_html():
-    from nbdev.process import NBProcessor
-    from fastcore.nbio import dict2nb
-
-    def cell(data):
-        return dict(
-            cell_type='code',
-            source='1',
-            metadata={},
-            execution_count=1,
-            id='a',
-            outputs=[dict(output_type='display_data', metadata={}, data=data)],
-        )
-
-    nb = dict2nb(
-        dict(cells=[cell({VIEW: {}, 'text/html': 'x'}), cell({VIEW: {}})], metadata={}, nbformat=4, nbformat_minor=5)
-    )
-    NBProcessor(nb=nb, procs=[drop_widget_views], process=True)
-    assert [list(c.outputs[0]['data']) for c in nb.cells] == [['text/html'], [VIEW]]
 
 
 # ---- charts: legible at any width, in light and in dark

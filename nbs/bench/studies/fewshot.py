@@ -26,7 +26,7 @@ PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
 PER_PROCESS, THREADS = 24, 1
 WAYS = 'frozen', 'ours', 'checked', 'full', 'setfit', 'predict', 'fastfit'
 SEEDS = 10
-# SetFit runs of no more steps than that have ten seeds; longer ones are timed once here (their accuracy: studies/gpu_fewshot.py)
+# SetFit runs of no more steps than that have ten seeds; longer ones are timed once here (their accuracy is measured on a GPU)
 WHOLE = 50
 # up to so many steps, the seeds after the first are whole runs of ten minutes and more
 LONG, LONG_SEEDS = 600, 3

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..memory.plan import GIB
 from ..problem import Problem
+from ..results import read_results
 
 # %% ../../nbs/inside/sweep.ipynb #59ebb00b
 SETTINGS = (
@@ -36,6 +37,7 @@ MEASURES = dict(
     gib='GiB above the weights',
     cpu_seconds='seconds of one core',
 )
+PARTS = 'base', 'design', 'best', 'search', 'recommended'
 COLUMNS = 'part', 'task', 'seed', 'number', *SETTINGS, 'accuracy', 'forgetting', 'peak_bytes', 'cpu_seconds'
 
 # %% ../../nbs/inside/sweep.ipynb #ad6e8722
@@ -95,32 +97,47 @@ def shipped(
 
 # %% ../../nbs/inside/sweep.ipynb #14ee04ca
 def load_sweep(
-    path: str | Path | None = None,  # A Parquet file; None: the one that ships
-) -> Sweep:  # FileNotFoundError or ValueError that names the file and what it lacks
+    path: str | Path | None = None,  # A .jsonl file of `nbs/bench/results`, or Parquet; None: the one that ships
+) -> Sweep:  # FileNotFoundError, or Problem that names the file and what it lacks
     "Read the runs of a sweep."
-    import pyarrow as pa, pyarrow.parquet as pq
-
     path = shipped('sweep.parquet') if path is None else Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no sweep {path}; nbs/bench/sweep_worker.py writes one, and without a path the shipped "
-            "one is read"
+            f'there is no sweep {path}; `python -m nbs.bench run sweep` makes one, and without a path the shipped one '
+            'is read'
         )
+    columns, runs, about = (_read_lines if path.name.endswith('.jsonl') else _read_table)(path)
+    if lacking := [c for c in COLUMNS if c not in columns]:
+        raise Problem(
+            f"{path} lacks the column{'s' * (len(lacking) > 1)} {', '.join(lacking)}",
+            'write it again with `python -m nbs.bench`',
+            file=path,
+            key=lacking[0],
+        )
+    order = {part: i for i, part in enumerate(PARTS)}
+    runs = sorted(runs, key=lambda r: (order.get(r['part'], len(order)), r['task'], r['seed'], r['number']))
+    return Sweep([_completed(r, about.get('rows', {})) for r in runs], about)
+
+
+def _read_lines(path):
+    "(columns, runs, about) of a results file; a run has every column."
+    about = read_results(path)
+    runs = about.pop('runs', [])
+    columns = dict.fromkeys(c for r in runs for c in r)
+    return columns, [columns | r for r in runs], about
+
+
+def _read_table(path):
+    "The same of a Parquet file."
+    import pyarrow as pa, pyarrow.parquet as pq
+
     try:
         found = pq.read_table(pa.BufferReader(path.read_bytes()))
     except pa.ArrowInvalid as e:
         raise Problem(
-            f'{path} is not Parquet ({e})', 'write it again with `python sweep_worker.py parquet`', file=path
+            f'{path} is not Parquet ({e})', 'write it again with `python -m nbs.bench summary sweep`', file=path
         ) from e
-    if lacking := [c for c in COLUMNS if c not in found.column_names]:
-        raise Problem(
-            f"{path} lacks the column{'s' * (len(lacking) > 1)} {', '.join(lacking)}",
-            'write it again with `python sweep_worker.py parquet`',
-            file=path,
-            key=lacking[0],
-        )
-    about = json.loads((found.schema.metadata or {}).get(b'ftbook', b'{}'))
-    return Sweep([_completed(r, about.get('rows', {})) for r in found.to_pylist()], about)
+    return found.column_names, found.to_pylist(), json.loads((found.schema.metadata or {}).get(b'ftbook', b'{}'))
 
 
 def _completed(r, rows):
@@ -131,3 +148,4 @@ def _completed(r, rows):
     m = rows.get('valid', 0)
     right = a if a is None or b is None else (n * a + m * b) / (n + m)
     return r | dict(accuracy=right, test_accuracy=a, gib=r['peak_bytes'] and r['peak_bytes'] / GIB)
+

@@ -27,7 +27,8 @@ and, where it needs them:
     RESERVE = 1.5e9                 bytes of memory that stay free; a process that leaves less is ended
     PER_PROCESS = 8                 runs in one process, 1 if not said; 0 makes all in this one
     THREADS = 1                     threads of a run, for the libraries that read it when they are imported
-    summarize(results)              a dict, written to `results/NAME_summary.jsonl`
+    ABOUT = dict(...)               what a reader of the results must know of the study; it is kept in their file
+    summarize(results)              a dict, written to `results/NAME_summary.jsonl`; None where it wrote something else
 
 Results are `results/NAME.jsonl`, one run a line, as `ftbook.results.read_results` reads them.
 """
@@ -151,17 +152,21 @@ class Study:
         "What names a run, so that it can be counted."
         return json.dumps([run.get(k) for k in self.module.KEY])
 
-    def made(self, this_machine=False):
-        "How often each run has been made, here or anywhere."
+    def runs(self, this_machine=False):
+        "The runs that have been made, here or anywhere."
         results, here = self.read(), machine(self.setting('PACKAGES', ()))
         same = lambda m: all(m[k] == here[k] for k in ('cpu', 'cores', 'versions'))
-        counted = [r for r in results['runs'] if not this_machine or same(results['machines'][r['machine']])]
-        return Counter(self.key(r) for r in counted)
+        return [r for r in results['runs'] if not this_machine or same(results['machines'][r['machine']])]
+
+    def made(self, this_machine=False):
+        "How often each run has been made, here or anywhere."
+        return Counter(map(self.key, self.runs(this_machine)))
 
     def missing(self, only=(), share=(0, 1), this_machine=False):
         "The planned runs that have not been made. A run belongs to one share, whatever else is missing."
-        made, found = self.made(this_machine), []
-        for job in self.module.plan([] if this_machine else self.read()['runs']):
+        runs, found = self.runs(this_machine), []
+        made = Counter(map(self.key, runs))
+        for job in self.module.plan(runs):
             key = self.key(job)
             if made[key] > 0:
                 made[key] -= 1
@@ -171,7 +176,7 @@ class Study:
 
     def append(self, runs):
         "Add finished runs and the machine that made them."
-        append(self.path, runs, machine(self.setting('PACKAGES', ())))
+        append(self.path, runs, machine(self.setting('PACKAGES', ())), self.setting('ABOUT', {}))
 
     def measure(self, job, tries=TRIES):
         "Make one run and append it; Disturbed where other processes never left it alone."
@@ -188,7 +193,9 @@ class Study:
 
     def summarize(self):
         "Write what lessons read, whole or not at all."
-        write_results(self.path.with_name(f'{self.name}_summary.jsonl'), self.module.summarize(self.read()))
+        found = self.module.summarize(self.read())
+        if found is not None:
+            write_results(self.path.with_name(f'{self.name}_summary.jsonl'), found)
 
 
 def studies():
@@ -209,16 +216,18 @@ def taking_turns(path):
     return FileLock(locks / f'{crc32(str(path.resolve()).encode()):08x}-{path.name}.lock')
 
 
-def append(path, runs, here):
-    """Append runs, one a line. Two writers take turns. Half a line at the end, which a killed writer left, is taken
-    away."""
+def append(path, runs, here, about={}):
+    """Append runs, one a line, and what is not there yet about their machine and their study. Two writers take turns.
+    Half a line at the end, which a killed writer left, is taken away."""
     path.parent.mkdir(exist_ok=True)
     with taking_turns(path), open(path, 'ab') as file:
-        machines = read_results(mend(path)).get('machines', [])
-        new = [] if here in machines else [here]
-        number = (machines + new).index(here)
-        rows = [row | dict(machine=number) for row in runs]
-        file.write(''.join(result_lines((dict(machines=new) if new else {}) | dict(runs=rows))).encode())
+        there = read_results(mend(path))
+        machines = there.get('machines', [])
+        new = {k: v for k, v in about.items() if there.get(k) != v}
+        if here not in machines:
+            machines, new = machines + [here], new | dict(machines=[here])
+        rows = [row | dict(machine=machines.index(here)) for row in runs]
+        file.write(''.join(result_lines(new | dict(runs=rows))).encode())
         file.flush()
         os.fsync(file.fileno())
 

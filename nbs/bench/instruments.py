@@ -1,6 +1,6 @@
 """What the studies measure with: one copy of the model, precisions, peak memory, intervals."""
 
-import random, resource, statistics, threading
+import copy, random, resource, statistics, threading
 from functools import cache
 
 
@@ -17,6 +17,13 @@ def half():
     from ftbook.models.device import probe_device
 
     return str(probe_device('cpu').dtype).removeprefix('torch.')
+
+
+def fresh(full):
+    """(model, tokenizer, precision): full fine-tuning needs weights in float32, everything else trains float32 beside
+    bfloat16."""
+    model, tokenizer = loaded('float32' if full else half())
+    return copy.deepcopy(model), tokenizer, 'bfloat16' if full and half() == 'bfloat16' else None
 
 
 def unrelated(tokenizer, n=24):

@@ -51,11 +51,12 @@ def build(name):
     return str(place(name))
 
 
-def ask(name, code, *arguments, threads=None):
-    "Run a program in the rival's environment; what it prints. Its error is raised with its last lines."
+def ask(name, code, *arguments, threads=None, given=None):
+    """Run a program in the rival's environment, with the text `given` at its standard input; what it prints. Its error
+    is raised with its last lines."""
     env = dict(os.environ) if threads is None else dict(os.environ, OMP_NUM_THREADS=str(threads))
     command = [python_of(name), *(['-c', code] if '\n' in code else [code]), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f'{name}: {done.stderr[-2000:]}')
     return done.stdout

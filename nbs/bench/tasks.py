@@ -260,6 +260,23 @@ def form_labels(task):
     return list(dict.fromkeys(FORMS[task][1].values()))
 
 
+def form_rows(task, seed):
+    "(train, test): prompt, completion and label, all labels in turn."
+    end, words = FORMS[task]
+
+    def row(r):
+        word = words[r['label']]
+        return dict(prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}", completion=f' {word}', label=word)
+
+    known = ([r for r in rows if r['label'] in words] for rows in split_few(task, max(SHOTS), seed))
+    return tuple([row(r) for r in in_turn(rows, list(words))] for rows in known)
+
+
+def asked(rows):
+    "The rows as the library takes them, without their label."
+    return [dict(prompt=r['prompt'], completion=r['completion']) for r in rows]
+
+
 # A frozen encoder
 
 

@@ -3,7 +3,8 @@
 import pytest
 import json
 
-import forgetting_worker as bench
+from harness import Study
+from studies import forgetting as bench
 from ftbook.forgetting import lost as forgetting_lost, report as forgetting_report
 
 
@@ -81,10 +82,10 @@ def test_the_other_seeds_run_the_better_strength():
     assert all(v in chosen for v in ('full 1e-05', 'lora 0.003', 'full, freeze 15'))
 
 
-def test_shares_of_the_work_are_apart_and_whole(monkeypatch):
-    monkeypatch.setattr(bench, 'read', lambda: dict(runs=[]))
-    parts = [bench.missing(f'{i}/3') for i in range(3)]
-    assert sorted(sum(parts, [])) == sorted(bench.missing()) and all(len(p) > 3 for p in parts)
+def test_shares_of_the_work_are_apart_and_whole(tmp_path):
+    study = Study('forgetting', tmp_path)
+    parts = [[study.key(j) for j in study.missing(share=(i, 3))] for i in range(3)]
+    assert sorted(sum(parts, [])) == sorted(study.key(j) for j in study.missing()) and all(len(p) > 3 for p in parts)
 
 
 def test_a_report_escapes_names_and_answers(tmp_path):

@@ -1,19 +1,20 @@
-"The runs on real tasks: what the worker does to tensors, and that the lesson's explorers move."
+"The runs on real tasks: what the study does to tensors, and that the lesson's explorers move."
 
-import itertools, json, os
+import itertools, os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import merge_tasks_worker as worker
 from book import directives, nbs, read_cells
 from ftbook.merging.recipes import RECIPES
 from ftbook.merging.explorers import MergeButton, job_of
 from ftbook.merging.task_runs import right
 from ftbook.merging.vectors import conflicts
 from ftbook.merging.states import merge_states
+from harness import Study, write_results
+from studies import merge_tasks as study
 
 bench = nbs / 'bench'
 
@@ -24,66 +25,63 @@ def small(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     draw = lambda: {'a': torch.randn(40, 30, generator=rng), 'b': torch.randn(50, generator=rng)}
     base = draw()
-    states = dict(base=base) | {t: {k: base[k] + 0.1 * v for k, v in draw().items()} for t in worker.THREE}
-    monkeypatch.setattr(worker, 'state', states.__getitem__)
-    worker.trimmed.cache_clear()
+    states = dict(base=base) | {t: {k: base[k] + 0.1 * v for k, v in draw().items()} for t in study.THREE}
+    monkeypatch.setattr(study, 'state', states.__getitem__)
+    study.trimmed.cache_clear()
     yield states
-    worker.trimmed.cache_clear()
+    study.trimmed.cache_clear()
 
 
 @pytest.mark.parametrize('density, normalize', list(itertools.product((0.2, 0.5), (True, False))))
 def test_trimming_first_is_ties(small, density, normalize):
     weights = [0.5, 1.0, 0.25]
     want = merge_states(
-        'ties', small['base'], [small[t] for t in worker.THREE], weight=weights, density=density, normalize=normalize
+        'ties', small['base'], [small[t] for t in study.THREE], weight=weights, density=density, normalize=normalize
     )
-    got = worker.merged('ties', worker.THREE, weights, density=density, normalize=normalize)
+    got = study.merged('ties', study.THREE, weights, density=density, normalize=normalize)
     for k in want:
         torch.testing.assert_close(got[k], want[k], atol=1e-6, rtol=0)
 
 
 def test_thinning_is_that_of_the_merge(small):
     "A merge with one weight of 1 has the entries of that model alone, grown."
-    for i, t in enumerate(worker.THREE):
-        thin, density = worker.thinned(t, i, 0.5), 0.5
-        got = worker.merged('dare_linear_paper', worker.THREE, [float(j == i) for j in range(3)], density=density)
+    for i, t in enumerate(study.THREE):
+        thin, density = study.thinned(t, i, 0.5), 0.5
+        got = study.merged('dare_linear_paper', study.THREE, [float(j == i) for j in range(3)], density=density)
         for k, b in small['base'].items():
             torch.testing.assert_close(got[k] - b, (thin[k] - b) / density, atol=1e-6, rtol=0)
 
 
 def test_counts_are_those_of_conflicts(small):
-    models = [small[t] for t in worker.THREE]
-    n, moved, against = worker.entry_counts(models)
+    models = [small[t] for t in study.THREE]
+    n, moved, against = study.entry_counts(models)
     flat = torch.stack([torch.cat([(m[k] - b).flatten() for k, b in small['base'].items()]) for m in models])
     assert n == flat.shape[1] and against / moved == pytest.approx(conflicts(flat))
     cosine = torch.nn.functional.cosine_similarity(flat[0].double(), flat[1].double(), dim=0)
-    assert worker.clash(worker.THREE[:2], 'ties', 1.0)['cosine'] == pytest.approx(float(cosine), abs=2e-5)
+    assert study.clash(study.THREE[:2], 'ties', 1.0)['cosine'] == pytest.approx(float(cosine), abs=2e-5)
 
 
-def test_a_run_that_was_written_is_not_planned_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, 'RESULTS', tmp_path / 'runs.json')
-    first, *_ = plan = list(dict.fromkeys(worker.plan()))
-    part, tasks, method, settings, weights = plan[-20]
-    run = dict(part=part, tasks=list(tasks), method=method, settings=dict(settings), weights=list(weights))
-    worker.RESULTS.write_text(json.dumps(dict(machines=[], runs=[run])))
-    left = worker.missing()
-    assert first in left and plan[-20] not in left and len(left) == len(plan) - 1
+def test_a_run_that_was_written_is_not_planned_again(tmp_path):
+    mine, plan = Study('merge_tasks', tmp_path), list(study.plan([]))
+    write_results(mine.path, dict(machines=[], runs=[plan[-20]]))
+    left = mine.missing()
+    assert plan[0] in left and plan[-20] not in left and len(left) == len(plan) - 1
 
 
 def test_methods_of_no_grid(small):
-    "Every method that is planned merges what the worker gives it, and those without weights find their own."
-    for tasks, method, given, weights in worker.others():
-        found = worker.merged(method, tasks, weights, **given)
+    "Every method that is planned merges what the study gives it, and those without weights find their own."
+    for tasks, method, given, weights in study.others():
+        found = study.merged(method, tasks, weights, **given)
         assert all(t.isfinite().all() and not torch.equal(t, small['base'][k]) for k, t in found.items())
-    halfway = worker.merged('slerp', worker.PAIR, (0.5, 0.5))
+    halfway = study.merged('slerp', study.PAIR, (0.5, 0.5))
     torch.testing.assert_close(
-        halfway['b'], merge_states('karcher', None, [small[t] for t in worker.PAIR])['b'], atol=0.02, rtol=0
+        halfway['b'], merge_states('karcher', None, [small[t] for t in study.PAIR])['b'], atol=0.02, rtol=0
     )
 
 
 def test_every_method_is_planned():
     "One of each family that the chapter has, but for the single model."
-    planned = {method for part, _, method, *_ in worker.plan() if part not in ('conflict', 'search')}
+    planned = {job[2] for job in study.jobs() if job[0] not in ('conflict', 'search')}
     family = lambda name: name.replace('_paper', '').replace('_ties', '').replace('_linear', '')
     assert {family(n) for n in RECIPES} - {'passthrough'} <= {family(m) for m in planned}
 
@@ -156,7 +154,7 @@ def test_the_button(lesson):
     button = MergeButton(lesson['merge_three'], made)
     assert 'model_id' in button._repr_mimebundle_()['application/vnd.jupyter.widget-view+json']
     button.button.click()
-    assert calls == [(worker.THREE, job_of(lesson['merge_three'].value))]
+    assert calls == [(study.THREE, job_of(lesson['merge_three'].value))]
     assert button.said.value.startswith('made just now: products 0.500') and not button.button.disabled
 
     def failed(*given):

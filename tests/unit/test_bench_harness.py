@@ -76,6 +76,25 @@ def test_a_plan_sees_the_runs_that_are_there(study):
     assert [r["seed"] for r in study.read()["runs"]] == [0, 1, 2]
 
 
+def test_a_plan_of_this_machine_sees_the_runs_of_this_machine(study, monkeypatch):
+    study.module.plan = lambda runs: [dict(task="next", seed=n) for n in range(len(runs) + 1)]
+    study.append([dict(task="next", seed=seed) for seed in (0, 1)])
+    monkeypatch.setattr(harness, "cpu_name", lambda: "another processor")
+    assert [j["seed"] for j in study.missing(this_machine=True)] == [0]
+    study.measure(study.missing(this_machine=True)[0])
+    assert [j["seed"] for j in study.missing(this_machine=True)] == [1]
+
+
+def test_what_is_known_of_a_study_is_in_its_file_once(study):
+    study.module.ABOUT = dict(rows=dict(train=64))
+    for job in study.missing()[:2]:
+        study.measure(job)
+    assert study.read()["rows"] == dict(train=64) and len(study.path.read_text().splitlines()) == 4
+    study.module.ABOUT = dict(rows=dict(train=96))
+    study.measure(study.missing()[0])
+    assert study.read()["rows"] == dict(train=96) and len(study.read()["runs"]) == 3
+
+
 def test_several_rows_of_one_run_are_kept(study):
     study.module.run = lambda job: [dict(part="a"), dict(part="b")]
     study.measure(dict(task="movie", seed=0))
@@ -140,6 +159,12 @@ def test_a_summary_is_whole_or_not_there(study, monkeypatch):
     with pytest.raises(TypeError):
         write_results(path, dict(rows=[dict(task=object())]))
     assert path.read_bytes() == before
+
+
+def test_a_summary_that_is_written_elsewhere(study):
+    study.module.summarize = lambda results: None
+    study.summarize()
+    assert not study.path.with_name("tried_summary.jsonl").exists()
 
 
 def test_who_else_works_is_seen():
@@ -225,6 +250,7 @@ def test_a_rival_that_is_not_there_says_how_it_is_built(monkeypatch, tmp_path):
     monkeypatch.setenv("FTBOOK_MERGEKIT_PYTHON", sys.executable)
     assert rivals.python_of("mergekit") == sys.executable
     assert rivals.ask("mergekit", "import sys\nprint(sys.argv[1:])", 1, 2).strip() == "['1', '2']"
+    assert rivals.ask("mergekit", "import sys\nprint(sys.stdin.read() * 2)", given="ab").strip() == "abab"
 
 
 @pytest.mark.parametrize("name", harness.studies())

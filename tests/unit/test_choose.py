@@ -12,6 +12,7 @@ from ftbook.choose import surface as choose_surface
 from ftbook.choose import sweep as choose_sweep
 from ftbook.choose import ways as choose_ways
 from ftbook.recipe.config import load_recipe
+from ftbook.results import result_lines
 from ftbook.show.page import Picture
 from cases.choose import advised, config, known, made, rows
 
@@ -37,6 +38,14 @@ def test_a_file_as_it_is_written(tmp_path):
     )
     assert found.runs[0]["accuracy"] == pytest.approx(0.75 * runs[0]["accuracy"]) and found.runs[0]["gib"] == 1.0
     assert "2 missing, 1 diverged" in repr(found)
+    about = dict(rows=dict(test=3, valid=1), planned=dict(design=dict(movie=5)))
+    lines = [{k: v for k, v in r.items() if v is not None} for r in reversed(runs)]
+    (tmp_path / "a.jsonl").write_text("".join(result_lines(about | dict(runs=lines))))
+    same = choose_sweep.load_sweep(tmp_path / "a.jsonl")
+    assert same.runs == found.runs and same.about == found.about
+    (tmp_path / "b.jsonl").write_text("".join(result_lines(dict(runs=[{"part": "design", "lr": 1e-3}]))))
+    with pytest.raises(ValueError, match="b.jsonl lacks the columns task, seed"):
+        choose_sweep.load_sweep(tmp_path / "b.jsonl")
     pq.write_table(table.drop_columns(["lr", "task"]), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match="b.parquet lacks the columns task, lr"):
         choose_sweep.load_sweep(tmp_path / "b.parquet")
@@ -48,7 +57,7 @@ def test_a_file_as_it_is_written(tmp_path):
 
 
 def test_what_ships_is_what_was_measured():
-    ours, theirs = choose_sweep.load_sweep(), choose_sweep.load_sweep(results / "sweep.parquet")
+    ours, theirs = choose_sweep.load_sweep(), choose_sweep.load_sweep(results / "sweep.jsonl")
     assert [{k: r[k] for k in choose_sweep.COLUMNS} for r in ours.runs] == [
         {k: r[k] for k in choose_sweep.COLUMNS} for r in theirs.runs
     ]

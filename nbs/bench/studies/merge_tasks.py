@@ -1,61 +1,50 @@
-"""The runs of `merge_tasks.ipynb`: six fine-tunes of SmolLM2-135M, merged in many ways, and what each merge still knows.
+"""Six fine-tunes of SmolLM2-135M, merged in many ways, and what each merge still knows.
 
-    python merge_tasks_worker.py          every run that is missing, appended to results/merge_tasks.json one by one
-    python merge_tasks_worker.py tune     only the models, into the cache of ftbook; they are built again where they lack
-
-A run is (part, tasks, method, settings, weights). All weights are trained, on 128 rows a task, twice, 8 to a step. A merge is made in memory from float32 tensors, put into one model in bfloat16
-(float32 where the CPU lacks it), and asked about the same held-out rows of each task; the answer is the most probable of the task's labels. A run keeps, for each task, which rows were right
-(a string of 0 and 1, in the order of the rows, so that two merges can be compared row by row) and the mean cross-entropy of the right label among the labels.
+All weights are trained, on 128 rows a task, twice, 8 to a step; part 'training' is one fine-tune, kept in the cache of ftbook and made
+again where it lacks. A merge is made in memory from float32 tensors, put into one model in bfloat16 (float32 where the CPU lacks
+it), and asked about the same held-out rows of each task; the answer is the most probable of the task's labels. A run keeps, for each
+task, which rows were right (a string of 0 and 1, in the order of the rows, so that two merges can be compared row by row) and the mean
+cross-entropy of the right label among the labels.
 """
 
-import hashlib, itertools, json, sys, time
+import hashlib, itertools, json, time
 from functools import cache, lru_cache
 
-from domains_worker import HERE, append as append_to, read as read_from
+from tasks import FORMS, asked, form_labels, form_rows
 
-RESULTS = HERE / 'results' / 'merge_tasks.json'
+KEY = 'part', 'tasks', 'method', 'settings', 'weights'
 PACKAGES = 'torch', 'transformers', 'numpy'
-N_TRAIN, N_TEST, N_VALID, WORDS = 128, 60, 60, 16
+PER_PROCESS = 0  # one process reads the fine-tunes once
+N_TRAIN, N_TEST, N_VALID = 128, 60, 60
 TRAINING = dict(lr=1e-4, batch_size=8, epochs=2, seed=0)
-SENTIMENT = dict(negative='negative', positive='positive')
-# task -> (how a prompt ends, class of the corpus -> the word that the model says)
-TASKS = {
-    'movie': ('Sentiment:', SENTIMENT),
-    'news': (
-        'Topic:',
-        dict(
-            business='business', entertainment='entertainment', politics='politics', sports='sport', tech='technology'
-        ),
-    ),
-    'newsgroups': (
-        'Newsgroup:',
-        {
-            'comp.graphics': 'graphics',
-            'rec.autos': 'cars',
-            'rec.sport.hockey': 'hockey',
-            'sci.crypt': 'encryption',
-            'sci.med': 'medicine',
-            'sci.space': 'space',
-            'soc.religion.christian': 'Christianity',
-            'talk.politics.guns': 'guns',
-        },
-    ),
-    'tweets': ('Mood:', SENTIMENT),
-    'r8': (
-        'Subject:',
-        {
-            'acq': 'acquisition',
-            'crude': 'oil',
-            'earn': 'earnings',
-            'interest': 'interest',
-            'money-fx': 'currency',
-            'ship': 'shipping',
-            'trade': 'trade',
-        },
-    ),
-    'products': ('Opinion:', SENTIMENT),
-}
-NAMES = tuple(TASKS)
+NAMES = tuple(FORMS)
+
+
+def plan(runs):
+    "The fine-tunes, then every merge."
+    for name in (*NAMES, 'all tasks'):
+        yield dict(part='training', tasks=[name])
+    for part, tasks, method, settings, weights in dict.fromkeys(jobs()):
+        yield dict(part=part, tasks=list(tasks), method=method, settings=dict(settings), weights=list(weights))
+
+
+def run(job):
+    "What a merge still knows, or what a part is about."
+    part, tasks = job['part'], job['tasks']
+    if part == 'training':
+        return tune(tasks[0])
+    start, (method, settings, weights) = time.perf_counter(), (job[k] for k in ('method', 'settings', 'weights'))
+    if part == 'bound':
+        found = bound(tasks[0])
+    elif part == 'conflict':
+        found = clash(tasks, method, settings['density'])
+    elif part == 'written':
+        found = written(tasks, method, settings, weights)
+    elif part == 'search':
+        found = look_for(tasks, **settings)
+    else:
+        found = merge_run(tasks, method, settings, weights)
+    return found | dict(seconds=round(time.perf_counter() - start, 1))
 
 
 # Rows
@@ -64,33 +53,17 @@ NAMES = tuple(TASKS)
 @cache
 def rows_of(task):
     "(train, validation, test): rows of ftbook.data with their label, all labels in turn."
-    from curves_worker import in_turn
-    from fewshot_worker import split
-
-    end, words = TASKS[task]
-
-    def row(r):
-        return dict(
-            prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}",
-            completion=f" {words[r['label']]}",
-            label=words[r['label']],
-        )
-
-    train, test = ([r for r in rows if r['label'] in words] for rows in split(task, 64, 0))
-    train, test = (list(map(row, in_turn(rows, list(words)))) for rows in (train, test))
+    train, test = form_rows(task, 0)
     if len(train) < N_TRAIN or len(test) < N_TEST + N_VALID:
         raise ValueError(f'{task} has {len(train)} rows to train on and {len(test)} others')
     return train[:N_TRAIN], test[N_TEST : N_TEST + N_VALID], test[:N_TEST]
-
-
-def labels_of(task):
-    return list(dict.fromkeys(TASKS[task][1].values()))
 
 
 # Models
 
 
 def half():
+    "The precision in which a model is used."
     from ftbook.models.device import probe_device
 
     return probe_device('cpu').dtype
@@ -126,50 +99,35 @@ def tune(name):
     from ftbook.training.tune import finetune
     from safetensors.torch import save_file
 
-    file = file_of(name)
-    if file.exists():
-        return file
     start, (model, tokenizer) = time.perf_counter(), load_model('smollm2-135m', dtype='float32', device='cpu')
     torch.manual_seed(TRAINING['seed'])
     rows = [r for turn in zip(*(rows_of(t)[0] for t in (NAMES if name == 'all tasks' else [name]))) for r in turn]
-    run = finetune(
-        model,
-        encode([dict(prompt=r['prompt'], completion=r['completion']) for r in rows], tokenizer),
-        **TRAINING,
-        mixed=half() == torch.bfloat16,
-        progress=False,
-    )
+    examples = encode(asked(rows), tokenizer)
+    trained = finetune(model, examples, **TRAINING, mixed=half() == torch.bfloat16, progress=False)
+    file = file_of(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix('.writing')
     save_file({k: p.detach().contiguous() for k, p in model.named_parameters()}, beside)
     beside.replace(file)
-    if not any(r['part'] == 'training' and r['tasks'] == [name] for r in read()['runs']):
-        append_to(
-            [
-                dict(
-                    part='training',
-                    tasks=[name],
-                    rows=len(rows),
-                    steps=len(run.history),
-                    first_loss=round(run.history[0]['loss'], 4),
-                    last_loss=round(sum(h['loss'] for h in run.history[-8:]) / 8, 4),
-                    seconds=round(time.perf_counter() - start, 1),
-                )
-            ],
-            RESULTS,
-            PACKAGES,
-        )
-    return file
+    return dict(
+        rows=len(rows),
+        steps=len(trained.history),
+        first_loss=round(trained.history[0]['loss'], 4),
+        last_loss=round(sum(h['loss'] for h in trained.history[-8:]) / 8, 4),
+        seconds=round(time.perf_counter() - start, 1),
+    )
 
 
 @cache
 def state(name):
-    "Float32 tensors of a model, or of the base."
+    "Float32 tensors of a model, or of the base; a fine-tune that the cache lacks is made."
     from ftbook.models.shipped import model_folder
     from safetensors.torch import load_file
 
     if name != 'base':
-        return load_file(tune(name))
+        if not file_of(name).exists():
+            tune(name)
+        return load_file(file_of(name))
     found = load_file(model_folder('smollm2-135m') / 'model.safetensors')
     return {k: found[k].float() for k, _ in judge()[0].named_parameters()}
 
@@ -178,16 +136,15 @@ def state(name):
 
 
 @cache
-def asked(task, part):
+def questions(task, part):
     "(token ids of the prompts, those of the labels, the right ones)."
     from ftbook.data.examples import prompt_ids
     from ftbook.forgetting.choices import choice_ids
 
-    tokenizer, names, rows = judge()[1], labels_of(task), rows_of(task)[dict(valid=1, test=2)[part]]
-    rows_ = [dict(prompt=r['prompt'], completion=r['completion']) for r in rows]
+    tokenizer, names, rows = judge()[1], form_labels(task), rows_of(task)[dict(valid=1, test=2)[part]]
     return (
-        [prompt_ids(r, tokenizer) for r in rows_],
-        choice_ids(rows_[0], [f' {n}' for n in names], tokenizer),
+        [prompt_ids(r, tokenizer) for r in asked(rows)],
+        choice_ids(asked(rows[:1])[0], [f' {n}' for n in names], tokenizer),
         [names.index(r['label']) for r in rows],
     )
 
@@ -197,7 +154,7 @@ def score(task, part='test'):
     import torch
     from ftbook.forgetting.choices import choice_scores
 
-    prompts, labels, right = asked(task, part)
+    prompts, labels, right = questions(task, part)
     found, right = choice_scores(judge()[0], prompts, labels, max_tokens=512), torch.tensor(right)
     return ''.join('01'[int(x)] for x in found.argmax(1) == right), round(
         torch.nn.functional.cross_entropy(found, right).item(), 5
@@ -277,7 +234,7 @@ def thinned(name, i, density, seed=0):
     }
 
 
-# The runs
+# What the parts measure
 
 
 def bound(name):
@@ -337,7 +294,7 @@ def written(tasks, method, settings, weights, rows=3, tokens=3):
     model, tokenizer = judge()
 
     def write(r):
-        ids = torch.tensor([prompt_ids(dict(prompt=r['prompt'], completion=r['completion']), tokenizer)])
+        ids = torch.tensor([prompt_ids(asked([r])[0], tokenizer)])
         with torch.no_grad():
             return tokenizer.decode(
                 model.generate(
@@ -356,29 +313,6 @@ def written(tasks, method, settings, weights, rows=3, tokens=3):
     return dict(
         prompts={t: [dict(prompt=r['prompt'], label=r['label']) for r in rows_of(t)[2][:rows]] for t in tasks},
         said=said,
-    )
-
-
-def one(part, tasks, method='', settings=(), weights=()):
-    start, settings = time.perf_counter(), dict(settings)
-    if part == 'bound':
-        found = bound(tasks[0])
-    elif part == 'conflict':
-        found = clash(tasks, method, settings['density'])
-    elif part == 'written':
-        found = written(tasks, method, settings, weights)
-    elif part == 'search':
-        found = look_for(tasks, **settings)
-    else:
-        found = merge_run(tasks, method, settings, weights)
-    return dict(
-        part=part,
-        tasks=list(tasks),
-        method=method,
-        settings=settings,
-        weights=[round(w, 4) for w in weights],
-        **found,
-        seconds=round(time.perf_counter() - start, 1),
     )
 
 
@@ -462,8 +396,8 @@ def on_triangle(method, settings, total):
     return [job('triangle', THREE, method, settings, [total * w for w in share]) for share in THIRDS]
 
 
-def plan():
-    "Every run, in order: the bounds, then something of each part, then the rest."
+def jobs():
+    "Every merge, in order: the bounds, then something of each part, then the rest."
 
     def first(d):
         return d in ({}, dict(density=0.2), dict(density=0.2, normalize=False), dict(density=0.2, normalize=True))
@@ -495,29 +429,3 @@ def plan():
     yield from (j for m, s, total in triangle() for j in on_triangle(m, s, total))
     yield from (job('conflict', pair, 'ties', dict(density=0.2)) for pair in itertools.combinations(NAMES, 2))
     yield from (job('others', *o) for o in others())
-
-
-def read():
-    return read_from(RESULTS)
-
-
-def key(run):
-    return job(run['part'], run['tasks'], run['method'], run['settings'], run['weights'])
-
-
-def missing():
-    done = {key(r) for r in read()['runs'] if r['part'] != 'training'}
-    return [j for j in dict.fromkeys(plan()) if j not in done]
-
-
-def measure(job):
-    append_to([one(*job)], RESULTS, PACKAGES)
-
-
-if __name__ == '__main__':
-    if sys.argv[1:] == ['tune']:
-        for name in (*NAMES, 'all tasks'):
-            tune(name)
-    else:
-        for job_ in missing():
-            measure(job_)

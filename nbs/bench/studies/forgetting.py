@@ -1,25 +1,21 @@
-"""The runs of `forgetting.ipynb`: one task after another, and what is left of the earlier ones and of other text.
+"""Forgetting: one task after another, and what is left of the earlier ones and of other text.
 
-    python forgetting_worker.py                    every run that is missing, appended to results/forgetting.json one by one
-    python forgetting_worker.py I/N                one of N shares of them: so N processes share the work
-    python forgetting_worker.py batch K [I/N]      the next K of them, in this process
-    python forgetting_worker.py moves              how far some of the runs move the weights on the first task, to results/forgetting_moves.json
-    python forgetting_worker.py summary            results/forgetting_summary.json, which the lessons read
-
-A run is (sequence, variant, seed). All train SmolLM2-135M on 64 short rows a task, twice, 8 to a step, with the same weights (or the same adapter) going on from task to task. Before the first task and after each,
-it is asked about held-out rows of all tasks (the most probable of a task's labels; of explanations, the loss), and reads two kinds of other text. The last model of some runs is also judged on the line back to the base.
-Neutral text, for the remedies that need some, is of the same kinds but never the text that is judged. The first seed tries every strength of a remedy; the other seeds run the better one (by learnt minus lost).
+All train SmolLM2-135M on 64 short rows a task, twice, 8 to a step, with the same weights (or the same adapter) going on from task to
+task. Before the first task and after each, it is asked about held-out rows of all tasks (the most probable of a task's labels; of
+explanations, the loss), and reads two kinds of other text. The last model of some runs is also judged on the line back to the
+base. Neutral text, for the remedies that need some, is of the same kinds but never the text that is judged. The first seed tries
+every strength of a remedy; the other seeds run the better one (by learnt minus lost).
 """
 
-import copy, json, os, random, statistics, subprocess, sys, time
+import copy, random, statistics, time
 from functools import cache
-from zlib import crc32
 
-from domains_worker import HERE, append as append_to, read as read_from
-from methods_worker import fresh, half, interval, loaded
+from instruments import fresh, half, interval, loaded
+from tasks import asked, form_labels, form_rows
 
-RESULTS, MOVES, SUMMARY = (HERE / 'results' / f'forgetting{part}.json' for part in ('', '_moves', '_summary'))
+KEY = 'sequence', 'variant', 'seed'
 PACKAGES = 'torch', 'transformers'
+PER_PROCESS = 6
 SEQUENCES = dict(domains=('movie', 'products', 'tweets', 'news'), explaining=('movie', 'jargon'))
 N_TRAIN, N_TEST, WORDS, BATCH, EPOCHS, SEEDS = 64, 48, 16, 8, 2, 3
 OTHER, NEUTRAL = dict(newspaper=16, foldoc=16), 16  # texts of each kind to judge by, and to train with
@@ -52,10 +48,45 @@ VARIANTS |= {
 }
 VARIANTS |= {f'lora, rank {r}': way('lora', rank=r) for r in (2, 64)}
 RANK = 16
-# whose way is measured
-MOVED = *(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates), 'lora, rank 2', 'lora, rank 64'
 FEW = tuple(f'{m} {lr:g}' for m, rates in RATES.items() for lr in rates[1:])  # variants of the short sequence
 LINED = 'full 0.0001', 'full 0.0003', 'lora 0.001', 'lora 0.003'
+
+
+def plan(runs):
+    "All variants with the first seed, those that are chosen then with the others."
+    for seed in range(SEEDS):
+        for sequence, some in (('domains', chosen(runs) if seed else VARIANTS), ('explaining', FEW)):
+            for variant in some:
+                yield dict(sequence=sequence, variant=variant, seed=seed)
+
+
+def run(job):
+    "What the model knows before the first task and after each, and on the line back to the base."
+    from ftbook.forgetting.remedies import Interpolation, trained_weights
+    from ftbook.forgetting.holding_back import freeze_layers_
+
+    sequence, variant, seed = (job[k] for k in KEY)
+    start, way = time.process_time(), VARIANTS[variant]
+    first = judged_base(way['method'] == 'full', sequence, seed)
+    model, precision = begun_with(way, seed)
+    if way['remedy'] == 'freeze':
+        freeze_layers_(model, way['strength'])
+    before = trained_weights(model) if variant in LINED and way['method'] == 'full' else None
+    stages, past, trained, steps = [first], [], 0.0, []
+    stiffness = stiffer(None, model, other_text()[1]) if way['remedy'] == 'EWC' else None
+    for task in SEQUENCES[sequence]:
+        begun = time.process_time()
+        steps.append(learn(way, model, task, seed, past, stiffness, precision))
+        trained += time.process_time() - begun
+        stages.append(judged(model, sequence, seed, precision))
+        past = past + list(examples(rows_of(task, seed)[0][:NEUTRAL]))
+        if way['remedy'] == 'EWC':
+            stiffness = stiffer(stiffness, model, past[-NEUTRAL:])
+    found = dict(stages=stages, steps=steps, train_cpu_seconds=round(trained, 1))
+    if variant in LINED:
+        line = Interpolation(model, before)
+        found['line'] = [dict(x=x, **judged(line.put_(x), sequence, seed, precision)) for x in LINE]
+    return dict(**way, **found, cpu_seconds=round(time.process_time() - start, 1))
 
 
 # Rows
@@ -73,32 +104,15 @@ def rows_of(task, seed):
             for r in random.Random(f'jargon {seed}').sample(rows, N_TRAIN + N_TEST)
         ]
         return rows[:N_TRAIN], rows[N_TRAIN:]
-    from curves_worker import in_turn
-    from fewshot_worker import split
-    from merge_tasks_worker import TASKS
-
-    end, words = TASKS[task]
-
-    def row(r):
-        return dict(
-            prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}",
-            completion=f" {words[r['label']]}",
-            label=words[r['label']],
-        )
-
-    train, test = ([r for r in rows if r['label'] in words] for rows in split(task, 64, seed))
-    train, test = (list(map(row, in_turn(rows, list(words)))) for rows in (train, test))
+    train, test = form_rows(task, seed)
     return train[:N_TRAIN], test[:N_TEST]
 
 
 def examples(rows):
-    return encoded([dict(prompt=r['prompt'], completion=r['completion']) for r in rows])
-
-
-def encoded(rows):
+    "The rows, encoded."
     from ftbook.data.encoding import encode
 
-    return encode(rows, loaded(half())[1])
+    return encode(asked(rows), loaded(half())[1])
 
 
 @cache
@@ -126,15 +140,11 @@ def score(model, task, seed):
     test = rows_of(task, seed)[1]
     if task == 'jargon':
         return None, round(evaluate(model, examples(test)).loss, 5)
-    from merge_tasks_worker import labels_of
-
-    tokenizer, names = loaded(half())[1], labels_of(task)
+    tokenizer, names = loaded(half())[1], form_labels(task)
     found = choice_scores(
         model,
         [prompt_ids(r, tokenizer) for r in test],
-        choice_ids(
-            dict(prompt=test[0]['prompt'], completion=test[0]['completion']), [f' {n}' for n in names], tokenizer
-        ),
+        choice_ids(asked(test[:1])[0], [f' {n}' for n in names], tokenizer),
     )
     right = torch.tensor([names.index(r['label']) for r in test])
     return round((found.argmax(1) == right).float().mean().item(), 5), round(
@@ -157,13 +167,13 @@ def judged(model, sequence, seed, precision):
 
 
 @cache
-def judged_base(method, sequence, seed):
+def judged_base(full, sequence, seed):
     "What the base knows: the same for every variant of a method."
-    model, _, precision = fresh(method)
+    model, _, precision = fresh(full)
     return judged(model, sequence, seed, precision)
 
 
-# Runs
+# Training
 
 
 def remedied(way, model, past, stiffness):
@@ -192,7 +202,7 @@ def learn(way, model, task, seed, past, stiffness, precision):
     new = list(examples(rows_of(task, seed)[0]))
     data = replay(new, old, way['strength'], seed) if old else new
     epochs = EPOCHS * (way['strength'] if way['remedy'] == 'half the steps' else 1)
-    run = finetune(
+    trained = finetune(
         model,
         data,
         lr=way['lr'],
@@ -207,7 +217,7 @@ def learn(way, model, task, seed, past, stiffness, precision):
     )
     for average in callbacks:
         average.put_(model)
-    return len(run.history)
+    return len(trained.history)
 
 
 def stiffer(stiffness, model, texts):
@@ -218,90 +228,20 @@ def stiffer(stiffness, model, texts):
     return found if stiffness is None else {n: t + found[n] for n, t in stiffness.items()}
 
 
-def base_of(way):
-    return 'full' if way['method'] == 'full' else 'LoRA 16'
-
-
 def begun_with(way, seed):
     "(model, precision): the base, ready to be trained."
     import torch
     from ftbook.methods.lora_method import LoRA
 
     torch.manual_seed(seed)
-    model, _, precision = fresh(base_of(way))
+    model, _, precision = fresh(way['method'] == 'full')
     if way['method'] == 'lora':
         rank = way.get('rank', RANK)
         LoRA(rank=rank, alpha=2 * rank, seed=seed).apply(model)
     return model, precision
 
 
-def one(sequence, variant, seed):
-    from ftbook.forgetting.remedies import Interpolation, trained_weights
-    from ftbook.forgetting.holding_back import freeze_layers_
-
-    start, way = time.process_time(), VARIANTS[variant]
-    first = judged_base(base_of(way), sequence, seed)
-    model, precision = begun_with(way, seed)
-    if way['remedy'] == 'freeze':
-        freeze_layers_(model, way['strength'])
-    before, stages, past, trained, steps = (
-        trained_weights(model) if variant in LINED and way['method'] == 'full' else None,
-        [first],
-        [],
-        0.0,
-        [],
-    )
-    stiffness = stiffer(None, model, other_text()[1]) if way['remedy'] == 'EWC' else None
-    for task in SEQUENCES[sequence]:
-        begun = time.process_time()
-        steps.append(learn(way, model, task, seed, past, stiffness, precision))
-        trained += time.process_time() - begun
-        stages.append(judged(model, sequence, seed, precision))
-        past = past + list(examples(rows_of(task, seed)[0][:NEUTRAL]))
-        if way['remedy'] == 'EWC':
-            stiffness = stiffer(stiffness, model, past[-NEUTRAL:])
-    found = dict(stages=stages, steps=steps, train_cpu_seconds=round(trained, 1))
-    if variant in LINED:
-        line = Interpolation(model, before)
-        found['line'] = [dict(x=x, **judged(line.put_(x), sequence, seed, precision)) for x in LINE]
-    return dict(
-        sequence=sequence, variant=variant, seed=seed, **way, **found, cpu_seconds=round(time.process_time() - start, 1)
-    )
-
-
-def way_of_weights(variant):
-    "How far the first task moves the matrices of the layers, and what other text pays: medians over the matrices."
-    from ftbook.forgetting.moved import moved
-    from ftbook.training.evaluate import evaluate
-
-    way, texts = VARIANTS[variant], sum(other_text()[0].values(), [])
-    model, precision = begun_with(way, 0)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()} if way['method'] == 'full' else None
-    start = evaluate(model, texts).loss
-    learn(way, model, SEQUENCES['domains'][0], 0, [], None, precision)
-    found = [m for m in moved(model, before) if '.layers.' in m['name']]
-    middle = {k: statistics.median(m[k] for m in found) for k in ('norm', 'share', 'rank')} | dict(
-        largest=statistics.median(m['norm'] / m['rank'] ** 0.5 for m in found)
-    )
-    return dict(
-        variant=variant,
-        matrices=len(found),
-        lost=round(evaluate(model, texts).loss - start, 5),
-        **{k: round(v, 6) for k, v in middle.items()},
-    )
-
-
-def moves():
-    for v in MOVED:
-        if v not in [r['variant'] for r in read_from(MOVES)['runs']]:
-            append_to([way_of_weights(v)], MOVES, PACKAGES)
-
-
 # The plan
-
-
-def read():
-    return read_from(RESULTS)
 
 
 def chosen(runs):
@@ -316,26 +256,6 @@ def chosen(runs):
             rivals.setdefault((w['method'], w['remedy']), []).append(v)
     beaten = {v for some in rivals.values() for v in some if v != max(some, key=first.get)}
     return [v for v in VARIANTS if v not in beaten]
-
-
-def jobs(runs):
-    return [
-        (s, v, seed)
-        for seed in range(SEEDS)
-        for s, some in (('domains', chosen(runs) if seed else VARIANTS), ('explaining', FEW))
-        for v in some
-    ]
-
-
-def missing(share='0/1'):
-    "What is not in the file yet. A run belongs to one share, whatever else is on the list."
-    runs, (i, n) = read()['runs'], map(int, share.split('/'))
-    done = {(r['sequence'], r['variant'], r['seed']) for r in runs}
-    return [job for job in jobs(runs) if crc32(repr(job).encode()) % n == i and job not in done]
-
-
-def measure(job):
-    append_to([one(*job)], RESULTS, PACKAGES)
 
 
 # What a run says
@@ -501,9 +421,11 @@ def mean_line(runs, sequence, v):
 SHARES = 0.25, 0.5, 0.75, 0.9
 
 
-def summary():
-    data = read()
-    runs = data['runs']
+def summarize(results):
+    "What the lessons read: intervals over the seeds, full fine-tuning and LoRA at equal learning, lines, moves."
+    from harness import Study
+
+    runs = results['runs']
     equal = [
         dict(sequence=s, share=share, seeds=seeds, apart=interval([o['lora'] - o['full'] for o in seeds]))
         for s in SEQUENCES
@@ -511,31 +433,10 @@ def summary():
         for seeds in [at_equal_learning(runs, s, share)]
     ]
     return dict(
-        machines=data['machines'],
+        machines=results['machines'],
         units=UNITS,
-        moves=read_from(MOVES)['runs'],
+        moves=Study('forgetting_moves').read()['runs'],
         rows=[row_of(runs, s, v) for s in SEQUENCES for v in measured(runs, s)],
         equal=equal,
         lines={s: {v: mean_line(runs, s, v) for v in measured(runs, s) if v in LINED} for s in SEQUENCES},
     )
-
-
-def write_summary():
-    beside = SUMMARY.with_suffix('.writing')
-    beside.write_text(json.dumps(summary(), indent=1) + '\n', encoding='utf-8')
-    os.replace(beside, SUMMARY)
-
-
-if __name__ == '__main__':
-    what = sys.argv[1:]
-    if what[:1] == ['batch']:
-        for job in missing(*what[2:])[: int(what[1])]:
-            measure(job)
-    elif what == ['summary']:
-        write_summary()
-    elif what == ['moves']:
-        moves()
-    else:
-        # a process ends before its memory grows
-        while missing(*what):
-            subprocess.run([sys.executable, __file__, 'batch', '6', *what], check=True, cwd=HERE)

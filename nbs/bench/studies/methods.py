@@ -1,23 +1,18 @@
-"""The runs of `methods.ipynb`: every method of the book on two tasks, each with a learning rate of its own.
+"""Every method of the book on two tasks, each with a learning rate of its own.
 
-    python methods_worker.py             every run that is missing, appended to results/methods.json one by one
-    python methods_worker.py TASK        those of one task: two processes take two tasks side by side
-    python methods_worker.py batch N [TASK]   the next N of them, in this process
-    python methods_worker.py cost        time and memory of every variant, on a quiet machine, appended to results/methods_cost.json
-    python methods_worker.py cost NAME   of one; prints one line of JSON
-    python methods_worker.py summary     results/methods_summary.json, which the lessons read: means and intervals of the runs at the chosen rates
-
-A run is (part, variant, task, lr, seed, batch_size). Parts: 'sweep' (one seed, judged by the loss on validation rows), 'run' (five seeds at the best rate of the sweep) and 'batch' (larger batches).
-All train SmolLM2-135M on the same 96 rows, twice, 8 to a step. The answer is the most probable of the labels.
+A part is 'sweep' (one seed, judged by the loss on validation rows), 'run' (five seeds at the best rate of the sweep) or 'batch'
+(larger batches). All train SmolLM2-135M on the same 96 rows, twice, 8 to a step. The answer is the most probable of the labels.
 """
 
-import copy, json, math, random, statistics, subprocess, sys, tempfile, time
+import importlib, math, statistics, tempfile, time
 from functools import cache
 
-from domains_worker import HERE, append as append_to, read as read_from
+from instruments import fresh, half, interval, loaded, unrelated
+from tasks import labels_of, split_task
 
-RESULTS, COST, SUMMARY = (HERE / 'results' / f'methods{part}.json' for part in ('', '_cost', '_summary'))
+KEY = 'part', 'variant', 'task', 'lr', 'seed', 'batch_size'
 PACKAGES = 'torch', 'transformers', 'peft'
+PER_PROCESS = 8
 TASKS, N_TRAIN, N_VALID, N_TEST, BATCH, EPOCHS, SEEDS = ('movie', 'newsgroups'), 96, 64, 160, 8, 2, 5
 FEWER_SEEDS = 3  # of the sizes in between
 WORDS = 28  # of a message; a film snippet is about as long
@@ -80,45 +75,26 @@ FIRST = {
 BATCHES = 32, 64
 
 
-def begin(variant):
-    "The three rates with which the sweep of a variant begins."
-    kind = 'full' if VARIANTS[variant] is None else VARIANTS[variant][1]
-    at = LADDER.index(FIRST.get(variant, FIRST.get(kind, 3e-4)))
-    return LADDER[at : at + 3]
+def plan(runs):
+    "Every run that is known by now, in order: the sweep of a variant, then its seeds."
+    for job in dict.fromkeys(jobs(runs)):
+        yield dict(zip(KEY, job))
+
+
+def run(job):
+    "What a method learnt and forgot; the probe beside them trains nothing."
+    return probe(job['task'], job['seed']) if job['variant'] == 'probe' else one(**job)
 
 
 def apply_(variant, model, tokenizer, task, seed):
     "Put the method on the model."
     if VARIANTS[variant] is None:
         return model
-    import importlib
-
     module, name, given = VARIANTS[variant]
     more = dict(text=TEXT[task], tokenizer=tokenizer) if given.get('init') == 'text' else {}
     if name not in ('IA3', 'BitFit'):
         more['seed'] = seed
     return getattr(importlib.import_module(f'ftbook.methods.{module}'), name)(**given, **more).apply(model)
-
-
-@cache
-def loaded(dtype):
-    from ftbook.models.load import load_model
-
-    return load_model('smollm2-135m', dtype=dtype, device='cpu')
-
-
-def half():
-    from ftbook.models.device import probe_device
-
-    return str(probe_device('cpu').dtype).removeprefix('torch.')
-
-
-def fresh(variant):
-    """(model, tokenizer, precision): full fine-tuning needs weights in float32, everything else trains float32 beside
-    bfloat16."""
-    whole = VARIANTS.get(variant, ()) is None
-    model, tokenizer = loaded('float32' if whole else half())
-    return copy.deepcopy(model), tokenizer, 'bfloat16' if whole and half() == 'bfloat16' else None
 
 
 # Rows
@@ -127,9 +103,7 @@ def fresh(variant):
 @cache
 def rows_of(task, seed):
     "(train, validation, test), each a list of (row of ftbook.data, label)."
-    from curves_worker import split
-
-    train, test = split(task, seed)
+    train, test = split_task(task, seed)
 
     def row(r):
         if task == 'movie':
@@ -140,17 +114,8 @@ def rows_of(task, seed):
     return tuple([(row(r), r['label']) for r in part] for part in parts)
 
 
-def unrelated(tokenizer, n=24):
-    "Explanations from the Jargon File as plain text: nothing that either task is about."
-    from ftbook.data.encoding import encode
-    from ftbook.data.corpora import load_corpus
-
-    texts = [r['definition'] for r in load_corpus('jargon') if 200 < len(r['definition']) < 500]
-    return encode([dict(text=t) for t in random.Random(0).sample(texts, n)], tokenizer)
-
-
 def accuracy(model, tokenizer, task, rows):
-    from curves_worker import labels_of
+    "Share of right answers."
     from ftbook.data.examples import prompt_ids
     from ftbook.forgetting.choices import choice_ids, choice_scores
 
@@ -190,6 +155,7 @@ def spectra(model):
 
 
 def file_bytes(model):
+    "Size of the adapter in files."
     from ftbook.methods.files import save_adapter
 
     with tempfile.TemporaryDirectory() as tmp:
@@ -197,6 +163,7 @@ def file_bytes(model):
 
 
 def one(part, variant, task, lr, seed, batch_size):
+    "Train once and judge."
     import torch
     from ftbook.data.encoding import encode
     from ftbook.training.evaluate import evaluate
@@ -205,10 +172,10 @@ def one(part, variant, task, lr, seed, batch_size):
     start = time.perf_counter()
     torch.manual_seed(seed)
     train, valid, test = rows_of(task, seed)
-    model, tokenizer, precision = fresh(variant)
+    model, tokenizer, precision = fresh(VARIANTS[variant] is None)
     apply_(variant, model, tokenizer, task, seed)
     begun = time.perf_counter()
-    run = finetune(
+    trained = finetune(
         model,
         encode([r for r, _ in train], tokenizer),
         lr=lr,
@@ -220,36 +187,34 @@ def one(part, variant, task, lr, seed, batch_size):
         progress=False,
     )
     seconds = time.perf_counter() - begun
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # all are judged at the precision in which the model is used
     if VARIANTS[variant] is None:
         model.to(getattr(torch, half()))
     found = dict(
         valid_loss=evaluate(model, encode([r for r, _ in valid], tokenizer)).loss,
-        train_loss=statistics.mean(h['loss'] for h in run.history[-8:]),
-        trained=trained,
+        train_loss=statistics.mean(h['loss'] for h in trained.history[-8:]),
+        trained=n_trained,
     )
     if part == 'run':
-        found |= dict(
-            accuracy=accuracy(model, tokenizer, task, test),
-            forgetting=evaluate(model, unrelated(tokenizer)).loss - before(),
-        )
-        if VARIANTS[variant] is not None and seed == 0:
-            found['file_bytes'] = file_bytes(model)
-        if variant in {f'LoRA {r}' for r in RANKS} and seed == 0:
-            found['spectra'] = spectra(model)
+        found |= tested(model, tokenizer, variant, task, seed, test)
     found = {k: round(v, 5) if isinstance(v, float) else v for k, v in found.items()}
-    return dict(
-        part=part,
-        variant=variant,
-        task=task,
-        lr=lr,
-        seed=seed,
-        batch_size=batch_size,
-        **found,
-        train_seconds=round(seconds, 1),
-        seconds=round(time.perf_counter() - start, 1),
+    return found | dict(train_seconds=round(seconds, 1), seconds=round(time.perf_counter() - start, 1))
+
+
+def tested(model, tokenizer, variant, task, seed, test):
+    "Held-out rows and unrelated text; of the first seed, the size of the file and what the ranks are used for."
+    from ftbook.training.evaluate import evaluate
+
+    found = dict(
+        accuracy=accuracy(model, tokenizer, task, test),
+        forgetting=evaluate(model, unrelated(tokenizer)).loss - before(),
     )
+    if VARIANTS[variant] is not None and seed == 0:
+        found['file_bytes'] = file_bytes(model)
+    if variant in {f'LoRA {r}' for r in RANKS} and seed == 0:
+        found['spectra'] = spectra(model)
+    return found
 
 
 def probe(task, seed):
@@ -272,12 +237,6 @@ def probe(task, seed):
     mean, std = X.mean(0), X.std(0) + 1e-6
     head = LogisticRegression(C=0.01, max_iter=2000).fit((X - mean) / std, [l for _, l in train])
     return dict(
-        part='run',
-        variant='probe',
-        task=task,
-        lr=0.0,
-        seed=seed,
-        batch_size=BATCH,
         accuracy=round(float(head.score((T - mean) / std, [l for _, l in test])), 5),
         forgetting=0.0,
         trained=int(head.coef_.size + head.intercept_.size),
@@ -287,14 +246,16 @@ def probe(task, seed):
 
 # The plan
 
-KEY = 'part', 'variant', 'task', 'lr', 'seed', 'batch_size'
 
-
-def read():
-    return read_from(RESULTS)
+def begin(variant):
+    "The three rates with which the sweep of a variant begins."
+    kind = 'full' if VARIANTS[variant] is None else VARIANTS[variant][1]
+    at = LADDER.index(FIRST.get(variant, FIRST.get(kind, 3e-4)))
+    return LADDER[at : at + 3]
 
 
 def swept(runs, variant, task):
+    "Rate -> validation loss."
     return {r['lr']: r['valid_loss'] for r in runs if (r['part'], r['variant'], r['task']) == ('sweep', variant, task)}
 
 
@@ -319,8 +280,13 @@ def wanted(runs, variant, task):
     return [LADDER[k] for k in (at - 1, at + 1) if 0 <= k < len(LADDER) and LADDER[k] not in done]
 
 
-def plan(runs):
-    "Every run that is known by now, in order: the sweep of a variant, then its seeds."
+def rates(runs, variant, task):
+    "Rates of the whole sweep, those that are done first."
+    return [*swept(runs, variant, task), *wanted(runs, variant, task)]
+
+
+def jobs(runs):
+    "The runs, as the values of KEY; some come twice."
     yield from (('run', 'probe', task, 0.0, seed, BATCH) for seed in range(SEEDS) for task in TASKS)
     yield from (
         ('batch', variant, 'movie', lr, SWEEP_SEED, size)
@@ -331,7 +297,7 @@ def plan(runs):
     for n_seeds in (FEWER_SEEDS, SEEDS):
         for variant in VARIANTS:
             for task in TASKS:
-                yield from (('sweep', variant, task, lr, SWEEP_SEED, BATCH) for lr in wanted(runs, variant, task))
+                yield from (('sweep', variant, task, lr, SWEEP_SEED, BATCH) for lr in rates(runs, variant, task))
                 if (lr := best_lr(runs, variant, task)) is not None:
                     yield from (
                         ('run', variant, task, lr, seed, BATCH)
@@ -343,82 +309,6 @@ def batch_rates(variant):
     "A larger batch may want a larger rate: the first three and one above."
     at = LADDER.index(begin(variant)[0])
     return LADDER[at : at + 4]
-
-
-def missing(tasks=TASKS):
-    runs = read()['runs']
-    done = {tuple(r[k] for k in KEY) for r in runs}
-    return list(dict.fromkeys(job for job in plan(runs) if job not in done and job[2] in tasks))
-
-
-def measure(job):
-    append_to([probe(job[2], job[4]) if job[1] == 'probe' else one(*job)], RESULTS, PACKAGES)
-
-
-# Cost
-
-
-def cost(variant):
-    "Step time, memory above the weights while training, and inference with the method in place and merged."
-    import torch
-    from ftbook.data.encoding import encode
-    from ftbook.methods.fold import merge_
-    from ftbook.training.tune import finetune
-    from training_worker import Memory
-
-    train, _, test = rows_of('movie', 0)
-    model, tokenizer, precision = fresh(variant)
-    apply_(variant, model, tokenizer, 'movie', 0)
-    examples, memory = encode([r for r, _ in train[:64]], tokenizer), Memory()
-    mixed = dict(precision=precision, mixed=precision is not None)
-    run = finetune(model, examples, lr=1e-5, batch_size=BATCH, epochs=1, progress=False, **mixed)
-    peak = memory.stop()
-    ids = torch.tensor([examples[0].input_ids[:64]] * 8)
-
-    def forward():
-        with torch.no_grad():
-            times = []
-            for _ in range(9):
-                start = time.perf_counter()
-                model(ids)
-                times.append(time.perf_counter() - start)
-        return statistics.median(times[2:])
-
-    model.eval()
-    found = dict(
-        variant=variant,
-        threads=torch.get_num_threads(),
-        step_seconds=statistics.median(h['seconds'] for h in run.history[2:]),
-        peak_bytes=peak,
-        forward_seconds=forward(),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
-    if VARIANTS[variant] is not None:
-        try:
-            found['merged_seconds'] = forward() if merge_(model, keep=False) else None
-        except ValueError:
-            found['merged_seconds'] = None
-    return found
-
-
-def measure_costs(rounds=3):
-    from quiet import undisturbed
-
-    for k in range(rounds):
-        for variant in VARIANTS:
-            if sum(r['variant'] == variant for r in read_from(COST)['runs']) > k:
-                continue
-
-            def worker():
-                done = subprocess.run(
-                    [sys.executable, __file__, 'cost', variant], capture_output=True, text=True, cwd=HERE
-                )
-                if done.returncode:
-                    raise RuntimeError(f'{variant}: {done.stderr[-2000:]}')
-                return json.loads(done.stdout.splitlines()[-1])
-
-            if found := undisturbed(worker):
-                append_to([found[0] | dict(others=found[1])], COST, PACKAGES)
 
 
 # Summary
@@ -436,14 +326,6 @@ def family(variant):
     return next(f for f, names in FAMILIES.items() if variant.split()[0] in names)
 
 
-def interval(values):
-    "Mean, and half the width of its 95 % interval from Student's distribution."
-    from scipy.stats import t
-
-    n = len(values)
-    return statistics.mean(values), t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
-
-
 def found(runs, variant, task, what='accuracy'):
     "One measure of the seeds at the chosen rate."
     lr = 0.0 if variant == 'probe' else best_lr(runs, variant, task)
@@ -456,16 +338,15 @@ def measured(runs):
 
 
 def cost_of(costs, variant, what):
+    "Median over the rounds, or None."
     values = [r[what] for r in costs if r['variant'] == variant and r.get(what) is not None]
     return statistics.median(values) if values else None
 
 
-def summarize(runs, costs, variant, task):
+def row_of(runs, costs, variant, task):
     "One row of the summary; an interval is (mean, half its width)."
-    lr, size = (
-        best_lr(runs, variant, task) if variant != 'probe' else None,
-        [r['file_bytes'] for r in runs if r['variant'] == variant and 'file_bytes' in r],
-    )
+    lr = best_lr(runs, variant, task) if variant != 'probe' else None
+    size = [r['file_bytes'] for r in runs if r['variant'] == variant and 'file_bytes' in r]
     measures = {
         what: [round(v, 5) for v in interval(found(runs, variant, task, what))] for what in ('accuracy', 'forgetting')
     }
@@ -498,56 +379,25 @@ def lowest(runs, variant, size):
     return min(at) if len(at) >= (3 if size == BATCH else len(batch_rates(variant))) else None
 
 
-def summary():
-    data, costs = read(), read_from(COST)['runs'] if COST.exists() else []
-    rows = [summarize(data['runs'], costs, v, task) for v in measured(data['runs']) for task in TASKS]
+def summarize(results):
+    "What the lessons read: means and intervals of the runs at the chosen rates, and what each method costs."
+    from harness import Study
+
+    runs, costs = results['runs'], Study('methods_cost').read()['runs']
     spectra = [
         dict(rank=int(r['variant'].split()[1]), task=r['task'], **r['spectra'])
-        for r in data['runs']
-        if 'spectra' in r and r['lr'] == best_lr(data['runs'], r['variant'], r['task'])
+        for r in runs
+        if 'spectra' in r and r['lr'] == best_lr(runs, r['variant'], r['task'])
     ]
-    batches = {
-        size: {v: loss for v in ('full', 'LoRA 16') if (loss := lowest(data['runs'], v, size)) is not None}
-        for size in (BATCH, *BATCHES)
-    }
+    lows = {size: {v: lowest(runs, v, size) for v in ('full', 'LoRA 16')} for size in (BATCH, *BATCHES)}
     return dict(
-        machines=data['machines'],
-        rows=rows,
-        batches=batches,
-        spectra=sorted(spectra, key=lambda r: r['rank']),
+        machines=results['machines'],
         rates={
-            v: {task: swept(data['runs'], v, task) for task in TASKS}
+            v: {task: swept(runs, v, task) for task in TASKS}
             for v in VARIANTS
-            if all(best_lr(data['runs'], v, task) for task in TASKS)
+            if all(best_lr(runs, v, task) for task in TASKS)
         },
+        batches={size: {v: loss for v, loss in low.items() if loss is not None} for size, low in lows.items()},
+        spectra=sorted(spectra, key=lambda r: r['rank']),
+        rows=[row_of(runs, costs, v, task) for v in measured(runs) for task in TASKS],
     )
-
-
-def write_summary():
-    found = summary()
-    lines = ',\n'.join(json.dumps(r) for r in found['rows'])
-    SUMMARY.write_text(
-        (
-            f'{{"machines": {json.dumps(found["machines"])},\n"rates": {json.dumps(found["rates"])},\n"batches": '
-            f'{json.dumps(found["batches"])},\n"spectra": {json.dumps(found["spectra"])},\n"rows": '
-            f'[\n{lines}\n]}}\n'
-        ),
-        encoding='utf-8',
-    )
-
-
-if __name__ == '__main__':
-    what = sys.argv[1:]
-    if what[:1] == ['batch']:
-        for job in missing(what[2:] or TASKS)[: int(what[1])]:
-            measure(job)
-    elif what == ['cost']:
-        measure_costs()
-    elif what == ['summary']:
-        write_summary()
-    elif what[:1] == ['cost']:
-        print(json.dumps(cost(what[1])))
-    else:
-        # a process ends before its memory grows
-        while missing(what or TASKS):
-            subprocess.run([sys.executable, __file__, 'batch', '8', *what], check=True, cwd=HERE)

@@ -1,28 +1,27 @@
-"""The runs of `sweep.ipynb`: many configurations of fine-tuning on two tasks, and a random search of the same space on two others.
+"""A sweep of hyperparameters on two tasks, and a random search of the same space on three others.
 
-    python sweep_worker.py PART [TASK]          every run of a part that is missing, appended to results/sweep.json one by one
-    python sweep_worker.py batch N PART [TASK]  the next N of them, in this process
-    python sweep_worker.py parquet              results/sweep.parquet, which the lesson reads, from results/sweep.json; and what ships in ftbook/assets:
-                                                sweep.parquet without the losses, and evidence.json, a summary of other results of this folder
+A part is 'base' (the untouched model), 'design' (a quasi-random design of the space on `TASKS`), 'best' (the best of each method
+again, with other seeds and other rows), 'search' (a random search of the same space on `HELD_OUT`) or 'recommended' (what
+`ftbook.choose.recommend` says there, knowing only 'design' and 'best', and how the untouched model does). All train SmolLM2-135M
+on 64 rows with one thread; the answer is the most probable of the labels. `cpu_seconds` is the processor time of the training
+alone, `peak_bytes` the memory above the loaded weights.
 
-Parts: 'base' (the untouched model), 'design' (a quasi-random design of the space on `TASKS`), 'best' (the best of each method again, with other seeds and other rows), 'search' (a random search of
-the same space on `HELD_OUT`) and 'recommended' (what `ftbook.choose.recommend` says there, knowing only 'design' and 'best', and how the untouched model does). Two processes may take two tasks side by side.
-All train SmolLM2-135M on 64 rows with one thread; the answer is the most probable of the labels. `cpu_seconds` is the processor time of the training alone, `peak_bytes` the memory above the loaded weights.
+`summary` writes what ships in ftbook/assets: sweep.parquet, all runs without their losses, and evidence.json, a summary of other
+studies.
 """
 
-import copy, json, math, os, random, subprocess, sys, time
-
-os.environ['OMP_NUM_THREADS'] = '1'
+import copy, json, math, random, statistics, time
 from functools import cache
 
-from domains_worker import HERE, append as append_to, read as read_from
+from ftbook.results import read_results
+from harness import HERE, RESULTS, Study
+from instruments import Memory, loaded, unrelated
+from tasks import FORMS, asked, form_labels, form_rows
 
-RESULTS, TABLE, ASSETS = (
-    HERE / 'results' / 'sweep.json',
-    HERE / 'results' / 'sweep.parquet',
-    HERE.parent.parent / 'ftbook' / 'assets',
-)
+KEY = 'part', 'task', 'seed', 'number'
 PACKAGES = 'torch', 'transformers', 'scipy', 'ftbook'
+PER_PROCESS, THREADS = 8, 1
+ASSETS = HERE.parent.parent / 'ftbook' / 'assets'
 TASKS, HELD_OUT = ('movie', 'newsgroups'), ('r8', 'tweets', 'products')
 N_TRAIN, N_VALID, N_TEST, N_UNRELATED = 64, 48, 144, 12
 SEED, SEEDS, SEARCHED = 0, (1, 2, 3), 50  # of the design and the search; of the best again; runs of the search
@@ -116,28 +115,41 @@ def searched(task):
     return [draw() for _ in range(SEARCHED)]
 
 
+PARTS = {'base': (*TASKS, *HELD_OUT), 'design': TASKS, 'best': TASKS, 'search': HELD_OUT, 'recommended': HELD_OUT}
+ABOUT = dict(
+    rows=dict(train=N_TRAIN, valid=N_VALID, test=N_TEST),
+    planned=dict(design=dict.fromkeys(TASKS, DESIGNED), search=dict.fromkeys(HELD_OUT, SEARCHED)),
+    model='smollm2-135m',
+)
+
+
+def plan(runs):
+    "Part by part. A run that is recommended may turn into two, LoRA and SetFit, numbered from 0."
+    for part, tasks in PARTS.items():
+        for seed, number, task in numbers(part, runs):
+            yield dict(part=part, task=task, seed=seed, number=number)
+
+
+def run(job):
+    "What a configuration gave and what it cost."
+    import torch
+
+    torch.set_num_threads(1)
+    before()
+    part, task, seed, number = (job[k] for k in KEY)
+    if part == 'recommended':
+        return [dict(number=i) | one(part, task, seed, c) for i, c in enumerate(recommended(task, seed))]
+    config = dict(method='none') if part == 'base' else searched(task)[number] if part == 'search' else design()[number]
+    return one(part, task, seed, config)
+
+
 # Rows
 
 
 @cache
 def rows_of(task, seed):
-    """(train, validation, test) in the form of `merge_tasks_worker`, each a list of (row of ftbook.data, label); all
-    labels in turn."""
-    from curves_worker import in_turn
-    from fewshot_worker import split
-    from merge_tasks_worker import TASKS as FORMS, WORDS
-
-    end, words = FORMS[task]
-
-    def row(r):
-        return dict(prompt=f"{' '.join(r['text'].split()[:WORDS])}\n{end}", completion=f" {words[r['label']]}"), words[
-            r['label']
-        ]
-
-    def some(rows):
-        return [row(r) for r in in_turn([r for r in rows if r['label'] in words], list(words))]
-
-    train, test = map(some, split(task, 64, seed))
+    "(train, validation, test), each a list of (row of ftbook.data, label); all labels in turn."
+    train, test = ([*zip(asked(rows), (r['label'] for r in rows))] for rows in form_rows(task, seed))
     valid = (test[N_TEST:] + train[N_TRAIN:])[:N_VALID]
     if (len(train[:N_TRAIN]), len(valid), len(test[:N_TEST])) != (N_TRAIN, N_VALID, N_TEST):
         raise ValueError(f'{task} has {len(train)} rows to train on and {len(test)} to test on')
@@ -146,9 +158,7 @@ def rows_of(task, seed):
 
 def text_of(task):
     "What a soft prompt begins as."
-    from merge_tasks_worker import TASKS as FORMS, labels_of
-
-    return f"Read the text and say which it is: {', '.join(labels_of(task))}. {FORMS[task][0]}"
+    return f"Read the text and say which it is: {', '.join(form_labels(task))}. {FORMS[task][0]}"
 
 
 def judge(model, tokenizer, task, rows):
@@ -156,9 +166,8 @@ def judge(model, tokenizer, task, rows):
     import torch
     from ftbook.data.examples import prompt_ids
     from ftbook.forgetting.choices import choice_ids, choice_scores
-    from merge_tasks_worker import labels_of
 
-    names, right = labels_of(task), [label for _, label in rows]
+    names, right = form_labels(task), [label for _, label in rows]
     scores = choice_scores(
         model,
         [prompt_ids(r, tokenizer) for r, _ in rows],
@@ -191,8 +200,6 @@ def put(config, model, tokenizer, task, seed):
 
 def fresh(config):
     "(model, tokenizer, precision of the products where it is mixed): full fine-tuning needs weights in float32."
-    from methods_worker import loaded
-
     full, half = config['method'] == 'full', config['precision'] == 'bfloat16'
     model, tokenizer = loaded('float32' if full or not half else 'bfloat16')
     return copy.deepcopy(model), tokenizer, 'bfloat16' if full and half else None
@@ -209,8 +216,6 @@ def halve_(model, full):
 
 @cache
 def unrelated_texts():
-    from methods_worker import loaded, unrelated
-
     return unrelated(loaded('bfloat16')[1], N_UNRELATED)
 
 
@@ -218,7 +223,6 @@ def unrelated_texts():
 def before():
     "Loss of the untouched model on unrelated text."
     from ftbook.training.evaluate import evaluate
-    from methods_worker import loaded
 
     return evaluate(loaded('bfloat16')[0], unrelated_texts()).loss
 
@@ -247,7 +251,6 @@ def trained(config, task, seed):
     from ftbook.recipe.release import release_memory
     from ftbook.training.checks import NonFiniteLoss
     from ftbook.training.tune import finetune
-    from training_worker import Memory
 
     torch.manual_seed(seed)
     model, tokenizer, precision = fresh(config)
@@ -288,81 +291,23 @@ def trained(config, task, seed):
     return cost | ({} if diverged else judged(model, tokenizer, task, seed))
 
 
-def one(part, task, seed, number, config):
-    import torch
-    from methods_worker import loaded
-
-    torch.set_num_threads(1)
-    before()
+def one(part, task, seed, config):
+    "One run: its settings, its measures, and the seconds of all that."
     start = time.process_time()
-    found = (
-        judged(*loaded('bfloat16'), task, seed)
-        if part == 'base'
-        else few_shots(task, seed)
-        if config['method'] == 'setfit'
-        else trained(config, task, seed)
-    )
+    if part == 'base':
+        found = judged(*loaded('bfloat16'), task, seed)
+    elif config['method'] == 'setfit':
+        found = few_shots(task, seed)
+    else:
+        found = trained(config, task, seed)
     found = {k: (round(v, 5) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in found.items()}
-    return (
-        dict(part=part, task=task, seed=seed, number=number)
-        | {k: v for k, v in config.items() if v is not None}
-        | found
-        | dict(all_seconds=round(time.process_time() - start, 1))
-    )
-
-
-# The plan
-
-
-def read():
-    return read_from(RESULTS)
-
-
-def config_of(run):
-    return {name: run.get(name) for name in SETTINGS}
-
-
-def best(runs, task):
-    """The configurations of each method with the lowest validation cross-entropy, with their number; none before the
-    design is complete."""
-    done = [r for r in runs if (r['part'], r['task']) == ('design', task)]
-    if len(done) < len(design()):
-        return []
-    good = sorted((r for r in done if r.get('valid_nats') is not None), key=lambda r: r['valid_nats'])
-    return [
-        (r['number'], config_of(r))
-        for method, n in BEST.items()
-        for r in [r for r in good if r['method'] == method][:n]
-    ]
-
-
-def knows(task):
-    "Is the untouched model at least a third of the way from chance to perfect? A reader finds out by asking it."
-    from statistics import mean
-    from merge_tasks_worker import labels_of
-
-    right, chance = (
-        mean(r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', task)),
-        1 / len(labels_of(task)),
-    )
-    return (right - chance) / (1 - chance) > 1 / 3
-
-
-def recommended(task, seed):
-    """What the library says about the rows, given what the model needs in memory and no other knowledge than that of
-    `TASKS`: settings of LoRA, and before them SetFit where it says so."""
-    from ftbook.choose.recommend import Circumstances, recommend
-
-    rows = [dict(text=r['prompt'].rpartition('\n')[0], label=label) for r, label in rows_of(task, seed)[0]]
-    circumstances = Circumstances(known=knows(task))
-    found = recommend(rows, memory_gib=16, device='cpu', encoder=None, circumstances=circumstances)
-    return [found.settings()] + [dict(method='setfit')] * (found.decision.choice == 'SetFit')
+    settings = {k: v for k, v in config.items() if v is not None}
+    return settings | found | dict(all_seconds=round(time.process_time() - start, 1))
 
 
 def few_shots(task, seed):
     "A classifier of the same rows, with the defaults of `FewShotClassifier`; the language model is left alone."
     from ftbook.fewshot.classifier import FewShotClassifier
-    from training_worker import Memory
 
     train, valid, test = (
         [(r['prompt'].rpartition('\n')[0], label) for r, label in rows] for rows in rows_of(task, seed)
@@ -382,125 +327,126 @@ def few_shots(task, seed):
     return cost | dict(valid_accuracy=right(valid), accuracy=right(test), forgetting=0.0)
 
 
-def plan(part, tasks):
-    if part == 'base':
-        yield from ((part, task, seed, 0, dict(method='none')) for seed in (SEED, *SEEDS) for task in tasks)
-    if part == 'design':
-        yield from ((part, task, SEED, i, config) for i, config in enumerate(design()) for task in tasks)
+def recommended(task, seed):
+    """What the library says about the rows, given what the model needs in memory and no other knowledge than that of
+    `TASKS`: settings of LoRA, and before them SetFit where it says so."""
+    from ftbook.choose.recommend import Circumstances, recommend
+
+    rows = [dict(text=r['prompt'].rpartition('\n')[0], label=label) for r, label in rows_of(task, seed)[0]]
+    circumstances = Circumstances(known=knows(task))
+    found = recommend(rows, memory_gib=16, device='cpu', encoder=None, circumstances=circumstances)
+    return [found.settings()] + [dict(method='setfit')] * (found.decision.choice == 'SetFit')
+
+
+# The plan
+
+
+def numbers(part, runs):
+    "(seed, number, task) of every run of a part."
+    tasks = PARTS[part]
+    if part in ('base', 'recommended'):
+        return [(seed, 0, task) for seed in (SEED, *SEEDS) for task in tasks]
     if part == 'best':
-        yield from (
-            (part, task, seed, i, config)
-            for seed in SEEDS
-            for task in tasks
-            for i, config in best(read()['runs'], task)
-        )
-    if part == 'search':
-        yield from (
-            (part, task, SEED, i, config) for i in range(SEARCHED) for task in tasks for config in [searched(task)[i]]
-        )
-    if part == 'recommended':
-        yield from (
-            (part, task, seed, i, config)
-            for seed in (SEED, *SEEDS)
-            for task in tasks
-            for i, config in enumerate(recommended(task, seed))
-        )
+        return [(seed, i, task) for seed in SEEDS for task in tasks for i in best(runs, task)]
+    return [(SEED, i, task) for i in range(DESIGNED if part == 'design' else SEARCHED) for task in tasks]
 
 
-PARTS = {'base': (*TASKS, *HELD_OUT), 'design': TASKS, 'best': TASKS, 'search': HELD_OUT, 'recommended': HELD_OUT}
+def config_of(run):
+    return {name: run.get(name) for name in SETTINGS}
 
 
-def missing(part, task=None):
-    done = {(r['part'], r['task'], r['seed'], r['number']) for r in read()['runs']}
-    return [job for job in plan(part, [t for t in PARTS[part] if task in (None, t)]) if job[:4] not in done]
+def best(runs, task):
+    """The numbers of the configurations of each method with the lowest validation cross-entropy; none before the design
+    is complete."""
+    done = [r for r in runs if (r['part'], r['task']) == ('design', task)]
+    if len(done) < DESIGNED:
+        return []
+    good = sorted((r for r in done if r.get('valid_nats') is not None), key=lambda r: r['valid_nats'])
+    return [r['number'] for method, n in BEST.items() for r in [r for r in good if r['method'] == method][:n]]
 
 
-def measure(job):
-    append_to([one(*job)], RESULTS, PACKAGES)
+def knows(task):
+    "Is the untouched model at least a third of the way from chance to perfect? A reader finds out by asking it."
+    runs, chance = Study('sweep').read()['runs'], 1 / len(form_labels(task))
+    right = statistics.mean(r['accuracy'] for r in runs if (r['part'], r['task']) == ('base', task))
+    return (right - chance) / (1 - chance) > 1 / 3
 
 
-# The table
+# What ships
 
 
-def planned():
-    "How many runs of each part there are to be on each task, of the parts that are numbered."
-    return dict(design={t: len(design()) for t in TASKS}, search={t: SEARCHED for t in HELD_OUT})
+def summarize(results):
+    "Write the runs and what other studies found where the library reads them; nothing is left for the harness to write."
+    import pyarrow.parquet as pq
+    from ftbook.files import write_text
+
+    table = as_table(results)
+    beside = ASSETS / 'sweep.writing'
+    pq.write_table(table, beside, compression='zstd')
+    beside.replace(ASSETS / 'sweep.parquet')
+    write_text(ASSETS / 'evidence.json', json.dumps(evidence(results['runs']), indent=1) + '\n')
 
 
-def written(path, write):
-    "Write a file beside, then rename it."
-    beside = path.with_suffix('.writing')
-    write(beside)
-    os.replace(beside, path)
+def as_table(results):
+    "All runs without their losses, one a row, with all that is known of them in the metadata of its schema."
+    import pyarrow as pa
 
-
-def write_table():
-    "All runs as Parquet, one a row, with the machines in the metadata of its schema."
-    import pyarrow as pa, pyarrow.parquet as pq
-
-    data, order = read(), {part: i for i, part in enumerate(PARTS)}
-    runs = sorted(data['runs'], key=lambda r: (order[r['part']], r['task'], r['seed'], r['number']))
-    about = dict(
-        machines=data['machines'],
-        rows=dict(train=N_TRAIN, valid=N_VALID, test=N_TEST),
-        planned=planned(),
-        model='smollm2-135m',
-    )
-    columns = list(dict.fromkeys(['part', 'task', 'seed', 'number', *SETTINGS, *(k for r in runs for k in r)]))
-    table = pa.table({c: [r.get(c) for r in runs] for c in columns}).replace_schema_metadata(
+    order = {part: i for i, part in enumerate(PARTS)}
+    runs = sorted(results['runs'], key=lambda r: (order[r['part']], r['task'], r['seed'], r['number']))
+    about = {k: v for k, v in results.items() if k != 'runs'}
+    columns = dict.fromkeys([*KEY, *SETTINGS, *(k for r in runs for k in r if k != 'curve')])
+    return pa.table({c: [r.get(c) for r in runs] for c in columns}).replace_schema_metadata(
         {'ftbook': json.dumps(about)}
     )
-    written(TABLE, lambda f: pq.write_table(table, f, compression='zstd'))
-    written(ASSETS / 'sweep.parquet', lambda f: pq.write_table(table.drop_columns('curve'), f, compression='zstd'))
 
 
-def evidence():
-    "What `ftbook.choose` needs of other results: learning curves, the untouched model, methods side by side, merging."
-    import statistics
+def mean(values):
+    return round(statistics.mean(values), 4)
 
-    def load(name):
-        return (
-            json.loads((HERE / 'results' / f'{name}.json').read_text())
-            if (HERE / 'results' / f'{name}.json').exists()
-            else dict(runs=[], rows=[])
-        )
 
-    curves, mean = {}, lambda values: round(statistics.mean(values), 4)
-    for r in load('curves')['runs']:
+def evidence(runs):
+    "What `ftbook.choose` needs of other studies: learning curves, the untouched model, methods side by side, merging."
+    return dict(
+        curves=learning_curves(),
+        zero_shot={
+            t: mean([r['accuracy'] for r in runs if (r['part'], r['task']) == ('base', t)]) for t in ('movie', 'tweets')
+        },
+        methods=side_by_side(),
+        merging=merging(Study('merge_tasks').read()['runs']),
+    )
+
+
+def learning_curves():
+    "Task -> way -> rows -> mean accuracy."
+    curves = {}
+    for r in Study('curves').read()['runs']:
         if r['part'] == 'curve':
             for n, accuracy in r['scores'].items():
                 curves.setdefault(r['task'], {}).setdefault(r['how'], {}).setdefault(int(n), []).append(accuracy)
-    for r in load('fewshot')['runs']:
+    for r in Study('fewshot').read()['runs']:
         if r.get('way') == 'checked' and r['task'] in curves and 'accuracy' in r:
-            curves[r['task']].setdefault('setfit', {}).setdefault(
-                r['shots'] * (20 if r['task'] == 'newsgroups' else 2), []
-            ).append(r['accuracy'])
-    zero = {
-        t: mean([r['accuracy'] for r in read()['runs'] if (r['part'], r['task']) == ('base', t)])
-        for t in ('movie', 'tweets')
-        if any((r['part'], r['task']) == ('base', t) for r in read()['runs'])
+            rows = r['shots'] * (20 if r['task'] == 'newsgroups' else 2)
+            curves[r['task']].setdefault('setfit', {}).setdefault(rows, []).append(r['accuracy'])
+    return {
+        t: {w: {str(n): mean(v) for n, v in sorted(c.items())} for w, c in ways.items()} for t, ways in curves.items()
     }
+
+
+def side_by_side():
+    "Task -> variant -> mean accuracy and forgetting."
     wanted = 'full', 'LoRA 16', 'Houlsby 70', 'prompt 32, text'
-    methods = {
+    rows = read_results(RESULTS / 'methods_summary.jsonl')['rows']
+    return {
         t: {
             r['variant']: {m: r[m][0] for m in ('accuracy', 'forgetting')}
-            for r in load('methods_summary')['rows']
+            for r in rows
             if r['task'] == t and r['variant'] in wanted
         }
         for t in TASKS
     }
-    return dict(
-        curves={
-            t: {w: {str(n): mean(v) for n, v in sorted(c.items())} for w, c in ways.items()}
-            for t, ways in curves.items()
-        },
-        zero_shot=zero,
-        methods=methods,
-        merging=merging(load('merge_tasks')['runs'], mean),
-    )
 
 
-def merging(runs, mean):
+def merging(runs):
     "TIES on pairs of fine-tunes, beside each alone and the base: shares of right answers."
 
     def share(text):
@@ -514,23 +460,3 @@ def merging(runs, mean):
         own=mean([share(bounds[t][t]) for r in pairs for t in r['tasks']]),
         base=mean([share(bounds['base'][t]) for r in pairs for t in r['tasks']]),
     )
-
-
-def write_evidence():
-    written(ASSETS / 'evidence.json', lambda f: f.write_text(json.dumps(evidence(), indent=1) + '\n', encoding='utf-8'))
-
-
-if __name__ == '__main__':
-    what = sys.argv[1:]
-    if what == ['parquet']:
-        write_table()
-        write_evidence()
-    elif what[:1] == ['batch']:
-        for job in missing(*what[2:])[: int(what[1])]:
-            measure(job)
-    elif what[:1] and what[0] in PARTS:
-        # a process ends before its memory grows
-        while missing(*what):
-            subprocess.run([sys.executable, __file__, 'batch', '8', *what], check=True, cwd=HERE)
-    else:
-        raise SystemExit(__doc__)

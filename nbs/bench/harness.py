@@ -6,6 +6,7 @@
     python -m nbs.bench run curves --only task=movie   some of them
     python -m nbs.bench run curves --share 1/2         the second of two shares; two processes take two shares side by side
     python -m nbs.bench run curves --most 3            no more than three
+    python -m nbs.bench run gpu_memory --go-on         a run that fails says why, and the next one is made
     python -m nbs.bench run training --this-machine    all of them again, where the results are another machine's
     python -m nbs.bench summary methods                write what lessons read of a long file of runs
     python -m nbs.bench rival mergekit                 build the environment of a rival
@@ -22,14 +23,15 @@ and, where it needs them:
 
     PACKAGES = 'torch',             versions that are noted with every run
     ALONE = 0.05                    the largest share of the time that other processes may take; a disturbed run is made again
-    PER_PROCESS = 8                 runs in one process, 1 if not said; 0 makes all in this one
+    PER_PROCESS = 8                 runs in one process, 1 if not said; 0 makes all in this one. A disturbed run that has a process of its
+                                    own is made again in a new one
     THREADS = 1                     threads of a run, for the libraries that read it when they are imported
     summarize(results)              a dict, written to `results/NAME_summary.jsonl`
 
 Results are `results/NAME.jsonl`, one run a line, as `ftbook.results.read_results` reads them.
 """
 
-import argparse, importlib, json, os, platform, resource, subprocess, sys, time
+import argparse, importlib, json, os, platform, resource, subprocess, sys, time, traceback
 from collections import Counter
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +44,7 @@ from ftbook.results import read_results, result_lines
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / 'results'
 TRIES, WAIT = 4, 20  # of a run that others disturb; seconds before it is tried again
+DISTURBED = 75  # what a process returns whose run was disturbed
 
 
 # The machine
@@ -105,6 +108,10 @@ def undisturbed(action, limit=0.05, tries=TRIES, wait=WAIT):
 # A study
 
 
+class Disturbed(Problem):
+    "Other processes took too much of the time."
+
+
 class Study:
     "One study: its module, its results, and what is still to be measured."
 
@@ -157,13 +164,13 @@ class Study:
         "Add finished runs and the machine that made them."
         append(self.path, runs, machine(self.setting('PACKAGES', ())))
 
-    def measure(self, job):
-        "Make one run and append it; Problem where other processes never left it alone."
+    def measure(self, job, tries=TRIES):
+        "Make one run and append it; Disturbed where other processes never left it alone."
         limit, action = self.setting('ALONE'), lambda: self.module.run(job)
-        found = disturbed(action) if limit is None else undisturbed(action, limit)
+        found = disturbed(action) if limit is None else undisturbed(action, limit, tries)
         if found is None:
-            raise Problem(
-                f'other processes disturbed {self.name} {job} in {TRIES} tries',
+            raise Disturbed(
+                f'other processes disturbed {self.name} {job}',
                 'stop them, or try later; finished runs are kept',
             )
         result, others = found
@@ -229,42 +236,58 @@ def write_results(path, results):
 
 def run(study, args):
     "Make what is missing, in this process or in one after another; a process ends before its memory grows."
-    per_process, left = study.setting('PER_PROCESS', 1), args.most
+    in_this = args.here or not study.setting('PER_PROCESS', 1)
+    failed, left = args.after, args.most
 
     def missing():
-        return study.missing(args.only, args.share, args.this_machine)[:left]
+        return study.missing(args.only, args.share, args.this_machine)
 
-    jobs = missing()
-    print(f'{study.name}: {len(jobs)} runs to make, {sum(study.made(args.this_machine).values())} made')
-    while jobs:
-        if args.here or not per_process:
-            one(study, jobs[0])
-            finished = 1
-        else:
-            finished = min(per_process, len(jobs))
-            child(study, args, finished)
-        left = left if left is None else left - finished
-        jobs = missing()
+    print(f'{study.name}: {len(missing())} runs to make, {sum(study.made(args.this_machine).values())} made')
+    while jobs := (todo := missing())[failed:][:left]:
+        try:
+            finished = one(study, jobs[0], args.tries) if in_this else child(study, args, len(jobs), failed)
+        except Exception as problem:
+            if not args.go_on:
+                raise
+            traceback.print_exception(problem)
+            finished = len(todo) - len(missing()) + 1
+            failed += 1  # what failed stays in front of what is missing
+        left = left if left is None else max(0, left - finished)
+    if failed > args.after:
+        raise Problem(
+            f'{failed - args.after} runs of {study.name} failed', 'their errors are above; finished runs are kept'
+        )
 
 
-def one(study, job):
-    "One run, and a line about it."
+def one(study, job, tries=TRIES):
+    "One run, and a line about it; how many runs were made."
     start = time.perf_counter()
-    study.measure(job)
+    study.measure(job, tries)
     print(', '.join(map(str, job.values())), f'{time.perf_counter() - start:.1f} s', sep=': ', flush=True)
+    return 1
 
 
-def child(study, args, most):
-    "Some runs in a process of its own."
+def child(study, args, most, after=0):
+    "Some runs in a process of its own, behind those that failed; how many runs were made."
+    per_process = study.setting('PER_PROCESS', 1)
+    most = min(most, per_process)
+    tries = TRIES if per_process == 1 else 1  # of the process; several runs in one try each for themselves
     given = [f'--only={k}={v}' for k, v in args.only] + [f'--share={args.share[0]}/{args.share[1]}']
-    given += ['--this-machine'] * args.this_machine
+    given += ['--this-machine'] * args.this_machine + ['--tries=1'] * (tries > 1)
     threads = study.setting('THREADS')
     env = dict(os.environ, HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
     if threads:
         env |= {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
-    command = [sys.executable, str(HERE), 'run', study.name, '--here', f'--most={most}', *given]
-    if subprocess.run(command, env=env).returncode:
+    command = [sys.executable, str(HERE), 'run', study.name, '--here', f'--most={most}', f'--after={after}', *given]
+    for again in range(tries):
+        if again:
+            time.sleep(WAIT)
+        returned = subprocess.run(command, env=env).returncode
+        if returned != DISTURBED:
+            break
+    if returned:
         raise Problem(f'a run of {study.name} failed', 'its error is above; finished runs are kept')
+    return most
 
 
 def show(names):
@@ -314,6 +337,9 @@ def parser():
             command.add_argument('--most', type=int)
             command.add_argument('--this-machine', action='store_true')
             command.add_argument('--here', action='store_true', help='all runs in this process')
+            command.add_argument('--go-on', action='store_true', help='leave a run that fails, and make the next')
+            command.add_argument('--after', type=int, default=0, help=argparse.SUPPRESS)  # so many that failed
+            command.add_argument('--tries', type=int, default=TRIES, help=argparse.SUPPRESS)
     commands.add_parser('rival').add_argument('name')
     commands.add_parser('check')
     return whole
@@ -338,6 +364,9 @@ def main(given=None):
             print(build(args.name))
         else:
             check()
+    except Disturbed as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(DISTURBED)
     except Problem as problem:
         sys.exit(f'{problem}')
     except KeyboardInterrupt:

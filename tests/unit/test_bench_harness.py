@@ -156,10 +156,66 @@ def test_who_else_works_is_seen():
 
 def test_a_disturbed_run_is_not_kept(study, monkeypatch):
     study.module.ALONE = 0.05
-    monkeypatch.setattr(harness, "undisturbed", lambda action, limit: None)
+    monkeypatch.setattr(harness, "undisturbed", lambda action, limit, tries: None)
     with pytest.raises(Problem) as caught:
         study.measure(dict(task="movie", seed=0))
     assert "disturbed" in caught.value.why and not study.path.exists()
+
+
+def asked(*given):
+    return harness.parser().parse_args(["run", "tried", *given])
+
+
+def test_a_disturbed_run_is_made_again_in_a_new_process(study, monkeypatch):
+    study.module.ALONE = 0.05
+    returned, asked_for = [harness.DISTURBED, 0], []
+
+    def process(command, env):
+        asked_for.append(command)
+        return types.SimpleNamespace(returncode=returned.pop(0))
+
+    monkeypatch.setattr(harness.subprocess, "run", process)
+    monkeypatch.setattr(harness, "WAIT", 0)
+    assert harness.child(study, asked(), 3) == 1
+    assert len(asked_for) == 2 and all("--tries=1" in o and "--most=1" in o for o in asked_for)
+    returned[:] = [harness.DISTURBED] * 9
+    with pytest.raises(Problem):
+        harness.child(study, asked(), 3)
+    assert len(asked_for) == 2 + harness.TRIES
+
+
+def test_a_process_of_one_try_says_that_it_was_disturbed(study, monkeypatch, capsys):
+    study.module.ALONE, study.module.PER_PROCESS = -1, 1
+    monkeypatch.setattr(harness, "Study", lambda name: study)
+    with pytest.raises(SystemExit) as caught:
+        harness.main(["run", "tried", "--here", "--tries=1"])
+    assert caught.value.code == harness.DISTURBED and len(study.module.calls) == 1
+    assert "disturbed" in capsys.readouterr().err and not study.path.exists()
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_a_study_goes_on_past_what_fails(study, most, capsys):
+    "What fails is tried once, and said at the end; without being told to go on, the first failure ends it."
+    works = study.module.run
+
+    def run(job):
+        if job["task"] == "news":
+            study.module.calls.append(job)
+            raise RuntimeError("no news")
+        return works(job)
+
+    study.module.run = run
+    with pytest.raises(RuntimeError):
+        harness.run(study, asked("--here"))
+    study.module.calls.clear()
+    study.path.unlink()
+    with pytest.raises(Problem) as caught:
+        harness.run(study, asked("--here", "--go-on", *([f"--most={most}"] if most else [])))
+    assert len(study.module.calls) == (most or 5)
+    assert [(r["task"], r["seed"]) for r in study.read()["runs"]] == [("movie", 0), ("movie", 1), ("movie", 0)][
+        : most and 2
+    ]
+    assert f"{1 if most else 2} runs" in caught.value.why and "no news" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/2", "-1/2", ""])

@@ -110,13 +110,13 @@ def in_turns_of(lora_step, variants):
         return lora_step.in_turns(variants(stack), 2, lambda model, loss: lora_step.step(model, loss)[0])
 
 
-def tiny(dtype):
+def tiny(dtype, vocab_size=96):
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=96,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -164,6 +164,15 @@ def test_four_bits_on_a_gpu_are_compared_as_on_a_processor():
     assert found["codes"] <= 1 and found["constants"] == 0 and found["bytes"] == 64 * 64 // 2
 
 
+def test_losses_on_a_gpu_are_measured_as_on_a_processor(monkeypatch):
+    gpu_agree = importlib.import_module("studies.gpu_agree")
+    monkeypatch.setattr(gpu_agree, "random_model", lambda model, dtype, on: tiny(dtype, 40_000))
+    found = [gpu_agree.trained("float32", None, False, fast, 8192, on="cpu", steps=2) for fast in (True, False)]
+    committed = Study("gpu_agree").read()["runs"][0]
+    assert set(found[0]) == set(committed) - {*gpu_agree.KEY, "device", "machine"}
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"], abs=1e-4) and len(found[0]["seconds"]) == 2
+
+
 def test_the_rows_of_losses_are_those_that_were_measured():
     gpu_agree = importlib.import_module("studies.gpu_agree")
     rows = gpu_agree.rows()
@@ -185,3 +194,24 @@ def test_our_run_of_training_takes_the_order_of_the_rivals(monkeypatch):
     monkeypatch.setattr(tune, "finetune", finetune)
     training.ours(tiny("float32"), None, list(range(20)), None)
     assert seen == [list(range(8)), list(range(8, 16)), list(range(16, 20))] and loop.length_batches is before
+
+
+def test_every_variant_of_training_has_the_same_losses(tmp_path, monkeypatch):
+    "The Trainer, ours and every rung of the ladder, on a small model; the bound has no loss."
+    import random
+    import torch
+    from ftbook.data.examples import Example
+
+    monkeypatch.chdir(tmp_path)  # the Trainer wants a folder
+    training, rng, examples = importlib.import_module("studies.training"), random.Random(0), []
+    for i in range(16):
+        ids = [3, 4, 5] + [rng.randrange(6, 96) for _ in range(rng.randrange(8, 20))]
+        examples.append(Example(ids, [False] * 5 + [True] * (len(ids) - 5), index=i))
+    given = type("Tokenizer", (), dict(pad_token_id=0)), examples, torch.float32
+    variants = [v for v in training.VARIANTS["bfloat16"] if not v.startswith("sft")]
+    found = {v: training.way(v)(tiny("float32"), *given) for v in variants}
+    tokens = [sum(map(len, examples[:8])), sum(map(len, examples[8:]))]
+    assert all(len(seconds) == 2 and n == tokens for seconds, n, _, _ in found.values())
+    assert found.pop("bound")[2] == []
+    assert all(losses == pytest.approx(found["trainer"][2], abs=1e-4) for _, _, losses, _ in found.values())
+    assert len(found) == 9

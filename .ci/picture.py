@@ -68,4 +68,5 @@ if __name__ == "__main__":
     picture.parent.mkdir(exist_ok=True)
     chart = draw_report(read_results(measured)) if measured.exists() else draw_placeholder()
     chart.save(picture)
-    print(f"{picture.name}: {'measured' if measured.exists() else 'a placeholder, until bench/results/quickstart.jsonl is there'}")
+    said = "measured" if measured.exists() else f"a placeholder, until {measured.name} is there"
+    print(f"{picture.name}: {said}")

@@ -1,22 +1,29 @@
-"Write README.md from nbs/index.ipynb, without Quarto. `--check` writes nothing and exits 1 when README.md is stale."
+"""Write README.md from nbs/index.ipynb, without Quarto. `--check` writes nothing and exits 1 when README.md is stale.
 
-import json, re, sys
+A link from one notebook to another leads to the notebook in the repository. The title of a lesson leads to the lesson's
+page on the site instead, for GitHub shows a notebook without what moves in it.
+"""
+
+import json, re, sys, tomllib
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
+site = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Documentation"]
 
 
 def point(
     match: re.Match,  # A Markdown link or picture: its label, then its target
 ) -> str:  # The same, with a target that works from the root of the repository
-    "Make a link that is relative to nbs/ relative to the root."
+    "Make a link that is relative to nbs/ relative to the root, or to the site where it is a lesson's title."
     label, target = match.groups()
-    outside = re.match(r"[a-z]+:|#|/", target)
-    return (
-        match[0]
-        if outside
-        else f"{label}({target.removeprefix('../') if target.startswith('../') else 'nbs/' + target})"
-    )
+    if re.match(r"[a-z]+:|#|/", target):
+        return match[0]
+    if target.startswith("../"):
+        return f"{label}({target.removeprefix('../')})"
+    lesson = re.fullmatch(r"\d\d_(\w+)\.ipynb", target)
+    if lesson and not label.strip("[]").isdigit():
+        return f"{label}({site}/{lesson[1]}.html)"
+    return f"{label}(nbs/{target})"
 
 
 def cell_text(
@@ -25,6 +32,7 @@ def cell_text(
     "Turn one cell into Markdown; a hidden cell has none."
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
+        source = re.sub(r"\A(?:#\|.*\n)+", "", source)  # what nbdev is told of it
         return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", point, source)
     if cell["cell_type"] != "code" or re.search(r"^#\|\s*hide\b", source, re.M):
         return ""

@@ -2,12 +2,14 @@
 
 nbdev stages the notebooks, smalldocs renders them, and this script sees to what lies between the two: pages get the
 address that nbdev and Quarto give them (09_lora.ipynb becomes lora.html), formulas become MathML, which a browser shows
-by itself, and fonts from elsewhere are left out.
+by itself, and fonts from elsewhere are left out. Each page has a copy in Markdown where the docstrings say that it is
+(lora.html.md), and llms.txt lists them.
 """
 
-import html, os, re, shutil, subprocess, sys, tempfile
+import html, json, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
+import yaml
 from latex2mathml.converter import convert
 from nbdev.config import get_config, nbpath2html
 from nbdev.serve import proc_nbs
@@ -97,9 +99,55 @@ def mend_links(
     return changed
 
 
-def build() -> None:
-    "Stage, rename, render and finish every page."
-    os.chdir(root)
+def name_copies() -> int:  # How many there are
+    "Give the Markdown copy of each page the name that the docstrings of the modules know."
+    copies = sorted((root / "_docs").rglob("*.llms.md"))
+    for path in copies:
+        text = path.read_text(encoding="utf-8").replace(".llms.md)", ".html.md)").replace(".llms.md#", ".html.md#")
+        path.with_name(path.name.replace(".llms.md", ".html.md")).write_text(text, encoding="utf-8")
+        path.unlink()
+    return len(copies)
+
+
+def listed(
+    contents: list,  # Of a sidebar: pages, and sections of pages
+) -> list[str]:  # The pages alone
+    "Flatten a part of the sidebar."
+    return [p for o in contents for p in ([o] if isinstance(o, str) else listed(o.get("contents", [])))]
+
+
+def page_line(
+    page: str,  # A notebook, below nbs/
+) -> str:  # A link to its Markdown copy, with its subtitle
+    "A line of llms.txt."
+    told = read_title(root / "nbs" / page)
+    home = get_config()
+    return f"- [{told[0]}]({home.doc_host}{home.doc_baseurl}/{nbpath2html(Path(page)).as_posix()}.md): {told[1]}"
+
+
+def read_title(
+    path: Path,  # A notebook
+) -> tuple[str, str]:  # Its title and its subtitle
+    "The first cell of a page."
+    first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+    title, _, subtitle = re.match(r"# (.+)(\n+> (.+))?", first).groups()
+    return title, subtitle or ""
+
+
+def write_llms() -> None:
+    "List every page for language models: what nbdev says of the package, then the lessons, the bench, and Inside."
+    sidebar = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    parts = {"Lessons": [], "Measured": [], "Optional": []}
+    for page in listed(sidebar[1:]):
+        part = "Optional" if page.startswith("inside/") else "Measured" if page.startswith("bench/") else "Lessons"
+        parts[part].append(page_line(page))
+    intro = re.sub(r"<!--.*?-->", "", (root / "nbs/llms.txt").read_text(encoding="utf-8"), flags=re.S).strip()
+    sections = [f"## {name}\n\n" + "\n".join(lines) for name, lines in parts.items()]
+    (root / "_docs/llms.txt").write_text("\n\n".join([intro, *sections]) + "\n", encoding="utf-8")
+
+
+def render() -> None:
+    "Stage, rename and render every page."
     staged = proc_nbs(force=True)
     with tempfile.TemporaryDirectory() as tmp:
         pages = Path(tmp) / "pages"
@@ -108,6 +156,10 @@ def build() -> None:
         subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", "--strict", "--quiet", str(pages)], check=True)
         shutil.rmtree(root / "_docs", ignore_errors=True)
         shutil.copytree(pages / "_docs", root / "_docs")
+
+
+def finish() -> None:
+    "Finish every rendered page, and write what lies beside the pages."
     for style in (root / "_docs").rglob("*.css"):
         style.write_text(
             re.sub(r'@import url\("?https?:[^)]*\);?', "", style.read_text(encoding="utf-8")), encoding="utf-8"
@@ -117,8 +169,15 @@ def build() -> None:
     for path in done:
         add_places(path)
     changed = mend_links(list(done))
-    print(f"_docs: {len(done)} pages, {sum(done.values())} formulas, {changed} links to what has no place of its own")
+    copies = name_copies()
+    write_llms()
+    print(
+        f"_docs: {len(done)} pages, {copies} copies in Markdown, {sum(done.values())} formulas, "
+        f"{changed} links to what has no place of its own"
+    )
 
 
 if __name__ == "__main__":
-    build()
+    os.chdir(root)
+    render()
+    finish()

@@ -1,17 +1,32 @@
 """Read every page of the built site, and fail where it is not whole.
 
 A link must lead to a page, and an anchor to a place on it. A paragraph that ends with a colon introduces something, so
-something must follow. Pages call each other by their titles: a numbered chapter is one of the first edition.
+something must follow. Pages call each other by their titles: a numbered chapter is one of the first edition. Every page has
+its copy in Markdown, and llms.txt lists every lesson and nothing that is not there.
 """
 
-import re, sys
+import re, sys, tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 root = Path(__file__).resolve().parent.parent
 headings = {"h1", "h2", "h3", "h4", "h5", "h6"}
-blocks = {"p", "pre", "table", "ul", "ol", "figure", "svg", "img", "details", "blockquote", "math", "iframe", "form"} | headings
+blocks = {
+    "p",
+    "pre",
+    "table",
+    "ul",
+    "ol",
+    "figure",
+    "svg",
+    "img",
+    "details",
+    "blockquote",
+    "math",
+    "iframe",
+    "form",
+} | headings
 chapter = re.compile(r"\b[Cc]hapter \d+\b")
 
 
@@ -84,6 +99,27 @@ def faults(
     return found
 
 
+def llms_faults(
+    site: Path,  # The built site
+    lessons: list[str],  # Names of notebooks
+) -> list[str]:  # What is wrong with what language models read
+    "Check llms.txt and the copies in Markdown."
+    found = [
+        f"{p.relative_to(site)} has no copy in Markdown"
+        for p in sorted(site.rglob("*.html"))
+        if "site_libs" not in p.parts and not p.with_name(p.name + ".md").is_file()
+    ]
+    index = site / "llms.txt"
+    if not index.is_file():
+        return [*found, "llms.txt is not there"]
+    home = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Documentation"]
+    text = index.read_text(encoding="utf-8")
+    pages = [o.removeprefix(f"{home}/") for o in re.findall(r"\]\(([^)\s]+)\)", text) if o.startswith(home)]
+    found += [f"llms.txt lists {p}, which is not there" for p in pages if not (site / p).is_file()]
+    wanted = [re.sub(r"^\d+_", "", name).replace(".ipynb", ".html.md") for name in lessons]
+    return found + [f"llms.txt does not list {p}" for p in wanted if p not in pages]
+
+
 if __name__ == "__main__":
     site = (Path(sys.argv[1]) if len(sys.argv) > 1 else root / "_docs").resolve()
     pages = {p: read_page(p) for p in sorted(site.rglob("*.html")) if "site_libs" not in p.parts}
@@ -94,5 +130,8 @@ if __name__ == "__main__":
         for fault in dict.fromkeys(faults(site, path, pages)):
             bad += 1
             print(f"{path.relative_to(site)}: {fault}")
+    for fault in llms_faults(site, [p.name for p in sorted((root / "nbs").glob("[0-9][0-9]_*.ipynb"))]):
+        bad += 1
+        print(fault)
     print(f"{len(pages)} pages read, {bad} faults")
     sys.exit(bool(bad))

@@ -1,19 +1,21 @@
-"""Fine-tune language models, and understand every line that does it.
+"""A book that fine-tunes language models, and the library it writes as it goes
 
-What people type is here, and each name is imported when it is first used:
+ftbook is a book of 27 Jupyter notebooks about fine-tuning language models, and the Python library that these notebooks write. Each lesson explains one idea, builds it in a few lines, runs it on a real model on an ordinary CPU, and compares it with the library that people use for it.
 
-    import ftbook as ft
+```python
+import random, ftbook as ft
+from ftbook.data.corpora import load_corpus
 
-    ft.run("reviews.csv")                                       # from a file to a report
-    model, tokenizer = ft.load_model("smollm2-135m")
-    ft.LoRA(rank=16).apply(model)
-    ft.finetune(model, "reviews.csv", tokenizer=tokenizer, eval_rows=0.1)
-    ft.evaluate(model, "reviews.csv", tokenizer=tokenizer)
-    ft.save_adapter(model, "adapter")
+model, tokenizer = ft.load_model("smollm2-135m")  # it comes through pip, and so do the reviews
+reviews = random.Random(0).sample([r for r in load_corpus("movie") if abs(r["rating"]) > 1], 400)
+rows = [{"text": r["text"], "label": "good" if r["rating"] > 0 else "bad"} for r in reviews]
+print("before:", ft.evaluate(model, rows[240:], tokenizer=tokenizer))
+ft.LoRA(rank=16).apply(model)
+ft.finetune(model, rows[:240], tokenizer=tokenizer, lr=1e-3)
+print("after:", ft.evaluate(model, rows[240:], tokenizer=tokenizer))
+ft.save_adapter(model, "adapter")
+```"""
 
-The file `__init__.pyi` beside this one says where each name lives. The book explains them: lessons in nbs/, and how
-the library does it in nbs/inside/.
-"""
 import lazy_loader
 
 __version__ = "0.1.0"

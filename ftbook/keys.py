@@ -66,7 +66,7 @@ def _plain(hint):
     if get_origin(hint) is Annotated:
         return _plain(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(_plain(option) for option in get_args(hint))]
+        return Union[tuple(_plain(option) for option in get_args(hint))]  # noqa: UP007, there is no | for a tuple
     return list[_plain(get_args(hint)[0])] if get_origin(hint) is list else hint
 
 # %% ../nbs/inside/keys.ipynb #08a15f79

@@ -30,7 +30,9 @@ def _parsed(line, path, row):
     try:
         found = json.loads(line)
     except ValueError as e:
-        raise Problem(f'not a line of JSON ({e})', 'run the study again; it mends a line that was cut', file=path, row=row) from e
+        raise Problem(
+            f'not a line of JSON ({e})', 'run the study again; it mends a line that was cut', file=path, row=row
+        ) from e
     if not isinstance(found, dict):
         raise Problem('a line must be a JSON object', file=path, row=row)
     return found
@@ -38,7 +40,9 @@ def _parsed(line, path, row):
 
 def read_results(
     path: str | Path,  # A .jsonl file of `nbs/bench/results`
-) -> dict:  # 'machines' and 'runs', lists of dicts, and whatever else it holds; FileNotFoundError, or Problem with the row
+) -> (
+    dict
+):  # 'machines' and 'runs', lists of dicts, and whatever else it holds; FileNotFoundError, or Problem with the row
     "Read what was measured."
     results = {}
     with open(path, encoding='utf-8') as lines:

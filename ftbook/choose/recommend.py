@@ -23,7 +23,7 @@ from .sweep import load_sweep, Sweep
 from .ways import fits
 from ..files import write_text
 from ..memory.plan import GIB
-from ..models.device import probe_device
+from ..models.device import fastest_device
 from ..models.load import load_tokenizer
 from ..problem import Problem
 from ..quality.audit import audit
@@ -224,8 +224,8 @@ def _train_keys(config, why, n, decision):
 # %% ../../nbs/inside/recommend.ipynb #41f2a2ea
 def _memory(memory_gib, device):
     "(GiB, kind of device)."
-    kind = 'cuda' if str(device or probe_device().device).startswith('cuda') else 'cpu'
-    free = free_memory(device or probe_device().device) if memory_gib is None else memory_gib * GIB
+    kind = 'cuda' if str(device or fastest_device().device).startswith('cuda') else 'cpu'
+    free = free_memory(device or fastest_device().device) if memory_gib is None else memory_gib * GIB
     if free is None:
         raise Problem('nobody here knows how much memory is free', 'give it in GiB', key='memory_gib')
     if free <= 0:

@@ -198,7 +198,9 @@ def stream(
     if isinstance(texts, (str, bytes)):
         raise Problem('texts should be a list of strings, not one string', key='texts')
     texts = iter(texts)
-    while some := check_texts(islice(texts, portion), empty=True):
+    done = 0
+    while some := check_texts(islice(texts, portion), empty=True, first=done):
+        done += len(some)
         yield self.head.probabilities(_vectors(self.body, self.body.ids(some)[0], 0))
 
 # %% ../../nbs/inside/classifier.ipynb #ed4fdb9e

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..data.attention import without_cudnn_attention
-from ..models.device import probe_device
+from ..models.device import fastest_device
 from ..models.load import load_encoder, mean_pool
 from ..models.shipped import model_folder
 from ..problem import Problem
@@ -71,7 +71,7 @@ class Body:
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.normalise = normalise
-        self.dtype = dtype or probe_device(encoder.device.type).dtype
+        self.dtype = dtype or fastest_device(encoder.device.type).dtype
         one = tokenizer('a', return_special_tokens_mask=True)
         ids = one['input_ids']
         special = one['special_tokens_mask']

@@ -28,6 +28,7 @@ from ftbook.fewshot.evaluation import (
     Evaluation,
 )
 from .files import _write_json
+from .rows import RowsLeftOut
 from .uncertain import next_rows
 from ..files import _check_place, _whole
 from ..problem import Problem
@@ -147,15 +148,16 @@ def _labelled(file, rows, text, label):
     return labelled, unlabelled
 
 # %% ../../nbs/inside/fewshot_report.ipynb #543229a5
-def _columns(file, labelled, empty=True):
+def _columns(file, labelled, key, empty=True):
     "(texts, labels) of labelled rows. ValueError names the first without a text, unless they may be `empty`."
     for number, said, name in labelled:
         if not (empty or said.strip()):
             raise Problem(
-                f'it has the label {name!r} but its text is empty',
-                'write one, or leave the row out',
+                f'the {key} is empty, and the label is {name!r}',
+                'write a text, or leave the row out',
                 file=file,
                 row=number,
+                key=key,
             )
     return [said for _, said, _ in labelled], [name for *_, name in labelled]
 
@@ -181,6 +183,7 @@ class _Rows:
     rest: tuple  # Labelled, and not learnt from
     tested: tuple  # Of the test file; empty without one
     unlabelled: list  # Texts alone
+    numbers: list  # Of the rows to learn from, in the file
 
 # %% ../../nbs/inside/fewshot_report.ipynb #73413044
 @dataclass(frozen=True)
@@ -214,10 +217,11 @@ def fewshot_report(
     taken, rest = choose_shots([name for *_, name in labelled], shots, settings.seed)
     tested = _labelled(test, read_rows(test, need=(text, label)), text, label)[0] if test else []
     found = _Rows(
-        _columns(file, [labelled[i] for i in taken], empty=False),
-        _columns(file, [labelled[i] for i in rest]),
-        _columns(test, tested),
+        _columns(file, [labelled[i] for i in taken], text, empty=False),
+        _columns(file, [labelled[i] for i in rest], text),
+        _columns(test, tested, text),
         unlabelled,
+        [labelled[i][0] for i in taken],
     )
     facts = dict(file=Path(file).name, text_column=text, label_column=label, seed=settings.seed)
     report = _reported(facts, found, settings)
@@ -232,6 +236,8 @@ def _fitted(rows, settings):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         model.fit(*rows.train, same_labels=settings.same_labels)
+    for left_out in (w.message for w in said if isinstance(w.message, RowsLeftOut)):
+        left_out.row = rows.numbers[left_out.row]
     check = str(model.checked or '')
     return model, time.perf_counter() - began, [m for w in said if (m := str(w.message)) != check]
 

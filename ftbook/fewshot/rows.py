@@ -25,12 +25,13 @@ def check_texts(
     texts,  # Should be a list of strings
     what: str = 'text',  # What the message calls one
     empty: bool = False,  # May they be empty?
+    first: int = 0,  # The row of the first, where others came before
 ) -> list[str]:  # The same. ValueError names the first that cannot be used
     "Refuse what is not text."
     if isinstance(texts, (str, bytes)):
         raise Problem(f'{what}s should be a list of strings, not one string', key=f'{what}s')
     texts = list(texts)
-    for i, t in enumerate(texts):
+    for i, t in enumerate(texts, first):
         if not isinstance(t, str):
             raise Problem(f'the {what} is {type(t).__name__} ({t!r}), not a string', row=i)
         if not empty and not t.strip():
@@ -121,6 +122,25 @@ def _contradictions(texts, targets):
         found.setdefault(normalise(t), set()).add(tuple(target))
     return [i for i, t in enumerate(texts) if len(found[normalise(t)]) > 1]
 
+# %% ../../nbs/inside/fewshot_rows.ipynb #ca76cc14
+class RowsLeftOut(UserWarning):
+    "Rows whose text has two labels are not learnt from."
+
+    def __init__(
+        self,
+        n: int,  # How many
+        row: int,  # The first; a caller that knows the file puts the number there
+        text: str,  # Of the first
+    ):
+        super().__init__(n, row, text)
+        self.n = n
+        self.row = row
+        self.text = text
+
+    def __str__(self):
+        why = f'{self.n} rows are left out, since their text has two labels'
+        return f'{why}; the first is row {self.row}: {self.text[:60]!r}'
+
 # %% ../../nbs/inside/fewshot_rows.ipynb #c1728d06
 def _usable(texts, targets, classes, exclusive):
     "Leave out contradictions and repetitions; say what is thin."
@@ -128,9 +148,9 @@ def _usable(texts, targets, classes, exclusive):
     left_out = ''
     if against:
         first = min(against)
-        why = f'{len(against)} rows are left out, since their text has two labels'
-        warnings.warn(f'{why}; the first is row {first}: {texts[first][:60]!r}', stacklevel=4)
-        left_out = f'; {why.replace("are", "were", 1)}, the first {texts[first][:60]!r}'
+        warnings.warn(RowsLeftOut(len(against), first, texts[first]), stacklevel=4)
+        why = f'{len(against)} rows were left out, since their text has two labels'
+        left_out = f'; {why}, the first {texts[first][:60]!r}'
     places = {}
     for i, t in enumerate(texts):
         if i not in against:

@@ -83,8 +83,8 @@ def _checked(text):
         else [{'sources': [{**_mapping(m, 'models', 'a model'), 'layer_range': None} for m in c.pop('models')]}]
     )
     c['slices'] = [_slice(s, c.get('base_model'), len(slices) == 1, found) for s in slices]
-    for s in [c, *c['slices'], *(o for s in c['slices'] for o in s['sources'])]:
-        _check_settings(s.get('parameters') or {})
+    for part in [c, *c['slices'], *(o for s in c['slices'] for o in s['sources'])]:
+        _check_settings(part.get('parameters') or {})
     c['tokenizer'] = _tokenizer(c.pop('tokenizer_source', None), c.get('tokenizer'))
     for k in ('dtype', 'out_dtype'):
         if c.get(k) and _plain(c[k]) not in _KIND_OF:

@@ -45,7 +45,7 @@ def output_tensors(
         return
     if len(stacks) != 1:
         raise Problem(f"slices need one stack of layers, and the model has {', '.join(stacks) or 'none'}", key='slices')
-    (stem, total), at = next(iter(stacks.items())), 0
+    (stem, _), at = next(iter(stacks.items())), 0
     for n in names:
         if not _LAYER.match(n):
             yield n, (one := slices[0 if re.search('embed|wte|wpe', n) else -1]), [n] * len(one['sources']), 0.0

@@ -72,7 +72,7 @@ def scaled_layers(
             f"{('keys and values' if not found[0] else 'second feed-forward layers')} are not found by name",
             (
                 "give target_modules and feedforward_modules. There are "
-                f"{', '.join(dict.fromkeys((n.rpartition('.')[2] for n in names))) or 'no linear layers'}"
+                f"{', '.join(dict.fromkeys(n.rpartition('.')[2] for n in names)) or 'no linear layers'}"
             ),
             key='feedforward_modules' if found[0] else 'target_modules',
         )

@@ -147,7 +147,7 @@ def working_dtype(
 # %% ../../nbs/inside/low_rank.ipynb #05b29e21
 def low_rank(
     x: Tensor,  # (..., in)
-    layers: list['LoRALinear'],  # All read this x
+    layers: list,  # `LoRALinear`s; all read this x
 ) -> tuple:  # The output of each, (..., out)
     "Run several LoRA layers on one input."
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):

@@ -18,7 +18,7 @@ from torch import nn
 from .parts import replace_
 from .quant import quantize_
 from .quant_model import _check_backend, _say_dense, _shorten, quantizable
-from ..models.device import probe_device
+from ..models.device import fastest_device
 from ..models.load import as_dtype, check_weights, load_model, load_tokenizer
 from ..models.shipped import model_folder
 from ..problem import Problem
@@ -110,7 +110,7 @@ def load_quantized(
 ) -> tuple:  # (model, tokenizer). ValueError with the remedy if it cannot be
     "A causal language model in few bits; in full precision there is never more than a layer."
     _check_backend(backend, kind, block_size)
-    chosen = probe_device(device)
+    chosen = fastest_device(device)
     given = (kind, block_size, double_quant, backend)
     folder = _local_files(name)
     if folder is not None:

@@ -1,4 +1,4 @@
-"""Device, precision and attention for a machine, each with its reason
+"""Device, precision, attention and threads for a machine, each with its reason
 
 Docs: https://ftbook.github.io/ftbook/inside/device.html.md"""
 
@@ -10,11 +10,12 @@ __all__ = ['probe_device']
 # %% ../../nbs/inside/device.ipynb #4533112f
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from .threads import probe_threads, Threads
 from ..problem import Problem
 
 # %% ../../nbs/inside/device.ipynb #7b6ce4f3
@@ -39,12 +40,14 @@ class Device:
     dtype: torch.dtype  # To hold the weights and multiply in
     attention: str  # What transformers calls `attn_implementation`
     reasons: tuple[str, ...]  # One sentence each
+    threads: Threads | None = None  # On a CPU, where it was asked for
 
     def explain(self) -> str:
         "The choice and its reasons, a line each."
+        threads = f', {self.threads}' if self.threads else ''
         return '\n'.join(
             [
-                f'{self.device}, {str(self.dtype).removeprefix("torch.")}, {self.attention}',
+                f'{self.device}, {str(self.dtype).removeprefix("torch.")}, {self.attention}{threads}',
                 *('- ' + r for r in self.reasons),
             ]
         )
@@ -123,7 +126,7 @@ def read_facts(
     if not _is_there(kind):
         raise Problem(
             f"no {kind} device here: PyTorch {torch.__version__} sees "
-            f"{', '.join((k for k in ('cuda', 'xpu', 'mps', 'cpu') if _is_there(k)))}",
+            f"{', '.join(k for k in ('cuda', 'xpu', 'mps', 'cpu') if _is_there(k))}",
             key='device',
         )
     if kind == 'cuda':
@@ -139,18 +142,29 @@ def read_facts(
     )
 
 # %% ../../nbs/inside/device.ipynb #e8e56f4b
-def probe_device(
+def fastest_device(
     device: str | None = None,  # Ask about this one; None finds the fastest
-) -> Device:  # What to use here
+) -> Device:  # What to use here, threads left open. ValueError for a device that is not there
     "What this machine has, and what that means for device, precision and attention."
     return choose_device(read_facts(device))
+
+# %% ../../nbs/inside/device.ipynb #90804b80
+def probe_device(
+    device: str | None = None,  # Ask about this one; None finds the fastest
+) -> Device:  # What to use here. ValueError for a device that is not there
+    "What this machine has, and what that means for device, precision, attention and threads."
+    choice = fastest_device(device)
+    if choice.device != 'cpu':
+        return choice
+    threads = probe_threads()
+    return replace(choice, threads=threads, reasons=(*choice.reasons, threads.why))
 
 # %% ../../nbs/inside/device.ipynb #9089a328
 def half_precision(
     device: str | None = None,  # As for `probe_device`
 ) -> str:  # 'bfloat16', or 'float16' where the device multiplies float16 only
     "The 16 bits of mixed precision on a device."
-    return 'float16' if probe_device(device).dtype == torch.float16 else 'bfloat16'
+    return 'float16' if fastest_device(device).dtype == torch.float16 else 'bfloat16'
 
 # %% ../../nbs/inside/device.ipynb #fe763d32
 def peak_memory(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .device import probe_device
+from .device import fastest_device
 from .shipped import _quiet, model_folder, SHIPPED
 from ..problem import Problem
 
@@ -109,7 +109,7 @@ def _load(auto, name, dtype, device, attention):
 
     dtype = dtype and as_dtype(dtype)
     source = model_folder(name)
-    chosen = probe_device(device)
+    chosen = fastest_device(device)
     attention = attention or (chosen.attention if chosen.attention != 'sdpa' else None)
     if isinstance(source, Path):
         check_weights(source)

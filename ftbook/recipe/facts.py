@@ -22,7 +22,7 @@ from ..forgetting.lost import compare_losses
 from ..forgetting.moved import moved
 from ..forgetting.report import compare_batteries
 from ..methods.summary import trainable_summary
-from ..models.device import peak_memory, probe_device
+from ..models.device import fastest_device, peak_memory
 from ..models.load import load_model
 from .checks import _answer, Prepared
 from .config import recipe_keys
@@ -123,16 +123,16 @@ def _trained(p, job, trained, model):
     )
 
 
-def _run_on(recipe):
+def _run_on(recipe, trained):
     "The device, the precision and the versions."
     device, dtype, mixed = choose_precision(recipe)
     return dict(
         device=device,
-        threads=torch.get_num_threads(),
+        threads=trained.threads or torch.get_num_threads(),
         dtype=str(dtype)[6:],
         precision=mixed or str(dtype)[6:],
         mixed=mixed is not None,
-        device_reasons=probe_device(recipe.model.device).reasons,
+        device_reasons=[*fastest_device(recipe.model.device).reasons, *filter(None, [trained.threads_why])],
         versions=_versions(),
     )
 
@@ -149,7 +149,7 @@ def collect(
     "The facts of a run."
     seed = p.recipe.seed
     lost = attempt('texts', lambda: _lost(before, after, seed), {})
-    facts = _verdict(p, before, after, attempt) | _trained(p, job, trained, model) | _run_on(p.recipe)
+    facts = _verdict(p, before, after, attempt) | _trained(p, job, trained, model) | _run_on(p.recipe, trained)
     facts |= dict(
         forgetting=lost,
         kept=attempt('changes', lambda: _kept(p, before, after, model)),

@@ -25,12 +25,11 @@ from ..methods.prompt_cases import Case, refuse, transformer_of
 from ..methods.quant import quantize_
 from ..methods.targets import is_quantized
 from ..models.count import count_parameters
-from ..models.device import half_precision, probe_device
+from ..models.device import fastest_device, half_precision
 from ..models.load import as_dtype, load_tokenizer
 from ..models.scale import skeleton, training_bytes
 from ..models.shipped import SHIPPED
 from ..problem import Problem
-from .checks import Prepared
 from .config import given_keys, load_recipe, METHODS, Recipe, recipe_keys
 
 # %% ../../nbs/inside/machine_checks.ipynb #db7010c5
@@ -60,7 +59,7 @@ def _check_model(p):
             f"{most} tokens are more than {keys.name} can read",
             f'set data.max_length to {p.n_limit} or less',
         )
-    if keys.dtype == 'float16' and probe_device(keys.device).device == 'cpu':
+    if keys.dtype == 'float16' and fastest_device(keys.device).device == 'cpu':
         add('error', 'model.dtype', 'float16 needs a GPU to train', 'take bfloat16 or float32, or leave it out')
 
 # %% ../../nbs/inside/machine_checks.ipynb #b080e403
@@ -120,7 +119,7 @@ def choose_precision(
 ) -> tuple:  # (device, dtype of the weights, precision of the products where it is mixed, else None)
     "Where and in which precision a recipe runs."
     keys, train = recipe.model, recipe.train
-    chosen = probe_device(keys.device)
+    chosen = fastest_device(keys.device)
     full = recipe.method.type == 'full'
     whole = full or train.precision == 'float32'
     asked = keys.dtype or (train.precision if train.mixed is False else None)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.viewer import show_mask
 from ..files import write_text
+from ..models.threads import free_threads
 from .checks import CheckFailed
 from .config import make_recipe, Recipe, recipe_yaml
 from .facts import collect
@@ -88,7 +89,8 @@ def run(
     trained = noted_training(job, p)
     with job.stage('load', recipe.model.name):
         model = load_result(job) if trained else load_base(recipe)
-    with job.stage('before', f'judge the model as it is, by {len(p.test)} held-out rows'):
+    judged = f'judge the model as it is, by {len(p.test)} held-out rows'
+    with job.stage('before', judged), free_threads(model.device):
         before = job.once('before.json', lambda: measure_together(job, p, model))
     if not trained:
         trained = _train_and_save(job, p, model)
@@ -100,7 +102,7 @@ def run(
 def _judged(job, p, trained, before, model):
     "The report: what was trained is judged, and what fails is missing from it."
     attempt = Attempts(job.say)
-    with job.stage('after', 'judge it again'):
+    with job.stage('after', 'judge it again'), free_threads(model.device):
         after = measure_together(job, p, model, before, attempt)
     mask = attempt('mask', lambda: show_mask(min(p.train, key=len), p.tokenizer))
     return Report(collect(p, job, trained, before, after, model, attempt), mask)

@@ -157,7 +157,7 @@ def step(
 ):
     "Update every parameter that has a gradient, a piece at a time."
     for group, p in [
-        (group, p) for group in self.param_groups for p in group['params'] if p.grad is not None
+        (g, p) for g in self.param_groups for p in g['params'] if p.grad is not None
     ]:
         state = self.state[p]
         w = p.view(-1)
@@ -245,9 +245,7 @@ def step(
     optimizer,  # Its gradients are those of the scaled loss
 ) -> bool:  # Was a step taken?
     "Divide, step; or skip and halve where a gradient is not finite."
-    grads = [
-        p.grad for g in optimizer.param_groups for p in g['params'] if p.grad is not None
-    ]
+    grads = [p.grad for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
     finite = all(g.isfinite().all() for g in grads)
     if finite:
         for g in grads:

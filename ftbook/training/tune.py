@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.examples import Example
 from ..models.device import peak_memory
+from ..models.threads import free_threads
 from ..problem import Problem
 from .batches import isolated
 from .checkpoints import _begin, put_weights_
@@ -104,6 +105,16 @@ def _tracked(loop):
     if loop.settings.trackers:
         loop.accelerator.end_training()
 
+# %% ../../nbs/inside/finetune.ipynb #9a17bcb9
+@contextlib.contextmanager
+def _on_free_cores(run, device):
+    "While this is open, compute with the threads that the machine has free; the run remembers how many, and why."
+    with free_threads(device) as threads:
+        if threads:
+            run.threads = threads.n
+            run.threads_why = threads.why
+        yield
+
 # %% ../../nbs/inside/finetune.ipynb #2d2453d0
 @delegates(Settings)
 def finetune(
@@ -123,7 +134,7 @@ def finetune(
     settings = replace(settings or Settings(), **changes)
     _check_asked(examples, eval_examples, settings.patience)
     run = Run()
-    with _prepared(model, settings) as packs, until_interrupted() as caught:
+    with _on_free_cores(run, model.device), _prepared(model, settings) as packs, until_interrupted() as caught:
         loop = Loop(model, examples, settings, packs, out)
         _begin(loop, run, out, resume)
         with _tracked(loop), whole_again(loop), _bar(loop, progress) as bar:

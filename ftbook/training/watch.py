@@ -37,6 +37,8 @@ class Run:
     stopped: str = ''  # 'finished', 'max_steps', 'early', 'interrupted' or 'callback'
     resumed_from: int | None = None  # The step of the checkpoint it went on from
     peak_memory_bytes: int = 0  # Of the process (CPU) or the device
+    threads: int | None = None  # That computed; None on a GPU
+    threads_why: str = ''  # Why so many
 
 # %% ../../nbs/inside/watching.ipynb #89f78f30
 @patch(as_prop=True)

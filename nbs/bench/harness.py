@@ -17,21 +17,23 @@ A study is a module in `studies`. It says what is to be measured and measures on
     KEY = 'task', 'lr', 'seed'      the fields that name a run
     plan(runs)                      yields the runs to make, as dicts of KEY, in order; `runs` are those that are there. A run that is
                                     yielded three times is made three times
-    run(job)                        makes one run and returns what it found, a dict, or a list of dicts
+    run(job)                        makes one run and returns what it found, a dict, or a list of dicts. `others`, the share of its time
+                                    that other processes took, is added unless it is there
 
 and, where it needs them:
 
     PACKAGES = 'torch',             versions that are noted with every run
-    ALONE = 0.05                    the largest share of the time that other processes may take; a disturbed run is made again
-    PER_PROCESS = 8                 runs in one process, 1 if not said; 0 makes all in this one. A disturbed run that has a process of its
-                                    own is made again in a new one
+    ALONE = 0.05                    the largest share of the time that other processes may take; a disturbed run is made again, in a
+                                    new process where PER_PROCESS is 1
+    RESERVE = 1.5e9                 bytes of memory that stay free; a process that leaves less is ended
+    PER_PROCESS = 8                 runs in one process, 1 if not said; 0 makes all in this one
     THREADS = 1                     threads of a run, for the libraries that read it when they are imported
     summarize(results)              a dict, written to `results/NAME_summary.jsonl`
 
 Results are `results/NAME.jsonl`, one run a line, as `ftbook.results.read_results` reads them.
 """
 
-import argparse, importlib, json, os, platform, resource, subprocess, sys, time, traceback
+import argparse, importlib, json, math, os, platform, resource, subprocess, sys, time, traceback
 from collections import Counter
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -44,7 +46,8 @@ from ftbook.results import read_results, result_lines
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / 'results'
 TRIES, WAIT = 4, 20  # of a run that others disturb; seconds before it is tried again
-DISTURBED = 75  # what a process returns whose run was disturbed
+DISTURBED = 75  # what a process says that was disturbed
+THREAD_NAMES = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'RAYON_NUM_THREADS'
 
 
 # The machine
@@ -105,11 +108,18 @@ def undisturbed(action, limit=0.05, tries=TRIES, wait=WAIT):
         print(f'others took {others:.0%} of the time', file=sys.stderr)
 
 
+def free_memory():
+    "Bytes that can still be had, where that is told."
+    info = Path('/proc/meminfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(o.split()[1]) * 1024 for o in lines if o.startswith('MemAvailable')), math.inf)
+
+
 # A study
 
 
 class Disturbed(Problem):
-    "Other processes took too much of the time."
+    "Other processes never left a run alone."
 
 
 class Study:
@@ -170,12 +180,12 @@ class Study:
         found = disturbed(action) if limit is None else undisturbed(action, limit, tries)
         if found is None:
             raise Disturbed(
-                f'other processes disturbed {self.name} {job}',
+                f'other processes disturbed {self.name} {job} in {tries} tries',
                 'stop them, or try later; finished runs are kept',
             )
         result, others = found
         rows = result if isinstance(result, list) else [result]
-        self.append([job | row | dict(others=round(others, 3)) for row in rows])
+        self.append([job | dict(others=round(others, 3)) | row for row in rows])
 
     def summarize(self):
         "Write what lessons read, whole or not at all."
@@ -236,16 +246,20 @@ def write_results(path, results):
 
 def run(study, args):
     "Make what is missing, in this process or in one after another; a process ends before its memory grows."
-    in_this = args.here or not study.setting('PER_PROCESS', 1)
+    per_process = study.setting('PER_PROCESS', 1)
     failed, left = args.after, args.most
 
     def missing():
         return study.missing(args.only, args.share, args.this_machine)
 
-    print(f'{study.name}: {len(missing())} runs to make, {sum(study.made(args.this_machine).values())} made')
+    print(f'{study.name}: {len(missing()[:left])} runs to make, {sum(study.made(args.this_machine).values())} made')
     while jobs := (todo := missing())[failed:][:left]:
+        finished = 1 if args.here or not per_process else min(per_process, len(jobs))
         try:
-            finished = one(study, jobs[0], args.tries) if in_this else child(study, args, len(jobs), failed)
+            if args.here or not per_process:
+                one(study, jobs[0], args.tries)
+            else:
+                child(study, args, finished, failed)
         except Exception as problem:
             if not args.go_on:
                 raise
@@ -254,40 +268,48 @@ def run(study, args):
             failed += 1  # what failed stays in front of what is missing
         left = left if left is None else max(0, left - finished)
     if failed > args.after:
-        raise Problem(
-            f'{failed - args.after} runs of {study.name} failed', 'their errors are above; finished runs are kept'
-        )
+        why = f'{failed - args.after} runs of {study.name} failed'
+        raise Problem(why, 'their errors are above; finished runs are kept')
 
 
-def one(study, job, tries=TRIES):
-    "One run, and a line about it; how many runs were made."
+def one(study, job, tries):
+    "One run, and a line about it."
     start = time.perf_counter()
     study.measure(job, tries)
     print(', '.join(map(str, job.values())), f'{time.perf_counter() - start:.1f} s', sep=': ', flush=True)
-    return 1
 
 
 def child(study, args, most, after=0):
-    "Some runs in a process of its own, behind those that failed; how many runs were made."
-    per_process = study.setting('PER_PROCESS', 1)
-    most = min(most, per_process)
-    tries = TRIES if per_process == 1 else 1  # of the process; several runs in one try each for themselves
+    "Some runs, behind those that failed, in a process of its own; one that others disturbed is made again in a new one."
     given = [f'--only={k}={v}' for k, v in args.only] + [f'--share={args.share[0]}/{args.share[1]}']
-    given += ['--this-machine'] * args.this_machine + ['--tries=1'] * (tries > 1)
+    tries = TRIES if most == 1 else 1  # new processes; a process of several runs tries again itself
+    given += ['--this-machine'] * args.this_machine + [f'--tries={1 if most == 1 else TRIES}']
     threads = study.setting('THREADS')
     env = dict(os.environ, HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
     if threads:
-        env |= {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+        env |= {name: str(threads) for name in THREAD_NAMES}
     command = [sys.executable, str(HERE), 'run', study.name, '--here', f'--most={most}', f'--after={after}', *given]
     for again in range(tries):
         if again:
             time.sleep(WAIT)
-        returned = subprocess.run(command, env=env).returncode
-        if returned != DISTURBED:
+        failed = watched(command, env, study.setting('RESERVE'))
+        if failed != DISTURBED:
             break
-    if returned:
+    if failed:
         raise Problem(f'a run of {study.name} failed', 'its error is above; finished runs are kept')
-    return most
+
+
+def watched(command, env, reserve=None):
+    "Run a process, and end it before it takes the last of the memory: its exit status."
+    if reserve is None:
+        return subprocess.run(command, env=env).returncode
+    with subprocess.Popen(command, env=env) as process:
+        while process.poll() is None:
+            if free_memory() < reserve:
+                process.kill()
+                print(f'less than {reserve / 1e9:g} GB of memory were left', file=sys.stderr)
+            time.sleep(0.1)
+        return process.returncode
 
 
 def show(names):
@@ -339,7 +361,7 @@ def parser():
             command.add_argument('--here', action='store_true', help='all runs in this process')
             command.add_argument('--go-on', action='store_true', help='leave a run that fails, and make the next')
             command.add_argument('--after', type=int, default=0, help=argparse.SUPPRESS)  # so many that failed
-            command.add_argument('--tries', type=int, default=TRIES, help=argparse.SUPPRESS)
+            command.add_argument('--tries', type=int, default=TRIES, help='of a run that others disturb')
     commands.add_parser('rival').add_argument('name')
     commands.add_parser('check')
     return whole

@@ -11,13 +11,15 @@ def hush():
 
 
 @cache
-def loaded(dtype):
+def loaded(dtype, name='smollm2-135m'):
+    "(model, tokenizer) on the CPU, loaded once; copy it before it is changed."
     from ftbook.models.load import load_model
 
-    return load_model('smollm2-135m', dtype=dtype, device='cpu')
+    return load_model(name, dtype=dtype, device='cpu')
 
 
 def half():
+    "The 16-bit precision that this CPU multiplies in hardware, or 'float32'."
     from ftbook.models.device import probe_device
 
     return str(probe_device('cpu').dtype).removeprefix('torch.')

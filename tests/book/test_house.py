@@ -147,7 +147,7 @@ for name in {order}:
 # Each package leans on those of the rows above its own, and on no other.
 floors = [
     ["problem"],
-    ["files", "ghost", "house", "keys"],
+    ["files", "ghost", "house", "keys", "results"],
     ["show"],
     ["models"],
     ["data"],
@@ -167,6 +167,21 @@ def test_arrows_point_down(name):
     package = name.split(".")[0]
     up = {o for o in our_imports(name) if (p := o.split(".")[0]) != package and floor[p] >= floor[package]}
     assert not up, f"{name} leans on {sorted(up)}, which is not below it"
+
+
+def test_the_plan_for_maintainers_has_these_floors():
+    text = "\n".join(c["source"] for c in read_cells(nbs / "inside/index.ipynb", "markdown"))
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", text, re.M)
+    assert [int(n) for n, _ in rows] == list(range(len(floors)))
+    assert [re.findall(r"`(\w+)`", names) for _, names in rows] == floors
+
+
+def test_the_plan_for_maintainers_is_drawn_from_the_modules_that_there_are():
+    "The saved page names every module, and draws every package."
+    cells = read_cells(nbs / "inside/index.ipynb", "code")
+    data = [o.get("data", {}) for c in cells for o in c["outputs"]]
+    table = "".join("".join(o.get("text/markdown", "")) for o in data)
+    assert re.findall(r"^\| `([\w.]+)`", table, re.M) and set(re.findall(r"^\| `([\w.]+)`", table, re.M)) == set(order)
 
 
 def test_no_module_leans_on_itself():

@@ -86,9 +86,9 @@ def pair(tiny, desk):
             metadata=dict(format="pt"),
         )
     (desk / "both.yaml").write_text(
-        (
+        
             f"merge_method: task_arithmetic\nbase_model: {tiny}\nmodels:\n- {{model: red, parameters: {{weight: "
             f"0.5}}}}\n- {{model: blue, parameters: {{weight: 0.5}}}}\n"
-        )
+        
     )
     return desk

@@ -385,7 +385,7 @@ def test_a_new_bias_would_be_dropped(tmp_path):
 
 
 def test_a_lora_is_not_taken_for_bitfit(tmp_path):
-    from ftbook.methods.lora_method import LoRA  # noqa: F401, makes LORA known
+    from ftbook.methods.lora_method import LoRA  # makes LORA known
 
     save_adapter(busy(BitFit().apply(make("Llama"))), tmp_path)
     weights, path = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"

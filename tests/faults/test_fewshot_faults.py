@@ -11,6 +11,7 @@ from ftbook.fewshot.tuning import Tuning
 from ftbook.fewshot.report import fewshot_report, FewShotSettings
 from ftbook.fewshot.exchange import load_classifier, load_setfit
 from ftbook.methods.lora_method import LoRA
+from ftbook.problem import Place, Problem
 from cases.fewshot import classifier, fitted, sentences, tiny, write_csv
 
 
@@ -219,7 +220,7 @@ def test_an_unfitted_one_is_not_saved(tiny, tmp_path):
         (
             [("text", "label"), ("a", "x"), ("", "y")],
             {},
-            r"rows\.csv, row 1: it has the label 'y' but its text",
+            r"rows\.csv, row 1: the text is empty, and the label is 'y'",
         ),
         ([("text", "label"), ("a", "x"), ("b", "y")], dict(shots=0), "shots must be 1 or more"),
         ([("text", "label"), ("a", "x"), ("b", "y")], {}, "no row can be held out"),
@@ -246,10 +247,9 @@ def test_a_row_of_a_file_keeps_its_number_whatever_is_left_out_before_it(tiny, t
         file.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     write([*rows, dict(text=" ", label="land")])
-    with pytest.raises(
-        ValueError, match=r"rows\.jsonl, row 9: it has the label 'land' but its text is empty"
-    ):
+    with pytest.raises(Problem, match=r"rows\.jsonl, row 9: the text is empty, and the label is 'land'") as found:
         fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"), shots=2)
+    assert found.value.where == Place(file, 9, "text") and "leave the row out" in found.value.remedy
     for odd in (dict(text=3.5, label="sea"), dict(text=3.5, label=None)):
         write([*rows, odd])
         with pytest.raises(ValueError, match=r"rows\.jsonl, row 9: the text is 3\.5, not a string"):
@@ -261,3 +261,19 @@ def test_a_row_of_a_file_keeps_its_number_whatever_is_left_out_before_it(tiny, t
     write(rows)
     judged = fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"), test=test)
     assert judged.facts["n_judged"] == 2, "a test row without a text is judged like any other"
+
+
+def test_a_warning_counts_the_rows_of_the_file(tiny, tmp_path):
+    "Two rows without a label stand before the row whose text has two labels."
+    texts, labels = sentences(4, classes=("kitchen", "sea"))
+    rows = [("no label", ""), ("none either", ""), ("both", "kitchen"), ("both", "sea"), *zip(texts, labels)]
+    file = write_csv(tmp_path / "rows.csv", [("text", "label"), *rows])
+    report = fewshot_report(file, out=tmp_path / "out", settings=FewShotSettings(tiny, device="cpu"))
+    assert any("2 rows are left out" in w and "the first is row 2: 'both'" in w for w in report.facts["warnings"])
+
+
+def test_a_stream_counts_its_rows_across_portions(tiny):
+    model = classifier(tiny, tuning=None).fit(*sentences(2))
+    with pytest.raises(Problem) as found:
+        list(model.stream(["a", "b", "c", 4.0], portion=2))
+    assert found.value.where.row == 3

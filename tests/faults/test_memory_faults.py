@@ -41,10 +41,10 @@ cuda_says = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB"
 )
 cpu_says = RuntimeError(
-    (
+    
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 2147483648 bytes. Error code 12 (Cannot allocate memory)"
-    )
+    
 )
 
 

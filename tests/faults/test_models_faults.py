@@ -157,10 +157,10 @@ def test_three_at_once(stocked):
 
 def test_killed_while_preparing(stocked):
     p = python(
-        (
+        
             "import time\ndef slow(*a): print('half', flush=True); time.sleep(60)\nshipped._write_manifest = "
             "slow\nmodel_folder('minilm-l6')"
-        )
+        
     )
     assert p.stdout.readline() == "half\n"
     p.send_signal(signal.SIGKILL)

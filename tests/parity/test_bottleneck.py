@@ -18,7 +18,9 @@ from ftbook.methods.files import load_adapter, save_adapter
 from ftbook.methods.fold import merge_, remove_, unmerge_
 from ftbook.methods.parts import parts_of
 from ftbook.methods.summary import trainable_summary
-import adapters_worker as worker
+from rivals import variable
+from sides.bottleneck import TIED_HEAD
+from studies.adapters import ask, plan
 from cases.bottleneck import (
     batch,
     biases_of,
@@ -288,35 +290,32 @@ def test_the_oracle_tells_the_kinds_apart(name):
 
 
 def check_runs(runs):
-    assert [(r["architecture"], r["kind"]) for r in runs] == [
-        (a, k) for a in worker.ARCHITECTURES for k in worker.KINDS
-    ]
+    assert [{k: r[k] for k in ("architecture", "kind")} for r in runs] == list(plan([]))
     for r in runs:
         assert all(
             r[k] <= 1e-5 for k in ("base", "logits", "gradients", "weights", "after", "theirs_read", "native_read")
         ), r
         assert r["effect"] > 0.01 and r["smallest_gradient"] > 1e-7 and not r["lost"] and r["tensors"] >= 8
-    assert {r["architecture"] for r in runs if r["head"]} == set(worker.ARCHITECTURES) - set(worker.TIED_HEAD)
+    assert {r["architecture"] for r in runs if r["head"]} == {r["architecture"] for r in runs} - set(TIED_HEAD)
 
 
 in_its_environment = pytest.mark.skipif(
-    not os.environ.get(worker.PYTHON), reason=f"{worker.PYTHON} names no interpreter with the adapters package"
+    not os.environ.get(variable("adapters")), reason="no environment with the adapters package is named"
 )
 
 
 @in_its_environment
 def test_parity_with_the_package():
-    runs, versions = worker.ask(os.environ[worker.PYTHON])
+    runs = ask()
     check_runs(runs)
-    assert versions["package"]["adapters"]
+    assert all(r["rival"]["adapters"] for r in runs)
 
 
 @in_its_environment
 def test_the_comparison_with_the_package_can_fail(monkeypatch):
     # every kind reads what Houlsby's reads
     monkeypatch.setattr(methods_bottleneck.BottleneckPart, "read", lambda self, h: h)
-    runs, _ = worker.ask(os.environ[worker.PYTHON])
-    assert all((r["logits"] > 1e-4) == (r["kind"] != "houlsby") for r in runs)
+    assert all((r["logits"] > 1e-4) == (r["kind"] != "houlsby") for r in ask())
 
 
 # Does nothing, then something

@@ -108,7 +108,7 @@ def test_datatrove_finds_the_same_pairs(datatrove_run, datatrove_clusters):
 def test_datatrove_joins_what_lies_below_as_often_as_the_s_curve_says(datatrove_run, datatrove_clusters):
     texts = datatrove_run[0]
     bands, rows = choose_bands(0.8)
-    sets, cluster = list(map(shingles, texts)), {i: c for c, rows in datatrove_clusters.items() for i in rows}
+    cluster = {i: c for c, rows in datatrove_clusters.items() for i in rows}
     below = near_duplicates(texts, 0.5)
     # one near text only: nothing else can have joined the two
     alone = np.bincount(np.r_[below.a, below.b], minlength=len(texts)) == 1

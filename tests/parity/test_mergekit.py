@@ -5,7 +5,8 @@ import json, os, shutil
 import pytest, torch, yaml
 
 from ftbook.merging.engine import merge
-import merge_worker as worker
+from rivals import variable
+from studies.merge_parity import QUESTIONS, parity
 from cases.merge import gap, NAMES, source, tensors
 
 
@@ -84,11 +85,11 @@ def test_published_examples(name, source, tmp_path):
 
 
 def check_runs(runs):
-    assert [r["question"] for r in runs] == list(worker.QUESTIONS)
+    assert [r["question"] for r in runs] == list(QUESTIONS)
     for r in runs:
         assert r["largest"] <= 1e-6 and r["effect"] > 0.01 and r["tensors"] >= 20 and r["same_configuration"], r
 
 
-@pytest.mark.skipif(not os.environ.get(worker.PYTHON), reason=f"{worker.PYTHON} names no interpreter with mergekit")
+@pytest.mark.skipif(not os.environ.get(variable("mergekit")), reason="no environment with mergekit is named")
 def test_parity_with_mergekit():
-    check_runs(worker.parity()[0])
+    check_runs(parity())

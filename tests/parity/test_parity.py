@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-import merge_worker as worker
+from rivals import variable
+from studies.merge_parity import parity
 import test_bottleneck, test_lora, test_prompts
 
 TABLE = {
@@ -21,10 +22,10 @@ def test_the_parity_table(capsys):
     found, wide = {}, 110
     with capsys.disabled():
         print(
-            (
+            
                 "\nLargest absolute difference in float32, with the same weights and inputs; weights: after ten "
                 f"steps of AdamW\n{'':{wide}} {' '.join(f'{c:>9}' for c in COLUMNS)}"
-            )
+            
         )
         for title, rows in TABLE.items():
             print(title)
@@ -55,9 +56,9 @@ def test_the_table_can_fail(monkeypatch):
         )
 
 
-@pytest.mark.skipif(not os.environ.get(worker.PYTHON), reason=f"{worker.PYTHON} names no interpreter with mergekit")
+@pytest.mark.skipif(not os.environ.get(variable("mergekit")), reason="no environment with mergekit is named")
 def test_the_merging_table(capsys):
-    runs, wide = worker.parity()[0], 60
+    runs, wide = parity(), 60
     with capsys.disabled():
         print("\nMerged tensors against mergekit, largest absolute difference")
         for r in runs:

@@ -156,41 +156,51 @@ def test_who_else_works_is_seen():
 
 def test_a_disturbed_run_is_not_kept(study, monkeypatch):
     study.module.ALONE = 0.05
-    monkeypatch.setattr(harness, "undisturbed", lambda action, limit, tries: None)
+    monkeypatch.setattr(harness, "undisturbed", lambda *given: None)
     with pytest.raises(Problem) as caught:
         study.measure(dict(task="movie", seed=0))
     assert "disturbed" in caught.value.why and not study.path.exists()
 
 
+def options(**given):
+    usual = dict(only=[], share=(0, 1), most=None, this_machine=False, here=False, tries=1)
+    return types.SimpleNamespace(**usual | given)
+
+
+@pytest.mark.parametrize("most, tries", [(1, harness.TRIES), (8, 1)])
+def test_a_disturbed_run_is_made_again_in_a_new_process(study, monkeypatch, most, tries):
+    "A process of several runs tries again itself; what else goes wrong is not tried again."
+    commands, ends = [], [harness.DISTURBED] * 9
+    monkeypatch.setattr(harness, "watched", lambda command, env, reserve: commands.append(command) or ends.pop(0))
+    monkeypatch.setattr(harness.time, "sleep", lambda seconds: None)
+    with pytest.raises(Problem):
+        harness.child(study, options(), most)
+    assert len(commands) == tries and f"--tries={harness.TRIES // tries}" in commands[0]
+    commands, ends = [], [harness.DISTURBED, 0]
+    if most == 1:
+        harness.child(study, options(), most)
+        assert len(commands) == 2
+    commands, ends = [], [1, 0]
+    with pytest.raises(Problem):
+        harness.child(study, options(), most)
+    assert len(commands) == 1
+
+
+def test_a_process_that_takes_the_last_memory_is_ended(monkeypatch):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(harness, "free_memory", lambda: 1e9)
+    assert harness.watched(sleeps, None, reserve=2e9) < 0
+    assert harness.watched([sys.executable, "-c", "raise SystemExit(3)"], None, reserve=1) == 3
+
+
+def test_a_study_may_say_itself_what_others_took(study):
+    study.module.run = lambda job: dict(others=0.25)
+    study.measure(dict(task="movie", seed=0))
+    assert study.read()["runs"][0]["others"] == 0.25
+
+
 def asked(*given):
     return harness.parser().parse_args(["run", "tried", *given])
-
-
-def test_a_disturbed_run_is_made_again_in_a_new_process(study, monkeypatch):
-    study.module.ALONE = 0.05
-    returned, asked_for = [harness.DISTURBED, 0], []
-
-    def process(command, env):
-        asked_for.append(command)
-        return types.SimpleNamespace(returncode=returned.pop(0))
-
-    monkeypatch.setattr(harness.subprocess, "run", process)
-    monkeypatch.setattr(harness, "WAIT", 0)
-    assert harness.child(study, asked(), 3) == 1
-    assert len(asked_for) == 2 and all("--tries=1" in o and "--most=1" in o for o in asked_for)
-    returned[:] = [harness.DISTURBED] * 9
-    with pytest.raises(Problem):
-        harness.child(study, asked(), 3)
-    assert len(asked_for) == 2 + harness.TRIES
-
-
-def test_a_process_of_one_try_says_that_it_was_disturbed(study, monkeypatch, capsys):
-    study.module.ALONE, study.module.PER_PROCESS = -1, 1
-    monkeypatch.setattr(harness, "Study", lambda name: study)
-    with pytest.raises(SystemExit) as caught:
-        harness.main(["run", "tried", "--here", "--tries=1"])
-    assert caught.value.code == harness.DISTURBED and len(study.module.calls) == 1
-    assert "disturbed" in capsys.readouterr().err and not study.path.exists()
 
 
 @pytest.mark.parametrize("most", [None, 3])
@@ -216,6 +226,24 @@ def test_a_study_goes_on_past_what_fails(study, most, capsys):
         : most and 2
     ]
     assert f"{1 if most else 2} runs" in caught.value.why and "no news" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_is_followed_by_one_behind_what_failed(study, monkeypatch):
+    study.module.PER_PROCESS, behind = 2, []
+
+    def child(study, args, most, after):
+        behind.append((most, after))
+        jobs = study.missing()[after : after + most]
+        if jobs[0] == dict(task="movie", seed=1):
+            raise Problem("it fails")
+        for job in jobs:
+            study.measure(job)
+
+    monkeypatch.setattr(harness, "child", child)
+    with pytest.raises(Problem):
+        harness.run(study, asked("--go-on"))
+    assert behind == [(2, 0), (2, 0), (2, 1)]
+    assert [study.key(j) for j in study.missing()] == [study.key(dict(task="movie", seed=1))]
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/2", "-1/2", ""])

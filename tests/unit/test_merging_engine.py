@@ -17,7 +17,7 @@ from ftbook.merging.adapters import merge_adapters
 from ftbook.merging.states import merge_states
 from ftbook.merging.plan import plan_merge
 from ftbook.merging.config import value_at
-import merge_worker as worker
+from studies.merge_parity import QUESTIONS
 from cases.merge import adapter, gap, llama, models, NAMES, recipe_for, source, tensors, words
 
 
@@ -357,5 +357,5 @@ def test_stored_numbers(kind):
 
 
 def test_every_method_of_mergekit_that_is_here_is_compared():
-    asked = {c["merge_method"] for c in worker.QUESTIONS.values()}
+    asked = {c["merge_method"] for c in QUESTIONS.values()}
     assert asked == {n for n in RECIPES if not n.endswith("_paper")}

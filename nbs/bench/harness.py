@@ -6,6 +6,7 @@
     python -m nbs.bench run curves --only task=movie   some of them
     python -m nbs.bench run curves --share 1/2         the second of two shares; two processes take two shares side by side
     python -m nbs.bench run curves --most 3            no more than three
+    python -m nbs.bench run gpu_memory --go-on         a run that fails says why, and the next one is made
     python -m nbs.bench run training --this-machine    all of them again, where the results are another machine's
     python -m nbs.bench summary methods                write what lessons read of a long file of runs
     python -m nbs.bench rival mergekit                 build the environment of a rival
@@ -33,7 +34,7 @@ and, where it needs them:
 Results are `results/NAME.jsonl`, one run a line, as `ftbook.results.read_results` reads them.
 """
 
-import argparse, importlib, json, math, os, platform, resource, subprocess, sys, time
+import argparse, importlib, json, math, os, platform, resource, subprocess, sys, time, traceback
 from collections import Counter
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -254,22 +255,30 @@ def write_results(path, results):
 
 def run(study, args):
     "Make what is missing, in this process or in one after another; a process ends before its memory grows."
-    per_process, left = study.setting('PER_PROCESS', 1), args.most
+    per_process = study.setting('PER_PROCESS', 1)
+    failed, left = args.after, args.most
 
     def missing():
-        return study.missing(args.only, args.share, args.this_machine)[:left]
+        return study.missing(args.only, args.share, args.this_machine)
 
-    jobs = missing()
-    print(f'{study.name}: {len(jobs)} runs to make, {sum(study.made(args.this_machine).values())} made')
-    while jobs:
-        if args.here or not per_process:
-            one(study, jobs[0], args.tries)
-            finished = 1
-        else:
-            finished = min(per_process, len(jobs))
-            child(study, args, finished)
-        left = left if left is None else left - finished
-        jobs = missing()
+    print(f'{study.name}: {len(missing()[:left])} runs to make, {sum(study.made(args.this_machine).values())} made')
+    while jobs := (todo := missing())[failed:][:left]:
+        finished = 1 if args.here or not per_process else min(per_process, len(jobs))
+        try:
+            if args.here or not per_process:
+                one(study, jobs[0], args.tries)
+            else:
+                child(study, args, finished, failed)
+        except Exception as problem:
+            if not args.go_on:
+                raise
+            traceback.print_exception(problem)
+            finished = len(todo) - len(missing()) + 1
+            failed += 1  # what failed stays in front of what is missing
+        left = left if left is None else max(0, left - finished)
+    if failed > args.after:
+        why = f'{failed - args.after} runs of {study.name} failed'
+        raise Problem(why, 'their errors are above; finished runs are kept')
 
 
 def one(study, job, tries):
@@ -279,8 +288,8 @@ def one(study, job, tries):
     print(', '.join(map(str, job.values())), f'{time.perf_counter() - start:.1f} s', sep=': ', flush=True)
 
 
-def child(study, args, most):
-    "Some runs in a process of its own; one that others disturbed is made again in a new one."
+def child(study, args, most, after=0):
+    "Some runs, behind those that failed, in a process of its own; one that others disturbed is made again in a new one."
     given = [f'--only={k}={v}' for k, v in args.only] + [f'--share={args.share[0]}/{args.share[1]}']
     tries = TRIES if most == 1 else 1  # new processes; a process of several runs tries again itself
     given += ['--this-machine'] * args.this_machine + [f'--tries={1 if most == 1 else TRIES}']
@@ -288,7 +297,7 @@ def child(study, args, most):
     env = dict(os.environ, HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
     if threads:
         env |= {name: str(threads) for name in THREAD_NAMES}
-    command = [sys.executable, str(HERE), 'run', study.name, '--here', f'--most={most}', *given]
+    command = [sys.executable, str(HERE), 'run', study.name, '--here', f'--most={most}', f'--after={after}', *given]
     for again in range(tries):
         if again:
             time.sleep(WAIT)
@@ -359,6 +368,8 @@ def parser():
             command.add_argument('--most', type=int)
             command.add_argument('--this-machine', action='store_true')
             command.add_argument('--here', action='store_true', help='all runs in this process')
+            command.add_argument('--go-on', action='store_true', help='leave a run that fails, and make the next')
+            command.add_argument('--after', type=int, default=0, help=argparse.SUPPRESS)  # so many that failed
             command.add_argument('--tries', type=int, default=TRIES, help='of a run that others disturb')
     commands.add_parser('rival').add_argument('name')
     commands.add_parser('check')

@@ -1,7 +1,13 @@
 """What the studies measure with: one copy of the model, precisions, peak memory, intervals."""
 
-import copy, random, resource, statistics, threading
+import copy, logging, random, resource, statistics, threading, warnings
 from functools import cache
+
+
+def hush():
+    "Keep the warnings of libraries out of what a study prints."
+    warnings.filterwarnings('ignore')
+    logging.getLogger('bitsandbytes').setLevel('ERROR')
 
 
 @cache

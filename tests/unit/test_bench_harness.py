@@ -224,6 +224,53 @@ def test_a_study_may_say_itself_what_others_took(study):
     assert study.read()["runs"][0]["others"] == 0.25
 
 
+def asked(*given):
+    return harness.parser().parse_args(["run", "tried", *given])
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_a_study_goes_on_past_what_fails(study, most, capsys):
+    "What fails is tried once, and said at the end; without being told to go on, the first failure ends it."
+    works = study.module.run
+
+    def run(job):
+        if job["task"] == "news":
+            study.module.calls.append(job)
+            raise RuntimeError("no news")
+        return works(job)
+
+    study.module.run = run
+    with pytest.raises(RuntimeError):
+        harness.run(study, asked("--here"))
+    study.module.calls.clear()
+    study.path.unlink()
+    with pytest.raises(Problem) as caught:
+        harness.run(study, asked("--here", "--go-on", *([f"--most={most}"] if most else [])))
+    assert len(study.module.calls) == (most or 5)
+    assert [(r["task"], r["seed"]) for r in study.read()["runs"]] == [("movie", 0), ("movie", 1), ("movie", 0)][
+        : most and 2
+    ]
+    assert f"{1 if most else 2} runs" in caught.value.why and "no news" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_is_followed_by_one_behind_what_failed(study, monkeypatch):
+    study.module.PER_PROCESS, behind = 2, []
+
+    def child(study, args, most, after):
+        behind.append((most, after))
+        jobs = study.missing()[after : after + most]
+        if jobs[0] == dict(task="movie", seed=1):
+            raise Problem("it fails")
+        for job in jobs:
+            study.measure(job)
+
+    monkeypatch.setattr(harness, "child", child)
+    with pytest.raises(Problem):
+        harness.run(study, asked("--go-on"))
+    assert behind == [(2, 0), (2, 0), (2, 1)]
+    assert [study.key(j) for j in study.missing()] == [study.key(dict(task="movie", seed=1))]
+
+
 @pytest.mark.parametrize("text", ["2/2", "1", "a/2", "-1/2", ""])
 def test_a_share_that_is_none(text):
     with pytest.raises(harness.argparse.ArgumentTypeError):
@@ -261,7 +308,7 @@ def test_a_study_plans_runs_that_its_key_names(name):
     planned = [study.key(job) for job in study.module.plan(study.read()["runs"])]
     for job in study.module.plan([]):
         assert set(job) <= set(study.module.KEY)
-    assert all(json.loads(key) for key in planned)
+    assert all(len(json.loads(key)) == len(study.module.KEY) for key in planned)
 
 
 @pytest.mark.parametrize("path", sorted((nbs / "bench" / "results").glob("*.jsonl")), ids=lambda p: p.stem)

@@ -1,18 +1,13 @@
-"""One measured configuration of `memory.ipynb`, in a process of its own.
+"""Memory of a training step: the plan, made from a name or a configuration alone, and the peak that the profiler sees.
 
-    python memory_worker.py CONFIGURATION      prints one line of JSON
-
-CONFIGURATION is JSON: model, method, tokens, rows, optimizer, dtype, precision, checkpointing, and for the ladder attention and in_backward. The plan is made first, from the name or the configuration alone.
-A causal model is then trained for two steps by `finetune` itself, any other by the same two steps with the loss that transformers gives it, while the profiler sees every allocation.
+A causal model is trained for two steps by `finetune` itself, any other by the same two steps with the loss that transformers gives it.
 """
 
-import contextlib, json, logging, os, sys, time, warnings
-from pathlib import Path
+import contextlib, os, time
+
+from instruments import hush
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-warnings.filterwarnings('ignore')
-logging.getLogger('bitsandbytes').setLevel('ERROR')
-import torch
 
 DEFAULT = dict(
     model='llama',
@@ -26,6 +21,10 @@ DEFAULT = dict(
     attention=None,
     in_backward=False,
 )
+KEY = *DEFAULT, 'ladder'
+PACKAGES = 'torch', 'transformers', 'bitsandbytes'
+PER_PROCESS = 1
+THREADS = 1
 
 # Mixed precision in the words of the records -> in those of the library
 MIXED = {
@@ -33,6 +32,44 @@ MIXED = {
     'bf16': dict(precision='bfloat16', mixed=True),
     'fp16': dict(precision='float16', mixed=True),
 }
+
+
+def plan(runs):
+    "The configurations, then the rungs of the ladder."
+    for configuration in (*configurations(), *ladder()):
+        yield DEFAULT | configuration
+
+
+def run(job):
+    "What the plan says, and what the profiler sees in two steps."
+    import torch
+    from ftbook.memory.measure import measure_peak
+
+    hush()
+    torch.set_num_threads(THREADS)
+    method, quantize = method_of(job['method'])
+    torch.manual_seed(0)
+    told = optimizer_of(job['optimizer'], job['in_backward'])[0]
+    start = time.perf_counter()
+    p = planned(job, method, quantize, told)
+    seconds = time.perf_counter() - start
+    with contextlib.ExitStack() as stack:
+        two_steps, losses, finetuned = ready(job, stack)
+        m = measure_peak(two_steps)
+    return dict(
+        planned=p.peak,
+        measured=m.peak,
+        before=m.before,
+        when=p.when,
+        items=dict(p.groups()),
+        plan_seconds=round(seconds, 2),
+        finetune=finetuned,
+        losses=[l for l, _ in losses],
+        step_seconds=losses[-1][1],
+    )
+
+
+# What is measured
 
 
 def configurations():
@@ -131,93 +168,7 @@ def ladder():
         yield dict(whole, **c, ladder=rung)
 
 
-def shape_plans(done=()):
-    "Plans of public shapes for the explorer of the lesson: rows that train on one GPU, nothing loaded."
-    import itertools, transformers as t
-    from ftbook.methods.lora_method import LoRA
-    from ftbook.memory.plan import plan
-    from ftbook.methods.quant import quantize_
-
-    def llama(width, layers, heads, hidden):
-        return t.LlamaConfig(
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=hidden,
-            vocab_size=32_000,
-        )
-
-    models = {
-        'SmolLM2-135M': 'SmolLM2-135M',
-        'Llama-3.2-1B': 'Llama-3.2-1B',
-        'Llama-3.2-3B': 'Llama-3.2-3B',
-        'LLaMA-7B': llama(4096, 32, 32, 11_008),
-        'LLaMA-13B': llama(5120, 40, 40, 13_824),
-        'Llama-3.1-70B': 'Llama-3.1-70B',
-    }
-    ways = 'full', 'LoRA', 'QLoRA'
-    for name, method, n, rows, again in [
-        *itertools.product(['LLaMA-7B'], ways, (512, 2048), (1, 4, 16), (True, False)),
-        *itertools.product(models, ways, (512, 2048), (1,), (True, False)),
-    ]:
-        if (name, method, n, rows, again) in done:
-            continue
-        start = time.perf_counter()
-        p = plan(
-            models[name],
-            None if method == 'full' else LoRA(),
-            quantize=quantize_ if method == 'QLoRA' else None,
-            dtype='bfloat16',
-            seq_len=n,
-            batch_size=rows,
-            gradient_checkpointing=again,
-            device='cuda',
-        )
-        yield dict(
-            model=name,
-            method=method,
-            seq_len=n,
-            batch_size=rows,
-            gradient_checkpointing=again,
-            items=p.groups(),
-            when=p.when,
-            seconds=round(time.perf_counter() - start, 2),
-        )
-
-
-def ladder_times(path, limit=330, rounds=3):
-    """Seconds of the second step of every rung, without the profiler, in turns, until `limit` seconds are over. The machine must have nothing else to do:
-
-    python -c "from memory_worker import *; ladder_times(Path('results/memory_ladder.json'))"
-    """
-    import gc
-    from domains_worker import append
-
-    torch.set_num_threads(2)
-    begun = time.perf_counter()
-    for turn in range(rounds):
-        for c in ladder():
-            if time.perf_counter() - begun > limit:
-                return
-            c = DEFAULT | c
-            gc.collect()
-            with contextlib.ExitStack() as stack:
-                run, losses, _ = ready(c, stack)
-                run()
-            append(
-                [dict(ladder=c['ladder'], turn=turn, threads=2, seconds=round(losses[-1][1], 3))],
-                path,
-                ('torch', 'transformers', 'bitsandbytes'),
-            )
-            del run
-
-
-def ladder_plans(tokens=2048):
-    "The rungs of the ladder on longer rows, planned alone."
-    for c in ladder():
-        c = DEFAULT | c | dict(tokens=tokens)
-        p = planned(c, *method_of(c['method']), optimizer_of(c['optimizer'], c['in_backward'])[0])
-        yield dict(ladder=c['ladder'], tokens=tokens, items=p.groups(), when=p.when)
+# The plan and the steps
 
 
 def small(name):
@@ -268,6 +219,7 @@ def source_of(name):
 
 def load(name, dtype, attention):
     "The real model."
+    import torch
     from ftbook.memory.configs import _auto_class, read_config
     from ftbook.models.load import as_dtype
     from ftbook.models.shipped import model_folder
@@ -338,7 +290,8 @@ def by_finetune(model, c, optimizer):
     from ftbook.training import tune as training_tune
     from ftbook.data.examples import Example
 
-    n, losses = c['tokens'], []
+    n = c['tokens']
+    losses = []
     rows = [Example(ids.tolist(), [False] + [True] * (n - 1), index=i) for i, ids in enumerate(tokens(model, c))]
 
     def run():
@@ -363,6 +316,8 @@ def by_finetune(model, c, optimizer):
 
 def tokens(model, c):
     "Random rows for two steps; both steps see the same one where a step has one row."
+    import torch
+
     torch.manual_seed(1)
     rows = torch.randint(3, model.config.vocab_size, (2 * c['rows'], c['tokens']))
     return rows if c['rows'] > 1 else rows[:1].expand(2, -1)
@@ -370,6 +325,7 @@ def tokens(model, c):
 
 def fill(batch, ids):
     "The batch with these tokens, asked for where it asked before."
+    import torch
     from dataclasses import replace
     from ftbook.data.examples import IGNORE
 
@@ -381,6 +337,7 @@ def fill(batch, ids):
 
 def by_steps(model, c, optimizer, stack):
     "The same two steps, with the loss of transformers or with an optimizer that runs inside of backward."
+    import torch
     from ftbook.memory import step as memory_step
     from ftbook.training import batches as training_batches
     from ftbook.training import objective as training_objective
@@ -389,15 +346,13 @@ def by_steps(model, c, optimizer, stack):
     model.train().config.use_cache = False
     own = not memory_step.is_causal(model) or c['attention'] is not None
     packs = False if own else stack.enter_context(training_batches.isolated(model, True))
-    # transformers renamed it in 5
-    if c['checkpointing']:
-        getattr(
-            model,
-            ('activation' if hasattr(model, 'activation_checkpointing_enable') else 'gradient')
-            + '_checkpointing_enable',
-        )(dict(use_reentrant=False))
+    if c['checkpointing']:  # transformers renamed it in 5
+        renamed = hasattr(model, 'activation_checkpointing_enable')
+        enable = getattr(model, f'{"activation" if renamed else "gradient"}_checkpointing_enable')
+        enable(dict(use_reentrant=False))
     batch = fill(memory_step.full_batch(model, packs, c['tokens'], c['rows']), tokens(model, c)[: c['rows']])
-    objective, found, started = memory_step.OwnLoss(model) if own else training_objective.Objective(model), [], []
+    objective = memory_step.OwnLoss(model) if own else training_objective.Objective(model)
+    found, started, losses = [], [], []
 
     class Noted(torch.nn.Module):
         def forward(self, batch):
@@ -406,10 +361,8 @@ def by_steps(model, c, optimizer, stack):
             found.append(value.item())
             return value
 
-    opt, losses = (
-        optimizer(training_optimizer_names.parameter_groups([p for p in model.parameters() if p.requires_grad])),
-        [],
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = optimizer(training_optimizer_names.parameter_groups(trained))
 
     def run():
         memory_step.run_steps(Noted(), batch, opt, MIXED[c['precision']].get('precision'))
@@ -431,33 +384,3 @@ def ready(c, stack):
         model = method.apply(model)
     finetuned = memory_step.is_causal(model) and c['attention'] is None and not c['in_backward']
     return *(by_finetune(model, c, real) if finetuned else by_steps(model, c, real, stack)), finetuned
-
-
-def main(c):
-    from ftbook.memory import measure as memory_measure
-
-    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
-    method, quantize = method_of(c['method'])
-    torch.manual_seed(0)
-    told = optimizer_of(c['optimizer'], c['in_backward'])[0]
-    start = time.perf_counter()
-    p = planned(c, method, quantize, told)
-    seconds = time.perf_counter() - start
-    with contextlib.ExitStack() as stack:
-        run, losses, finetuned = ready(c, stack)
-        m = memory_measure.measure_peak(run)
-    return c | dict(
-        planned=p.peak,
-        measured=m.peak,
-        before=m.before,
-        when=p.when,
-        items={k: v for k, v in p.groups().items()},
-        plan_seconds=round(seconds, 2),
-        finetune=finetuned,
-        losses=[l for l, _ in losses],
-        step_seconds=losses[-1][1],
-    )
-
-
-if __name__ == '__main__':
-    print(json.dumps(main(DEFAULT | json.loads(sys.argv[1]))))

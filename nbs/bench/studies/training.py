@@ -1,17 +1,81 @@
-"""One measured run of `training.ipynb`, in a process of its own.
+"""A training step beside transformers and TRL: speed, memory and loss on the same rows.
 
-    python training_worker.py VARIANT DTYPE THREADS      prints one line of JSON
+Every variant trains the same rows with the same LoRA configuration (rank 16, alpha 32, all linear layers), 8 rows to a step, AdamW at 1e-3:
 
-Every variant trains the same rows with the same LoRA configuration (rank 16, alpha 32, all linear layers), 8 rows to a step, AdamW at 1e-3.
+    trainer          transformers' `Trainer` and PEFT, padded batches
+    sft, sft_packed  TRL's `SFTTrainer`, plain, and packing to 1,024 tokens
+    ftbook           `ftbook.finetune` with `ftbook.LoRA`, defaults
+    bound            the matrix products of that step and nothing else
+    rung0 .. rung6   the ladder from a plain loop to `finetune`, one idea at a time
 """
 
-import contextlib, json, os, random, resource, statistics, sys, threading, time
+import contextlib, os, random, statistics, sys, time
+from unittest import mock
+
+from instruments import Memory, half
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-import torch
-import torch.nn.functional as F
 
+KEY = 'variant', 'dtype', 'threads'
+PACKAGES = 'torch', 'transformers', 'peft', 'trl', 'accelerate'
+ALONE = 0.05
+PER_PROCESS = 1
+THREADS = 2
+ROUNDS = 3
+VARIANTS = dict(
+    bfloat16=['trainer', 'sft', 'sft_packed', 'ftbook', 'bound', *(f'rung{i}' for i in range(7))],
+    float32=['trainer', 'sft_packed', 'ftbook', 'bound'],
+)
 RANK, ROWS, BATCH, LR = 16, 64, 8, 1e-3
+
+
+def plan(runs):
+    """Round by round, in the order of alternation. A CPU without instructions for bfloat16 only emulates it, and nobody
+    should train that way: there, float32 alone."""
+    for _ in range(ROUNDS):
+        for dtype, variants in VARIANTS.items():
+            for variant in variants:
+                if dtype in ('float32', half()):
+                    yield dict(variant=variant, dtype=dtype, threads=THREADS)
+
+
+def run(job):
+    "Tokens per second of every step, the highest memory above that of the weights, and losses."
+    import torch
+    from ftbook.data.encoding import encode
+    from ftbook.models.load import load_model
+
+    torch.set_num_threads(job['threads'])
+    torch.manual_seed(0)
+    model, tokenizer = load_model('smollm2-135m', dtype=job['dtype'], device='cpu', attention='sdpa')
+    examples = encode(rows(), tokenizer)
+    torch.randn(256, 256).mm(torch.randn(256, 256))  # wake the thread pool
+    variant = way(job['variant'])
+    seconds, tokens, losses, peak = variant(model, tokenizer, examples, getattr(torch, job['dtype']))
+    rates = [n / s for n, s in zip(tokens, seconds)][1:]  # the first step warms up
+    return dict(
+        tokens_per_second=statistics.median(rates),
+        rates=[round(r, 1) for r in rates],
+        peak_bytes=peak,
+        losses=[round(x, 6) for x in losses],
+        seed=0,
+    )
+
+
+def way(variant):
+    "The function that trains one variant: (seconds, tokens, losses of the steps, bytes)."
+    if variant.startswith('rung'):
+        return lambda *given: ladder(*given, rung=int(variant.removeprefix('rung')))
+    return dict(
+        trainer=trainer,
+        sft=lambda *given: sft(*given, packing=False),
+        sft_packed=lambda *given: sft(*given, packing=True),
+        ftbook=ours,
+        bound=bound,
+    )[variant]
+
+
+# The rows and the start
 
 
 def rows():
@@ -29,6 +93,7 @@ def peft_config():
 
 def same_start_(model):
     "Give every LoRA A the same random start in every variant."
+    import torch
     from zlib import crc32
 
     for name, p in model.named_parameters():
@@ -38,29 +103,6 @@ def same_start_(model):
         generator = torch.Generator().manual_seed(crc32(where.encode()))
         p.data.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) / p.shape[1] ** 0.5)
     return model
-
-
-class Memory(threading.Thread):
-    "The highest resident size while training, above that of the loaded weights."
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.done = threading.Event()
-        self.start_rss = self.peak = self.now()
-        self.start()
-
-    @staticmethod
-    def now():
-        return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
-
-    def run(self):
-        while not self.done.wait(0.005):
-            self.peak = max(self.peak, self.now())
-
-    def stop(self):
-        self.done.set()
-        self.join()
-        return max(self.peak, self.now()) - self.start_rss
 
 
 def batches(examples):
@@ -81,6 +123,9 @@ class Clock:
                 sink.append(time.perf_counter() - self.t)
 
         return Timer()
+
+
+# The variants
 
 
 def trainer(model, tokenizer, examples, dtype):
@@ -169,6 +214,7 @@ def sft(model, tokenizer, examples, dtype, packing):
 
 def ladder(model, tokenizer, examples, dtype, rung):
     "(c) ours, and the steps of the ladder that leads there, in one plain loop."
+    import torch
     from ftbook.data.isolate import isolate_
     from ftbook.data.packs import pack, pad
     from ftbook.methods.lora_method import LoRA
@@ -212,15 +258,15 @@ def ladder(model, tokenizer, examples, dtype, rung):
 
 
 def ours(model, tokenizer, examples, dtype):
-    "(c) `finetune`, with its defaults."
+    "(c) `finetune`, with its defaults and the order of the rivals."
     from ftbook.methods.lora_method import LoRA
     from ftbook.training.tune import finetune
     from ftbook.training import loop
 
     same_start_(LoRA(rank=RANK, alpha=2 * RANK).apply(model))
-    loop.length_batches = lambda examples, batch_size, **k: batches(examples)  # the order of the rivals
     memory = Memory()
-    run = finetune(model, examples, lr=LR, batch_size=BATCH, schedule='constant', warmup=0, progress=False)
+    with mock.patch.object(loop, 'length_batches', lambda examples, batch_size, **k: batches(examples)):
+        run = finetune(model, examples, lr=LR, batch_size=BATCH, schedule='constant', warmup=0, progress=False)
     return (
         [h['seconds'] for h in run.history],
         [h['tokens'] for h in run.history],
@@ -232,6 +278,8 @@ def ours(model, tokenizer, examples, dtype):
 def bound(model, tokenizer, examples, dtype):
     """(d) the matrix products of the step and nothing else: frozen weights forward and to the input, LoRA, attention,
     head at the targets."""
+    import torch
+
     c, r = model.config, RANK
     d, kv = c.hidden_size // c.num_attention_heads, c.num_key_value_heads
     g = c.num_attention_heads // kv
@@ -278,43 +326,3 @@ def bound(model, tokenizer, examples, dtype):
             part @ head.t() @ head  # forward, and to the input
         seconds.append(time.perf_counter() - start)
     return seconds, [sum(map(len, b)) for b in batches(examples)], [], memory.stop()
-
-
-VARIANTS = dict(
-    trainer=trainer,
-    sft=lambda *a: sft(*a, False),
-    sft_packed=lambda *a: sft(*a, True),
-    ftbook=ours,
-    bound=bound,
-    **{f'rung{i}': (lambda i: lambda *a: ladder(*a, i))(i) for i in range(7)},
-)
-
-
-def main(variant, dtype, threads):
-    torch.set_num_threads(int(threads))
-    from ftbook.data.encoding import encode
-    from ftbook.models.load import load_model
-
-    torch.manual_seed(0)
-    model, tokenizer = load_model('smollm2-135m', dtype=dtype, device='cpu', attention='sdpa')
-    examples = encode(rows(), tokenizer)
-    torch.randn(256, 256).mm(torch.randn(256, 256))  # wake the thread pool
-    seconds, tokens, losses, peak = VARIANTS[variant](model, tokenizer, examples, getattr(torch, dtype))
-    rates = [n / s for n, s in zip(tokens, seconds)][1:]  # the first step warms up
-    print(
-        json.dumps(
-            dict(
-                variant=variant,
-                dtype=dtype,
-                threads=int(threads),
-                tokens_per_second=statistics.median(rates),
-                rates=[round(r, 1) for r in rates],
-                peak_bytes=peak,
-                losses=[round(x, 6) for x in losses],
-            )
-        )
-    )
-
-
-if __name__ == '__main__':
-    main(*sys.argv[1:])

@@ -1,33 +1,28 @@
-"""How fast `finetune` is on a CPU with one thread, with two, and with the number that the probe chooses, on a quiet machine
-and beside one process that keeps a core busy.
+"""How fast `finetune` is on a CPU with one thread, with two, and with the number that the probe chooses: quiet, and beside a busy process.
 
-    python threads_worker.py           make the runs that are missing
-    python threads_worker.py plan      say which those are
+The rule, written before the runs: three rounds, in which the six variants take turns; the median rate of the steps after the first
+two is a run's answer; the probe is right where its mean rate is within a tenth of the better of one and two threads.
 
-A run is a process of its own, since OMP_NUM_THREADS is read when PyTorch is imported. The variants of a round take turns.
-Results go to results/threads.json.
+A run is a process of its own, since OMP_NUM_THREADS is read when PyTorch is imported.
 """
 
-import json, os, platform, subprocess, sys
-from importlib.metadata import version
-from pathlib import Path
+import json, os, subprocess, sys
 from statistics import median
 
 KEY = 'round', 'neighbours', 'threads'
 PACKAGES = 'torch', 'transformers'
-ROUNDS, NEIGHBOURS, THREADS = 3, (0, 1), ('1', '2', 'probe')
+PER_PROCESS = 0  # a run starts a process itself, with the variables of its variant
+ROUNDS, NEIGHBOURS, VARIANTS = 3, (0, 1), ('1', '2', 'probe')
 ROWS, BATCH, SKIPPED = 96, 8, 2  # rows to train on, rows of a step, steps that only warm up
-RESULTS = Path(__file__).resolve().parent / 'results/threads.json'
 SPIN = 'while True: pass'
 
 
 def plan(runs):
-    "The runs to make, in order."
-    done = {tuple(r[k] for k in KEY) for r in runs}
-    every = ((n, busy, threads) for n in range(ROUNDS) for busy in NEIGHBOURS for threads in THREADS)
-    for job in every:
-        if job not in done:
-            yield dict(zip(KEY, job))
+    "Rounds, in which the variants take turns."
+    for n in range(ROUNDS):
+        for busy in NEIGHBOURS:
+            for threads in VARIANTS:
+                yield dict(round=n, neighbours=busy, threads=threads)
 
 
 def environment(threads):
@@ -43,7 +38,7 @@ def run(job):
     others = sample_load(1.0)[0]
     busy = [subprocess.Popen([sys.executable, '-c', SPIN]) for _ in range(job['neighbours'])]
     try:
-        line = [sys.executable, __file__, 'train']
+        line = [sys.executable, __file__]
         done = subprocess.run(line, env=environment(job['threads']), capture_output=True, text=True, check=True)
     finally:
         for o in busy:
@@ -66,24 +61,5 @@ def train():
     return dict(used=found.threads, why=found.threads_why, rate=round(median(rates), 1), dtype=str(model.dtype)[6:])
 
 
-def cpu_name():
-    "What the processor calls itself."
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((o.split(':')[1].strip() for o in lines if o.startswith('model name')), platform.processor())
-
-
-def main():
-    machine = dict(cpu=cpu_name(), cores=os.cpu_count(), versions={p: version(p) for p in PACKAGES})
-    data = json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(machines=[machine], runs=[])
-    for job in list(plan(data['runs'])):
-        if sys.argv[1:] == ['plan']:
-            print(job)
-            continue
-        data['runs'].append(job | run(job) | dict(machine=0))
-        RESULTS.write_text(json.dumps(data, indent=1) + '\n')
-        print(data['runs'][-1], flush=True)
-
-
 if __name__ == '__main__':
-    print(json.dumps(train())) if sys.argv[1:] == ['train'] else main()
+    print(json.dumps(train()))

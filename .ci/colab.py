@@ -53,11 +53,24 @@ def make_environment(
 ) -> Path:  # Its interpreter
     "Make an environment with what Colab has and the notebooks lean on: a kernel, and the PyTorch that was tested."
     python = folder / "bin/python"
-    if not python.exists():
+    if python.exists():
+        pip(python, "uninstall", "-yq", "ftbook")  # an older wheel of the same version
+    else:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         tested = re.search(r"^torch==.+$", (root / "constraints.txt").read_text(), re.M)[0]
-        pip(python, "install", "-q", tested, "ipykernel")
+        pip(python, "install", "--no-compile", tested, "ipykernel")
     return python
+
+
+def check_environment(
+    python: Path,  # Its interpreter
+) -> None:
+    "SystemExit unless packages fit each other and ftbook is the one that a notebook installed."
+    pip(python, "check")
+    where = [python, "-c", "import ftbook; print(ftbook.__file__)"]
+    file = subprocess.run(where, capture_output=True, text=True, cwd=python.parent).stdout.strip()
+    if not Path(file or "/").is_relative_to(python.parent.parent):
+        sys.exit(f"the notebooks ran with {file or 'no ftbook'}, and not with the wheel")
 
 
 def add_kernel(
@@ -72,9 +85,10 @@ def add_kernel(
         FTBOOK_COLAB=wheel.as_uri(),
         FTBOOK_REPOSITORY=root.as_uri(),
         HF_HUB_OFFLINE="1",
+        PIP_NO_COMPILE="1",
         PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}",
     )
-    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
     spec.write_text(json.dumps(dict(argv=argv, display_name="colab", language="python", env=env)))
     os.environ["JUPYTER_PATH"] = str(folder)
     os.environ.pop("PYTHONPATH", None)  # it would lead to the clone
@@ -159,7 +173,7 @@ def main() -> None:
         python = make_environment((given.env or Path(tmp) / "env").resolve())
         add_kernel(Path(tmp) / "jupyter", python, wheel)
         found = run_pages(names, given.log)
-        pip(python, "check")
+        check_environment(python)
     failed = [o["page"] for o in found if not o["passed"]]
     print(f"{len(found) - len(failed)} of {len(found)} notebooks ran alone, {sum(o['seconds'] for o in found):.0f} s")
     sys.exit(1 if failed else 0)

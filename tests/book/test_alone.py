@@ -1,10 +1,11 @@
 "Hold what makes a notebook run alone: one setup cell in all of them, and cells that skip what is not there."
 
-import ast, configparser, importlib.util, json, os, re, sys
+import ast, configparser, importlib.util, json, re, sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
 from types import ModuleType
 
-import pytest
+import nbformat, pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 
@@ -118,7 +119,6 @@ def test_there_are_cells_for_a_gpu():
 def test_a_cell_for_a_gpu_skips_itself(path, source, monkeypatch, capsys):
     "It runs through without a device, with nothing of its page but PyTorch and the folder, and says that it did."
     import torch
-    from pathlib import Path
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -188,3 +188,60 @@ def test_the_extra_brings_what_a_notebook_imports(path):
     assert missing <= optional.get(path.relative_to(nbs).as_posix(), set()), (
         "add it to the extra `notebooks` in settings.ini"
     )
+
+
+# The imitation
+
+
+@pytest.fixture
+def imitation(tmp_path, monkeypatch):
+    "The script that imitates Colab, with this interpreter as its kernel and a folder of its own for notebooks."
+    script = load_script("colab")
+    monkeypatch.setenv("JUPYTER_PATH", "")
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.setattr(script, "nbs", tmp_path / "nbs")
+    script.add_kernel(tmp_path / "jupyter", Path(sys.executable), tmp_path / "ftbook.whl")
+    (tmp_path / "nbs").mkdir()
+    return script
+
+
+def write_page(script, name, *sources):
+    cells = [nbformat.v4.new_code_cell(o) for o in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), script.nbs / name)
+
+
+def test_the_imitation_runs_a_page_alone_and_names_the_cell_that_failed(imitation, tmp_path, monkeypatch):
+    alone = """import os, pathlib
+assert not list(pathlib.Path('.').iterdir()) and not list(pathlib.Path('..').glob('bench'))
+assert os.environ['FTBOOK_COLAB'].endswith('ftbook.whl') and 'PYTHONPATH' not in os.environ"""
+    write_page(imitation, "a.ipynb", alone, "#| slow\nraise ValueError('hours')")
+    write_page(imitation, "b.ipynb", "x = 1", "raise ValueError('not here')", "raise KeyError")
+    log = tmp_path / "log.jsonl"
+    a, b = imitation.run_pages(["a.ipynb", "b.ipynb"], log)
+    assert a["passed"] and a["seconds"] > 0, a
+    assert (b["passed"], b["cell"], b["said"]) == (False, 1, "ValueError: not here")
+    assert "cell 1: ValueError: not here" in imitation.line(b)
+    monkeypatch.setattr(imitation, "run_page", lambda page: dict(page=page, passed=True, seconds=0))
+    assert imitation.run_pages(["a.ipynb", "b.ipynb"], log) == [a, dict(page="b.ipynb", passed=True, seconds=0)]
+    assert [json.loads(o)["page"] for o in log.read_text().splitlines()] == ["a.ipynb", "b.ipynb", "b.ipynb"]
+
+
+def test_the_imitation_knows_every_notebook():
+    script = load_script("colab")
+    assert script.pages() == sorted(p.relative_to(nbs).as_posix() for p in running)
+    lesson, inside, bench = script.CHOSEN
+    assert {lesson, inside, bench} <= {*script.pages()}
+    assert "bench/results" in "".join(c["source"] for c in read_cells(nbs / lesson, "code"))
+    assert inside.startswith("inside/") and bench.startswith("bench/")
+
+
+def test_an_environment_with_another_ftbook_is_refused(tmp_path):
+    script = load_script("colab")
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho /elsewhere/ftbook/__init__.py\n")
+    python.chmod(0o755)
+    with pytest.raises(SystemExit, match="/elsewhere/ftbook"):
+        script.check_environment(python)
+    python.write_text(f"#!/bin/sh\necho {tmp_path}/lib/ftbook/__init__.py\n")
+    script.check_environment(python)

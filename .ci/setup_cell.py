@@ -30,7 +30,7 @@ def setup_source() -> list[str]:  # Its lines, as a notebook holds them
 
 def is_setup(
     cell: dict,  # A cell
-) -> bool:  # Whether the setup cell, or one that did its work before, belongs in its place
+) -> bool:  # Whether it is a setup cell, of today or of an older edition
     "Does a cell install ftbook?"
     return cell["cell_type"] == "code" and 'pip install -Uqq "ftbook[notebooks]' in "".join(cell["source"])
 

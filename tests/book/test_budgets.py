@@ -21,7 +21,7 @@ from book import (
 every_page = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.relative_to(nbs).as_posix())
 every_lesson = pytest.mark.parametrize("path", lessons(), ids=lambda p: p.stem)
 every_inside = pytest.mark.parametrize("path", inside(), ids=lambda p: p.stem)
-magic = re.compile(r"^[!%].*", re.MULTILINE)
+magic = re.compile(r"^( *)[!%].*", re.MULTILINE)
 
 
 def is_docstring(node):
@@ -52,7 +52,7 @@ def test_lines_are_no_wider_than_the_page(path):
 def test_one_statement_a_line(path):
     crowded = []
     for source in code_of(path):
-        tree = ast.parse(magic.sub("pass", source))
+        tree = ast.parse(magic.sub(r"\1pass", source))
         starts = [o.lineno for o in ast.walk(tree) if isinstance(o, ast.stmt)]
         crowded += [source.split("\n")[n - 1] for n in set(starts) if starts.count(n) > 1]
     assert not crowded, "\n".join(crowded)
@@ -79,13 +79,13 @@ def is_list(tree):
 
 def cell_sizes(path):
     "Statements of each cell that says anything."
-    sizes = [statements(ast.parse(magic.sub("pass", o))) for o in code_of(path)]
+    sizes = [statements(ast.parse(magic.sub(r"\1pass", o))) for o in code_of(path)]
     return [n for n in sizes if n]
 
 
 @every_lesson
 def test_cells_of_a_lesson_are_short(path):
-    trees = [ast.parse(magic.sub("pass", o)) for o in code_of(path)]
+    trees = [ast.parse(magic.sub(r"\1pass", o)) for o in code_of(path)]
     assert max(statements(o) for o in trees if not is_list(o)) <= 20
 
 

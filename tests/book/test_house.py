@@ -147,7 +147,7 @@ for name in {order}:
 # Each package leans on those of the rows above its own, and on no other.
 floors = [
     ["problem"],
-    ["files", "ghost", "house", "keys", "results"],
+    ["colab", "files", "ghost", "house", "keys", "results"],
     ["show"],
     ["models"],
     ["data"],

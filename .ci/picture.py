@@ -59,12 +59,17 @@ def draw_placeholder():  # A chart of trainable weights by rank
     )
 
 
+def chart():  # The picture, measured or a placeholder
+    "Draw what is kept."
+    measured = nbs / "bench/results/quickstart.jsonl"
+    return draw_report(read_results(measured)) if measured.exists() else draw_placeholder()
+
+
 if __name__ == "__main__":
-    measured, picture = nbs / "bench/results/quickstart.jsonl", nbs / "images/quickstart.svg"
     for report in sys.argv[1:]:
-        write_text(measured, "".join(result_lines(json.loads(Path(report).read_text(encoding="utf-8")))))
+        facts = json.loads(Path(report).read_text(encoding="utf-8"))
+        write_text(nbs / "bench/results/quickstart.jsonl", "".join(result_lines(facts)))
+    picture = nbs / "images/quickstart.svg"
     picture.parent.mkdir(exist_ok=True)
-    chart = draw_report(read_results(measured)) if measured.exists() else draw_placeholder()
-    chart.save(picture)
-    said = "measured" if measured.exists() else f"a placeholder, until {measured.name} is there"
-    print(f"{picture.name}: {said}")
+    chart().save(picture)
+    print(picture.name)

@@ -217,9 +217,11 @@ def taking_turns(path):
     return FileLock(locks / f'{crc32(str(path.resolve()).encode()):08x}-{path.name}.lock')
 
 
-def append(path, runs, here, about={}):
+def append(path, runs, here, about=None):
     """Append runs, one a line, and what is not there yet about their machine and their study. Two writers take turns.
     Half a line at the end, which a killed writer left, is taken away."""
+    if about is None:
+        about = {}
     path.parent.mkdir(exist_ok=True)
     with taking_turns(path), open(path, 'ab') as file:
         there = read_results(mend(path))

@@ -1,6 +1,6 @@
 "The front page's numbers are those of the results, and those that the bench pages show."
 
-import json, re, subprocess, sys
+import importlib.util, json, re, subprocess, sys
 
 from book import nbs, root
 
@@ -8,6 +8,15 @@ from book import nbs, root
 def test_the_table_is_fresh():
     done = subprocess.run([sys.executable, root / ".ci/answers.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_is_fresh(tmp_path):
+    "The front page's picture is what the committed measurement draws."
+    spec = importlib.util.spec_from_file_location("picture", root / ".ci/picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    picture.chart().save(tmp_path / "drawn.svg")
+    assert (tmp_path / "drawn.svg").read_bytes() == (nbs / "images/quickstart.svg").read_bytes()
 
 
 def shown(page):

@@ -105,7 +105,7 @@ def noisy(rows, level, seed):
     rng = random.Random(f'{seed} {level}')
     if level == 'all raters':
         return [r['label'] for r in rows]
-    if level.endswith('raters') or level.endswith('rater'):
+    if level.endswith(('raters', 'rater')):
         return [vote(r, dict(one=1, four=4)[level.split()[0]], rng) for r in rows]
     share = int(level.split()[0]) / 100
     wrong = set(rng.sample(range(len(rows)), round(share * len(rows))))

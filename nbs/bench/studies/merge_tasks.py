@@ -384,7 +384,9 @@ THIRDS = [(a / 3, b / 3, (3 - a - b) / 3) for a in range(4) for b in range(4 - a
 SEEDS, SEED_DENSITIES = 6, (0.05, 0.2, 0.5)
 
 
-def job(part, tasks, method='', settings={}, weights=()):
+def job(part, tasks, method='', settings=None, weights=()):
+    if settings is None:
+        settings = {}
     return part, tuple(tasks), method, tuple(sorted(settings.items())), tuple(round(w, 4) for w in weights)
 
 

@@ -156,7 +156,9 @@ def entries():
     from ftbook.data.corpora import load_corpus
 
     texts = {r['term']: ' '.join(r['definition'].split()[:WORDS]) for r in load_corpus('foldoc')}
-    return [dict(prompt=f'{term}:', completion=f' {text}') for term, text in texts.items() if len(text.split()) == WORDS]
+    return [
+        dict(prompt=f'{term}:', completion=f' {text}') for term, text in texts.items() if len(text.split()) == WORDS
+    ]
 
 
 def prepared(job):

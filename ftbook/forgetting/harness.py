@@ -45,8 +45,9 @@ def harness_tasks(
             )
     return found
 
-
+# %% ../../nbs/inside/harness.ipynb #85ee39db
 def _metric(task):
+    "The measure of a task that says right or wrong, or None."
     return next((m for m in ('acc', 'exact_match') if m in task.aggregation()), None)
 
 # %% ../../nbs/inside/harness.ipynb #c1804ee1

@@ -50,7 +50,7 @@ def held_items(
         'optimizer states': size(states),
     }
 
-
+# %% ../../nbs/inside/out_of_memory.ipynb #f77711a0
 def _above(p, found):
     "The item that is furthest above the plan: (name, bytes there, bytes planned); None where all are as planned."
     planned = {part: sum(n for k, n in p.items.items() if k.startswith(words)) for part, words in _parts.items()}
@@ -109,7 +109,7 @@ def is_out_of_memory(
         and any(o in str(error) for o in _signs)
     )
 
-
+# %% ../../nbs/inside/out_of_memory.ipynb #eeb9be10
 def _asked(text):
     "Bytes that were asked for, as an error says."
     found = re.search(r'ried to allocate ([\d.]+) ?(bytes|[KMG]iB)', text)

@@ -84,7 +84,7 @@ def is_list(tree):
 
 def cell_sizes(path):
     "Statements of each cell that says anything."
-    sizes = [statements(ast.parse(magic.sub(r"\1pass", o))) for o in own_code(path)]
+    sizes = [statements(ast.parse(magic.sub(r"\1pass", o))) for o in code_of(path)]
     return [n for n in sizes if n]
 
 

@@ -10,7 +10,7 @@
     python -m nbs.bench run training --this-machine    all of them again, where the results are another machine's
     python -m nbs.bench summary methods                write what lessons read of a long file of runs
     python -m nbs.bench rival mergekit                 build the environment of a rival
-    python -m nbs.bench check                          read every results file, and see that no run is there twice
+    python -m nbs.bench check                          read every results file, and see that every run names its machine
 
 A study is a module in `studies`. It says what is to be measured and measures one run:
 
@@ -332,7 +332,7 @@ def show(names):
 
 
 def check():
-    "Read every file of results: no run is there more often than it is planned, and every machine is known."
+    "Read every file of results, and see that every run names a machine of its file."
     for path in sorted(RESULTS.glob('*.jsonl')):
         results = read_results(path)
         machines = len(results.get('machines', []))
@@ -402,5 +402,7 @@ def main(given=None):
         sys.exit(DISTURBED)
     except Problem as problem:
         sys.exit(f'{problem}')
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit('stopped; finished runs are kept, and the same line goes on')

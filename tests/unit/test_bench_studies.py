@@ -80,8 +80,10 @@ def test_a_run_of_memory_gives_what_is_committed(configuration):
     committed = next(r for r in study.read()["runs"] if study.key(r) == study.key(job))
     found = study.module.run(job)
     assert committed.keys() - {"machine"} == (job | found).keys()
-    for part in ("planned", "measured", "before"):
-        assert found[part] == pytest.approx(committed[part], rel=1e-3)
+    assert found["planned"] == pytest.approx(committed["planned"], rel=1e-3)
+    # what other tests of this process hold is in both
+    above = [o["measured"] - o["before"] for o in (found, committed)]
+    assert above[0] == pytest.approx(above[1], rel=1e-3)
     assert found["finetune"] == committed["finetune"]
 
 

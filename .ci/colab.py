@@ -1,6 +1,6 @@
 """Run notebooks as Colab does: one at a time, alone in an empty folder, in an environment that has PyTorch and nothing of ours.
 
-    python .ci/colab.py                              three pages: a lesson that reads results, an Inside page, a page of the bench
+    python .ci/colab.py                              three short pages that read results: a lesson, an Inside page, a page of the bench
     python .ci/colab.py nbs/10_lora.ipynb            those that are named
     python .ci/colab.py --all --log colab.jsonl      every notebook; the log is written as it goes, and what passed is not run again
 
@@ -18,7 +18,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 root = Path(__file__).resolve().parent.parent
 nbs = root / "nbs"
-CHOSEN = "09_how_much_data.ipynb", "inside/plan_pictures.ipynb", "bench/adapters.ipynb"
+CHOSEN = "23_merging_tasks.ipynb", "inside/bench_labels.ipynb", "bench/adapters.ipynb"
 HOUR = 3600  # The longest that a cell may take, in seconds
 
 

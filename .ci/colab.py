@@ -9,7 +9,7 @@ for the results that pages read. Cells marked `slow` measure for hours; they are
 FOLDER` keeps the environment, and takes it as it is when it is there.
 """
 
-import argparse, json, os, re, subprocess, sys, tempfile, time
+import argparse, json, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
@@ -33,8 +33,11 @@ def pages() -> list[str]:  # Paths below nbs
 def build_wheel(
     folder: Path,  # Where to put it
 ) -> Path:  # The wheel
-    "Build the package as it would be published."
-    pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, root)
+    "Build the package as it would be published, from a copy: an old build folder would be taken along."
+    beside = shutil.ignore_patterns(".*", "_docs", "_proc", "*.egg-info", "__pycache__", "build", "nbs", "tests")
+    with tempfile.TemporaryDirectory() as tmp:
+        source = shutil.copytree(root, Path(tmp) / "source", ignore=beside)
+        pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, source)
     return next(folder.glob("ftbook-*.whl"))
 
 

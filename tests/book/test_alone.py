@@ -1,6 +1,6 @@
 "Hold what makes a notebook run alone: one setup cell in all of them, and cells that skip what is not there."
 
-import ast, configparser, importlib.util, json, re, sys
+import ast, configparser, importlib.util, json, re, shutil, sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from types import ModuleType
@@ -246,3 +246,23 @@ def test_an_environment_with_another_ftbook_is_refused(tmp_path):
         script.check_environment(python)
     python.write_text(f"#!/bin/sh\necho {tmp_path}/lib/ftbook/__init__.py\n")
     script.check_environment(python)
+
+
+def test_the_wheel_is_built_from_a_copy(tmp_path, monkeypatch):
+    "The copy has all that the package has, and no old build, which pip would take along."
+    script, seen = load_script("colab"), set()
+    monkeypatch.setattr(script, "root", shutil.copytree(root, tmp_path / "book", ignore=shutil.ignore_patterns(".git")))
+    old = script.root / "build/lib/ftbook/gone.py"
+    old.parent.mkdir(parents=True, exist_ok=True)
+    old.write_text("x = 1")
+
+    def pip(python, *words):
+        seen.update(p.relative_to(words[-1]).as_posix() for p in Path(words[-1]).rglob("*") if p.is_file())
+        (tmp_path / "ftbook-0.whl").touch()
+
+    monkeypatch.setattr(script, "pip", pip)
+    assert script.build_wheel(tmp_path) == tmp_path / "ftbook-0.whl"
+    package = [p for p in (root / "ftbook").rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    assert {p.relative_to(root).as_posix() for p in package} <= seen
+    assert {"setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"} <= seen
+    assert not [o for o in seen if o.startswith("build/")]

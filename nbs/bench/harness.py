@@ -165,6 +165,8 @@ class Study:
 
     def missing(self, only=(), share=(0, 1), this_machine=False):
         "The planned runs that have not been made. A run belongs to one share, whatever else is missing."
+        if unknown := [k for k, _ in only if k not in self.module.KEY]:
+            raise Problem(f'a run of {self.name} has no {unknown[0]!r}', f"one of {', '.join(self.module.KEY)}", key='only')
         runs, found = self.runs(this_machine), []
         made = Counter(map(self.key, runs))
         for job in self.module.plan(runs):
@@ -194,6 +196,8 @@ class Study:
 
     def summarize(self):
         "Write what lessons read, whole or not at all."
+        if self.setting('summarize') is None:
+            raise Problem(f'{self.name} has no summary', 'its runs are read as they are', key='study')
         found = self.module.summarize(self.read())
         if found is not None:
             write_results(self.path.with_name(f'{self.name}_summary.jsonl'), found)
@@ -349,6 +353,13 @@ def pair(text):
     return tuple(text.split('=', 1))
 
 
+def count(text):
+    "A number of runs."
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number of runs')
+    return int(text)
+
+
 def share(text):
     "`I/N`, the I-th of N shares, counted from 0."
     i, _, n = text.partition('/')
@@ -367,7 +378,7 @@ def parser():
         if name != 'summary':
             command.add_argument('--only', type=pair, action='append', default=[], metavar='FIELD=VALUE')
             command.add_argument('--share', type=share, default=(0, 1), metavar='I/N')
-            command.add_argument('--most', type=int)
+            command.add_argument('--most', type=count)
             command.add_argument('--this-machine', action='store_true')
             command.add_argument('--here', action='store_true', help='all runs in this process')
             command.add_argument('--go-on', action='store_true', help='leave a run that fails, and make the next')

@@ -58,14 +58,9 @@ def test_one_statement_a_line(path):
     assert not crowded, "\n".join(crowded)
 
 
-def own_code(path):
-    "Code of a page without the setup cell, which is the same on every page and held by test_alone.py."
-    return [o for o in code_of(path) if "bring_bench()" not in o]
-
-
 @every_lesson
 def test_a_lesson_is_short(path):
-    lines = sum(len(code_lines(o)) for o in own_code(path))
+    lines = sum(len(code_lines(o)) for o in code_of(path))
     assert len(read_cells(path)) <= 80 and lines <= 350, f"{len(read_cells(path))} cells, {lines} lines of code"
 
 

@@ -288,6 +288,22 @@ def test_the_command_line_names_what_is_wrong():
     assert done.returncode and "mergekit" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["run", "curves", "--only", "whow=x"], "has no 'whow': one of part, how"),
+        (["run", "curves", "--only", "how"], "is not field=value"),
+        (["run", "curves", "--most", "-1"], "is not a number of runs"),
+        (["plan", "curves", "--share", "2/2"], "is not I/N"),
+        (["summary", "curves"], "curves has no summary"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said_before_anything_is_measured(given, said):
+    done = bench(*given)
+    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "runs to make" not in done.stdout
+
+
 def test_a_rival_that_is_not_there_says_how_it_is_built(monkeypatch, tmp_path):
     monkeypatch.setenv("FTBOOK_CACHE", str(tmp_path))
     monkeypatch.delenv("FTBOOK_MERGEKIT_PYTHON", raising=False)

@@ -13,6 +13,7 @@ studies.
 import copy, json, math, random, statistics, time
 from functools import cache
 
+from ftbook.choose.sweep import SETTINGS
 from ftbook.results import read_results
 from harness import HERE, RESULTS, Study
 from instruments import Memory, loaded, unrelated
@@ -61,18 +62,6 @@ SPACE = {
     'prompt': (8, 0.1, 3e-2, dict(rank=(4, 8, 16, 32), **COMMON)),
 }
 DECADES = 1.5  # that the learning rate may lie below or above the middle
-SETTINGS = (
-    'method',
-    'lr',
-    'rank',
-    'alpha_ratio',
-    'target_modules',
-    'dropout',
-    'batch_size',
-    'epochs',
-    'warmup',
-    'precision',
-)
 BEST = dict(lora=3, full=2, houlsby=1, prompt=1)  # configurations of each method that are run again
 
 

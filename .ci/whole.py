@@ -2,7 +2,7 @@
 
 A link must lead to a page, and an anchor to a place on it. A paragraph that ends with a colon introduces something, so
 something must follow. Pages call each other by their titles: a numbered chapter is one of the first edition. Every page has
-its copy in Markdown, and llms.txt lists every lesson and nothing that is not there.
+its copy in Markdown, and llms.txt lists every lesson and nothing that is not there. No directive of nbdev is left in prose.
 """
 
 import re, sys, tomllib
@@ -93,6 +93,7 @@ def faults(
         elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
             found.append(f"{link}: there is no such place on the page")
     found += [f"speaks of {name}" for name in page.chapters]
+    found += [f"shows a directive: {text.strip()[:60]}" for tag, text in page.order if text.lstrip().startswith("#|")]
     for (tag, text), (after, _) in zip(page.order, [*page.order[1:], ("h2", "")]):
         if tag == "p" and text.rstrip().endswith(":") and after in headings:
             found.append(f"introduces what is not there: {' '.join(text.split())[-90:]}")

@@ -83,6 +83,16 @@ def only_imports(
     return all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
 
 # %% ../nbs/inside/house.ipynb #h0000016
+def opening_cells(
+    cells: list,  # Of a page
+) -> list:  # Ids of the code cells up to the answer that it opens with; none where it opens otherwise
+    "The code that a page needs before it can show its answer."
+    code = [c for c in cells if c.cell_type == 'code']
+    answered = next((i for i, c in enumerate(code) if c.get('outputs')), None)
+    opens = any(c.cell_type == 'markdown' and c.source.startswith('## The answer') for c in cells)
+    return [c.get('id') for c in code[: answered + 1]] if opens and answered is not None else []
+
+
 class FoldPlumbing:
     "Keep exported code on the site, folded where the page does not ask for it open."
 
@@ -91,16 +101,29 @@ class FoldPlumbing:
         nb,  # The notebook on its way to the site
     ):
         self.nb = nb
+        self.opening = opening_cells(nb.cells)
 
     def __call__(
         self,
         cell,  # One of its cells; changed in place, or emptied
     ):
-        "Remove hidden cells and imports; fold the rest of what is exported."
-        found = getattr(cell, 'directives_', {})
-        if cell.cell_type != 'code' or not {'export', 'exporti', 'hide', 'default_exp'} & found.keys():
+        "Remove hidden cells and imports; fold the rest of what is exported, and what leads to an answer."
+        found = getattr(cell, 'directives_', None) or {}
+        if cell.cell_type == 'markdown':
+            cell.source = re.sub(r'\A(?:#\|.*\n)+', '', cell.source)
+        if cell.cell_type != 'code':
             return
-        if {'hide', 'default_exp'} & found.keys() or only_imports(cell.source):
+        if {'hide', 'default_exp'} & found.keys():
+            del cell['source']
+        elif {'export', 'exporti'} & found.keys() or cell.get('id') in self.opening:
+            self.fold(cell)
+
+    def fold(
+        self,
+        cell,  # A cell of code; changed in place, or emptied
+    ):
+        "Put the source under a line that opens it; imports alone go."
+        if only_imports(cell.source):
             del cell['source']
             return
         names = ', '.join(defined_names(cell.source)) or 'code'

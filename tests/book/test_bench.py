@@ -191,3 +191,15 @@ def test_the_methods_of_the_bench_are_found(monkeypatch):
     methods = importlib.import_module("studies.methods")
     named = {tuple(v[:2]) for v in methods.VARIANTS.values() if v is not None}
     assert len(named) > 5 and not [f"ftbook.methods.{m}.{n}" for m, n in named if not has(f"ftbook.methods.{m}", n)]
+
+
+@pytest.mark.parametrize("path", sorted(bench.glob("*.ipynb")), ids=name_of)
+def test_a_page_of_the_bench_opens_with_its_answer(path):
+    "The first heading is the answer, and the first thing that a cell shows stands below it, before the next heading."
+    kinds = []
+    for cell in read_cells(path):
+        if cell["cell_type"] == "markdown":
+            kinds += re.findall(r"^## .+", cell["source"], re.M)
+        elif any("text/html" in o.get("data", {}) or "text/markdown" in o.get("data", {}) for o in cell["outputs"]):
+            kinds.append("shown")
+    assert kinds[:2] == ["## The answer", "shown"]
